@@ -1,0 +1,320 @@
+"""Read ``configs/`` and overrides into a :class:`SweepConfig`; errors name their source."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from qsens.config.models import SweepConfig
+from qsens.config.roots import Roots
+from qsens.errors import UserError
+
+# Keys that choose a file below configs/, and whether several may be chosen.
+_CHOICES = {"model": False, "dataset": False, "quant_pair": True, "quant_granularity": True}
+_LISTS = {"quant_pair", "quant_granularity", "coverage", "dataset.size"}
+_COMMAND_LINE = "the command line"
+# Set in each file's own section, so that paths can start where the file lies.
+_HERE = "here"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A validated sweep and what the reader should be told about it.
+
+    Attributes:
+        config: The sweep.
+        notices: One line each: names taken from a path, experimental pairs.
+    """
+
+    config: SweepConfig
+    notices: tuple[str, ...] = ()
+
+
+@dataclass
+class _Sources:
+    """Which file, or the command line, gave a dotted key its value."""
+
+    layers: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def of(self, key: str) -> str:
+        label: str
+        parts = key.split(".")
+        for label, tree in reversed(self.layers):
+            node: Any = tree
+            for part in parts:
+                if not isinstance(node, dict) or part not in node:
+                    break
+                node = node[part]
+            else:
+                return label
+        return self.of(".".join(parts[:-1])) if len(parts) > 1 else "built-in defaults"
+
+
+def choices(group: str, roots: Roots | None = None) -> dict[str, Path]:
+    """Return the files that can be chosen in ``group``, by name, sorted.
+
+    Args:
+        group: ``model``, ``dataset``, ``quant_pair``, ``quant_granularity`` or ``sweep``.
+        roots: Where to look; from the environment when not given.
+    """
+    roots = roots or Roots.from_environment()
+    found: dict[str, Path] = {}
+    for directory in roots.configs:
+        for path in sorted((directory / group).glob("*.yaml")):
+            found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
+
+
+def load_sweep(
+    preset: str = "single", overrides: Iterable[str] = (), *, roots: Roots | None = None
+) -> Loaded:
+    """Read a sweep preset, apply overrides, and validate.
+
+    Args:
+        preset: Name of a file below ``configs/sweep/``.
+        overrides: ``key=value`` strings; keys are dotted, lists are separated by commas.
+        roots: Where to look; from the environment when not given.
+
+    Raises:
+        UserError: A key is unknown, a value is not allowed, or a file cannot be read. The message
+            names the key, what is allowed, and where the value came from.
+    """
+    roots = roots or Roots.from_environment()
+    given = _parse(overrides)
+    sources = _Sources()
+    sweep, label = _read("sweep", preset, roots, where="PRESET")
+    chosen = _choose(sweep.pop("defaults", None) or {}, label, given)
+
+    tree: dict[str, Any] = {"preset": preset}
+    for group, (names, origin) in chosen.items():
+        sections = []
+        for name in names:
+            section, file = _read(group, name, roots, where=f"{group} (from {origin})")
+            if "name" not in section and group != "dataset":
+                section["name"] = name
+            sections.append(section)
+            sources.layers.append((file, {group: section}))
+        tree[group] = sections if _CHOICES[group] else sections[0]
+    sources.layers.append((label, sweep))
+    nested = _nest(given)
+    sources.layers.append((_COMMAND_LINE, nested))
+
+    resolved = _resolve(OmegaConf.merge(tree, sweep), label)
+    _refuse_unknown(nested, SweepConfig, "", sources)
+    notices = _names_from_path(nested, given)
+    config = _validate(OmegaConf.to_container(OmegaConf.merge(resolved, nested)), sources)
+    config = _absolute(config, roots)
+    notices += [
+        f"{pair.name} is experimental: nobody is known to deploy it"
+        for pair in config.quant_pair
+        if pair.experimental
+    ]
+    return Loaded(config, tuple(notices))
+
+
+def _parse(overrides: Iterable[str]) -> dict[str, Any]:
+    parsed: dict[str, Any] = {}
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        key = key.strip().lstrip("+")
+        if not separator or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+            raise UserError(
+                f"'{override}' is no override",
+                where=_COMMAND_LINE,
+                remedy="Write key=value, for example dataset.size=small,medium.",
+            )
+        if "${" in text:
+            raise UserError(
+                f"'{text}' holds an interpolation",
+                where=f"{key} ({_COMMAND_LINE})",
+                remedy="${...} works in files below configs/ only; write the value itself.",
+            )
+        if key in _LISTS:
+            parsed[key] = [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        # A path or a name may look like anything to YAML; only these are meant as such.
+        parsed[key] = value if isinstance(value, bool | int | float | dict | list) else text
+        if value is None and text.strip() in ("null", "~"):
+            parsed[key] = None
+    return parsed
+
+
+def _choose(
+    defaults: dict[str, Any], label: str, given: dict[str, Any]
+) -> dict[str, tuple[list[str], str]]:
+    """Say which files are chosen; takes the choices out of ``given``."""
+    unknown = sorted(set(defaults) - set(_CHOICES))
+    if unknown:
+        raise UserError(
+            f"unknown key '{unknown[0]}'",
+            where=f"defaults ({label})",
+            remedy=f"Allowed: {', '.join(_CHOICES)}.",
+        )
+    chosen: dict[str, tuple[list[str], str]] = {}
+    for group, several in _CHOICES.items():
+        origin = _COMMAND_LINE if group in given else label
+        value = given.pop(group) if group in given else defaults.get(group)
+        if value is None and group == "quant_granularity":
+            value = "default"
+        names = [value] if isinstance(value, str) else list(value or [])
+        if not names or (len(names) > 1 and not several):
+            raise UserError(
+                f"needs {'at least one name' if several else 'exactly one name'}, got {value!r}",
+                where=f"{group} ({origin})",
+                remedy=f"Write {group}=NAME; `qsens plan --help` lists the presets.",
+            )
+        chosen[group] = ([str(name) for name in names], origin)
+    return chosen
+
+
+def _read(group: str, name: str, roots: Roots, *, where: str) -> tuple[dict[str, Any], str]:
+    """Return a file's content and the label that messages give it."""
+    files = choices(group, roots)
+    if name not in files:
+        close = difflib.get_close_matches(name, files, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UserError(
+            f"unknown {group.replace('_', ' ')} '{name}'",
+            where=where,
+            remedy=f"Allowed: {', '.join(files)}.{hint} Files: {roots.configs[0]}/{group}/.",
+        )
+    path = files[name]
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"cannot be read: {reason}", where=str(path), remedy="Mend the file."
+        ) from error
+    if not isinstance(data, dict):
+        raise UserError("is no mapping", where=str(path), remedy="Write key: value lines.")
+    if group != "sweep":
+        data[_HERE] = str(path.parent)
+    return data, str(path)
+
+
+def _resolve(tree: Any, label: str) -> dict[str, Any]:
+    """Fill in the interpolations of files, then drop what only they needed."""
+    try:
+        data = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(
+            " ".join(str(error).split()),
+            where=f"{getattr(error, 'full_key', None) or 'an interpolation'} ({label})",
+            remedy="Mend the ${...} in the file.",
+        ) from error
+    assert isinstance(data, dict)
+    for group, several in _CHOICES.items():
+        for section in data[group] if several else [data[group]]:
+            section.pop(_HERE, None)
+    return {str(key): value for key, value in data.items()}
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def _refuse_unknown(
+    tree: dict[str, Any], model: type[BaseModel], prefix: str, sources: _Sources
+) -> None:
+    for key, value in tree.items():
+        dotted = f"{prefix}{key}"
+        if key not in model.model_fields:
+            raise _unknown_key(dotted, list(model.model_fields), sources)
+        annotation = model.model_fields[key].annotation
+        if isinstance(value, dict) and isinstance(annotation, type):
+            if issubclass(annotation, BaseModel):
+                _refuse_unknown(value, annotation, f"{dotted}.", sources)
+        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            raise UserError(
+                "is a section, not a value",
+                where=f"{dotted} ({_COMMAND_LINE})",
+                remedy=f"Allowed: {', '.join(f'{dotted}.{k}' for k in annotation.model_fields)}.",
+            )
+
+
+def _names_from_path(nested: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """``model.path`` alone names another checkpoint than the model file's: take its name."""
+    if "model.path" not in given or {"model.name", "model.short_name"} & set(given):
+        return []
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(str(given["model.path"])).name).strip("._-")
+    if not name:
+        return []
+    nested["model"] |= {"name": name, "short_name": name}
+    return [f"model.name and model.short_name are '{name}', from the last part of model.path"]
+
+
+def _validate(tree: Any, sources: _Sources) -> SweepConfig:
+    try:
+        return SweepConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+    if first["type"] == "extra_forbidden":
+        raise _unknown_key(key, _siblings(first["loc"]), sources)
+    message = first["msg"].removeprefix("Value error, ")
+    value = first.get("input")
+    got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
+    raise UserError(
+        f"{message}{got}",
+        where=f"{key or 'sweep'} ({sources.of(key)})",
+        remedy="`qsens plan --keys` lists every key with its default, unit and allowed values.",
+    )
+
+
+def _siblings(location: Sequence[int | str]) -> list[str]:
+    model: Any = SweepConfig
+    for part in location[:-1]:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        arguments = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)]
+        models = [a for a in [annotation, *arguments] if isinstance(a, type)]
+        model = next((a for a in models if issubclass(a, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _unknown_key(key: str, allowed: list[str], sources: _Sources) -> UserError:
+    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], allowed, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return UserError(
+        "unknown key",
+        where=f"{key} ({sources.of(key)})",
+        remedy=f"Allowed here: {', '.join(allowed)}.{hint}",
+    )
+
+
+def _absolute(config: SweepConfig, roots: Roots) -> SweepConfig:
+    """Resolve every path, so that nothing depends on a working directory later."""
+    output = config.runner.output_dir
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": roots.resolve(config.model.path)}),
+            "dataset": config.dataset.model_copy(
+                update={"directory": roots.resolve(config.dataset.directory)}
+            ),
+            "runner": config.runner.model_copy(
+                update={"output_dir": roots.resolve(output) if output else None}
+            ),
+        }
+    )

@@ -1,0 +1,262 @@
+"""Pydantic models of everything a user can set; a field's docstring gives meaning and unit."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Size = Literal["small", "medium", "large"]
+SIZES: tuple[Size, ...] = ("small", "medium", "large")
+Coverage = Literal["lm_only"]
+Modality = Literal["text"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
+
+
+class Frozen(BaseModel):
+    """Base of all configuration models: immutable, and no unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class ModelConfig(Frozen):
+    """The checkpoint under study; files under ``configs/model/``."""
+
+    name: Name = "qwen3_vl_4b_instruct"
+    """Directory of the model's results under ``models/``."""
+    short_name: Name = "qwen3_vl_4b"
+    """Short name, used by run directories whose published names are older than qsens."""
+    path: Path = Path("models/qwen3_vl_4b_instruct/checkpoints/Qwen3-VL-4B-Instruct")
+    """Local directory of the checkpoint: ``config.json``, tokenizer files, ``*.safetensors``."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Data type that the weights are loaded in; never chosen by the device."""
+    trust_remote_code: bool = False
+    """Whether Python code that lies in the checkpoint may run. Leave it off unless you read it."""
+    vision_patterns: tuple[str, ...] = ("*visual*", "*vision_tower*", "*vision_model*")
+    """Module name patterns (fnmatch) of the vision tower, left unquantized by ``lm_only``."""
+
+
+class DatasetConfig(Frozen):
+    """Calibration samples; files under ``configs/dataset/``."""
+
+    name: Name = "coco2017_captions"
+    """Name of the data set, as manifests and reports state it."""
+    modality: Modality = "text"
+    """What a sample is: ``text``, one caption a line."""
+    directory: Path = Path("datasets/vlm-quantize-calib")
+    """Directory of the sample files."""
+    files: dict[Size, str] = Field(
+        default={size: f"coco2017_captions_{size}.txt" for size in SIZES}, min_length=1
+    )
+    """One file a size, relative to ``directory``; each is the head of the next."""
+    sizes: dict[Size, Annotated[int, Field(ge=1, le=1_000_000)]] = Field(
+        default={"small": 16, "medium": 128, "large": 512}, min_length=1
+    )
+    """Samples (lines) of each size, strictly growing from small to large."""
+    size: tuple[Size, ...] = Field(default=SIZES, min_length=1)
+    """Sizes to sweep."""
+    max_calib_samples: Annotated[int, Field(ge=1)] | None = None
+    """Upper limit of samples at every size; what falls short of its size is PARTIAL."""
+    calib_seq_len: int = Field(default=512, ge=2, le=1_048_576)
+    """Longest sample, in tokens; what is longer is cut."""
+
+    @model_validator(mode="after")
+    def _sizes_are_ordered(self) -> Self:
+        counts = [self.sizes[size] for size in SIZES if size in self.sizes]
+        if any(a >= b for a, b in itertools.pairwise(counts)):
+            raise ValueError(
+                f"sizes out of order: {self.sizes}; they must grow strictly "
+                "from small over medium to large, since each is the head of the next"
+            )
+        if len(set(self.size)) != len(self.size):
+            raise ValueError(f"size names one size twice: {', '.join(self.size)}")
+        if list(self.size) != sorted(self.size, key=SIZES.index):
+            raise ValueError(
+                f"size out of order: {', '.join(self.size)}; give them as {', '.join(SIZES)}"
+            )
+        for size in self.size:
+            if size not in self.sizes or size not in self.files:
+                raise ValueError(f"size '{size}' has no entry in both 'sizes' and 'files'")
+        return self
+
+    def path(self, size: Size) -> Path:
+        """Return the sample file of ``size``."""
+        return self.directory / self.files[size]
+
+    def asked(self, size: Size) -> int:
+        """Return how many samples ``size`` asks for, before any limit."""
+        return self.sizes[size]
+
+    def limit(self, size: Size) -> int:
+        """Return how many samples of ``size`` may be used at most."""
+        return min(self.sizes[size], self.max_calib_samples or self.sizes[size])
+
+
+class QuantizerConfig(Frozen):
+    """A ModelOpt quantizer's ``cfg``: how one tensor is fake-quantized."""
+
+    num_bits: int | tuple[int, int]
+    """Bits of an integer format, or (exponent, mantissa) bits of a float format."""
+    axis: int | tuple[int, ...] | None = None
+    """Axes that keep their own maximum; none means one maximum for the whole tensor."""
+    block_sizes: dict[str, int | str | tuple[int, int] | None] | None = None
+    """ModelOpt's block sizes, keyed by axis, with ``type`` and ``scale_bits``."""
+    type: Literal["static", "dynamic"] = "static"
+    """Whether the maximum comes from calibration or from the tensor itself."""
+
+    def modelopt(self) -> dict[str, Any]:
+        """Return the mapping that ModelOpt takes: axes of blocks are ints again."""
+        cfg: dict[str, Any] = {"num_bits": self.num_bits}
+        if self.block_sizes is None:
+            cfg["axis"] = self.axis
+        else:
+            cfg["block_sizes"] = {
+                int(key) if key.lstrip("-").isdigit() else key: value
+                for key, value in self.block_sizes.items()
+            }
+        if self.type == "dynamic":
+            cfg["type"] = "dynamic"
+        return cfg
+
+
+class PairConfig(Frozen):
+    """A weight format with an activation format; files under ``configs/quant_pair/``."""
+
+    name: Name
+    """Name of the pair, ``w<weight>_a<activation>``; equal to the file's name."""
+    weight: Name
+    """Weight format, as directories show it."""
+    activation: Name
+    """Activation format, as directories show it; ``fp16`` stands for not quantized."""
+    format: str
+    """Name of the format in manifests: ModelOpt's preset where it is one."""
+    weight_quantizer: QuantizerConfig
+    """How weights are fake-quantized."""
+    input_quantizer: QuantizerConfig | None = None
+    """How inputs are fake-quantized; none leaves them alone."""
+    algorithm: Literal["max"] | None = "max"
+    """ModelOpt's calibration algorithm; none where nothing needs calibration."""
+    effective_bits: float = Field(gt=0, le=16)
+    """Bits a weight costs, block scales included."""
+    experimental: bool = False
+    """Set for pairs that nobody is known to deploy; reports say so."""
+    scheme: str = "{pair}_autoquant_lm"
+    """Name of the scheme; ``{pair}``, ``{model}``, ``{short_name}`` are filled in."""
+    run_dir: str = "{model}_autoquant_{pair}_lm_{size}"
+    """Name of the run directory; as ``scheme``, with ``{size}``."""
+
+    def quant_cfg(self) -> list[dict[str, Any]]:
+        """Return ModelOpt's ``quant_cfg`` list for this pair, the effective bits stated."""
+        weight = {**self.weight_quantizer.modelopt(), "effective_bits": self.effective_bits}
+        entries: list[dict[str, Any]] = [
+            {"quantizer_name": "*", "enable": False},
+            {"quantizer_name": "*weight_quantizer", "cfg": weight},
+        ]
+        if self.input_quantizer is not None:
+            cfg = self.input_quantizer.modelopt()
+            entries.append({"quantizer_name": "*input_quantizer", "cfg": cfg})
+        return entries
+
+    def modelopt(self) -> dict[str, Any]:
+        """Return the ModelOpt configuration in full, as ``mtq.auto_quantize`` takes it."""
+        return {"quant_cfg": self.quant_cfg(), "algorithm": self.algorithm}
+
+
+class GranularityConfig(Frozen):
+    """An overlay on a pair's quantizers; files under ``configs/quant_granularity/``."""
+
+    name: Name = "default"
+    """Name of the granularity; equal to the file's name."""
+    weight_quantizer: dict[str, Any] = Field(default_factory=dict)
+    """Keys that replace those of the pair's weight quantizer."""
+    input_quantizer: dict[str, Any] = Field(default_factory=dict)
+    """Keys that replace those of the pair's input quantizer."""
+
+
+class AutoquantConfig(Frozen):
+    """How layers are scored."""
+
+    method: Literal["gradient"] = "gradient"
+    """The score: ``gradient`` is ModelOpt's."""
+    engine: Literal["modelopt"] = "modelopt"
+    """What computes it: ``modelopt``, one ``mtq.auto_quantize`` a cell (the reference)."""
+    effective_bits: float = Field(default=8.0, gt=0, le=16)
+    """Target of the search, in bits a weight, over what may be quantized."""
+    score_size: int = Field(default=128, ge=1)
+    """Samples that are scored at most; calibration uses all of a size."""
+    batch_size: int = Field(default=8, ge=1, le=4096)
+    """Samples of a nominal batch, which the score is normalised by."""
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:N``."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of all that is drawn at random."""
+
+
+class RunnerConfig(Frozen):
+    """How a run behaves."""
+
+    report_only: bool = False
+    """Publish from the results that exist; compute nothing."""
+    output_dir: Path | None = None
+    """Directory of the results, before any layout; one directory a cell below it if several."""
+    force: bool = False
+    """Compute again what is there already, as new results."""
+
+
+class DagConfig(Frozen):
+    """What the Airflow DAG takes from configuration; no number depends on it."""
+
+    schedule: str | None = "0 2 * * *"
+    """Cron expression, UTC; none leaves the DAG to manual triggers."""
+    max_active_runs: int = Field(default=4, ge=1, le=64)
+    """Runs at once; the GPU pool and the result locks serialise the work itself."""
+    pool: str = "default_pool"
+    """Airflow pool that ``calibrate`` and ``score`` take a slot of."""
+    retries: int = Field(default=2, ge=0, le=20)
+    """Tries after the first for what may pass by itself."""
+    execution_timeout_minutes: int = Field(default=360, ge=1)
+    """Time limit of one GPU task, in minutes: that of a whole lane."""
+
+
+class SweepConfig(Frozen):
+    """A sweep: presets under ``configs/sweep/``, overridden by dotted keys."""
+
+    preset: Name = "single"
+    """Name of the sweep file that this started from."""
+    model: ModelConfig = ModelConfig()
+    """The checkpoint."""
+    dataset: DatasetConfig = DatasetConfig()
+    """The calibration samples."""
+    quant_pair: tuple[PairConfig, ...] = Field(default=(), min_length=1)
+    """Precision pairs to sweep."""
+    quant_granularity: tuple[GranularityConfig, ...] = Field(
+        default=(GranularityConfig(),), min_length=1
+    )
+    """Granularities to sweep."""
+    coverage: tuple[Coverage, ...] = Field(default=("lm_only",), min_length=1)
+    """Which part of the model may be quantized."""
+    autoquant: AutoquantConfig = AutoquantConfig()
+    """How layers are scored."""
+    runner: RunnerConfig = RunnerConfig()
+    """How the run behaves."""
+    dag: DagConfig = DagConfig()
+    """What the Airflow DAG takes from here."""
+    output_layout: Literal["tmp", "publish"] = "publish"
+    """Where results go: ``tmp/<sweep id>/`` or the model's ``layer-analysis/``."""
+
+    @model_validator(mode="after")
+    def _axes_name_each_value_once(self) -> Self:
+        axes: dict[str, list[str]] = {
+            "quant_pair": [pair.name for pair in self.quant_pair],
+            "quant_granularity": [granularity.name for granularity in self.quant_granularity],
+            "coverage": list(self.coverage),
+        }
+        for axis, names in axes.items():
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{axis} names {', '.join(twice)} twice")
+        return self

@@ -1,0 +1,72 @@
+"""The tree of errors, and the exit code that each one means.
+
+```
+QsensError
+├── UserError          2   the user must mend it: configuration, paths, the checkpoint
+├── AnswerIsNo         3   it ran, and the answer is no: verify, audit, an infeasible recipe
+├── OutOfMemory       74   the device or the host has no memory left for this budget
+└── TryAgain          75   it may pass: a lock held elsewhere, a full disk
+```
+
+Anything else that reaches the command line is a bug and shows its traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class QsensError(Exception):
+    """Base of all errors that qsens raises on purpose.
+
+    Args:
+        what: The thing and the rule that it broke, in one line.
+        where: The key, file, layer or cell concerned.
+        remedy: What to do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        """Return what, where and remedy as one or two lines."""
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}\n{self.remedy}" if self.remedy else head
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the error as the command line prints it under ``--json``."""
+        return {
+            "error": type(self).__name__,
+            "what": self.what,
+            "where": self.where,
+            "remedy": self.remedy,
+        }
+
+
+class UserError(QsensError):
+    """Something that the user must mend before a retry makes sense."""
+
+    exit_code = 2
+
+
+class AnswerIsNo(QsensError):
+    """The work was done and its result is negative."""
+
+    exit_code = 3
+
+
+class OutOfMemory(QsensError):
+    """The device ran out of memory; a smaller memory budget may work."""
+
+    exit_code = 74
+
+
+class TryAgain(QsensError):
+    """A condition that may pass by itself."""
+
+    exit_code = 75

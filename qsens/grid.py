@@ -1,0 +1,300 @@
+"""Cells, their identity, and the plan: a resolved, validated, hashed description of a sweep."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from qsens.config import GranularityConfig, PairConfig, Roots, SweepConfig
+from qsens.config.models import Coverage, Frozen, Modality, Size
+from qsens.errors import UserError
+
+PLAN_VERSION = 1
+# Raised whenever an engine gives other numbers for the same input.
+ENGINE_VERSIONS = {"modelopt": 1}
+
+
+class CheckpointIdentity(Frozen):
+    """What a checkpoint is, read from its files without loading it."""
+
+    path: Path
+    """Local directory."""
+    digest: str
+    """SHA-256 over configuration and weight files, by content."""
+    tokenizer_digest: str
+    """SHA-256 over tokenizer files, by content."""
+    architecture: str
+    """Class name from ``config.json``."""
+    weight_bytes: int
+    """Bytes of all weight files."""
+
+
+class SamplesIdentity(Frozen):
+    """What a sample file is."""
+
+    path: Path
+    """The file."""
+    digest: str
+    """SHA-256 of its content."""
+    available: int
+    """Samples (non-empty lines) in it."""
+
+
+class Cell(Frozen):
+    """One point of the grid."""
+
+    cell: str
+    """Id: ``<pair>[-<granularity>][-all_layers][-image_text]-<size>``, defaults left out."""
+    pair: str
+    """Precision pair."""
+    granularity: str
+    """Granularity."""
+    coverage: Coverage
+    """Part of the model that may be quantized."""
+    modality: Modality
+    """What a sample is."""
+    size: Size
+    """Calibration size."""
+    lane: int = 0
+    """The share of the grid that computes this cell, from 0."""
+    digest: str
+    """SHA-256 of all that changes this cell's numbers."""
+
+
+class Plan(Frozen):
+    """A sweep as it will run; written to ``plan.json``."""
+
+    schema_version: int = PLAN_VERSION
+    """Version of this schema."""
+    plan_id: str
+    """First 12 hex digits of ``digest``."""
+    sweep_id: str
+    """``<UTC time>-<first 8 hex digits of the digest>``: one for each run."""
+    digest: str
+    """SHA-256 over the cells' digests and where they are published."""
+    created: str
+    """When the plan was made, ISO 8601, UTC."""
+    root: Path
+    """``QSENS_ROOT`` when the plan was made."""
+    results: Path
+    """``QSENS_RESULTS`` when the plan was made."""
+    config: SweepConfig
+    """The configuration, every path absolute."""
+    checkpoint: CheckpointIdentity
+    """The checkpoint."""
+    samples: dict[Size, SamplesIdentity]
+    """The sample file of each size in the grid."""
+    versions: dict[str, str]
+    """Installed versions of ``qsens``, ``torch``, ``transformers``, ``nvidia-modelopt``."""
+    notices: list[str] = []
+    """What a reader should know."""
+    cells: list[Cell] = Field(min_length=1)
+    """The grid, round-robin over lanes."""
+
+    def cell(self, cell_id: str) -> Cell:
+        """Return the cell of that id.
+
+        Raises:
+            UserError: The plan has no such cell.
+        """
+        for cell in self.cells:
+            if cell.cell == cell_id:
+                return cell
+        raise UserError(
+            f"the plan has no cell '{cell_id}'",
+            where=f"plan {self.plan_id}",
+            remedy=f"Its cells: {', '.join(cell.cell for cell in self.cells)}.",
+        )
+
+    def pair(self, cell: Cell) -> PairConfig:
+        """Return the pair of ``cell``."""
+        return next(pair for pair in self.config.quant_pair if pair.name == cell.pair)
+
+    def samples_used(self, cell: Cell) -> int:
+        """Return how many samples calibration uses for ``cell``."""
+        return min(self.config.dataset.limit(cell.size), self.samples[cell.size].available)
+
+    def samples_scored(self, cell: Cell) -> int:
+        """Return how many samples the score uses for ``cell``."""
+        return min(self.samples_used(cell), self.config.autoquant.score_size)
+
+    def scheme(self, cell: Cell) -> str:
+        """Return the name of the scheme that ``cell`` is published as."""
+        return self.pair(cell).scheme.format(**self._names(cell))
+
+    def run_dir(self, cell: Cell) -> str:
+        """Return the name of the run directory that ``cell`` is published in."""
+        return self.pair(cell).run_dir.format(**self._names(cell))
+
+    def _names(self, cell: Cell) -> dict[str, str]:
+        return {
+            "pair": cell.pair,
+            "size": cell.size,
+            "model": self.config.model.name,
+            "short_name": self.config.model.short_name,
+        }
+
+
+def make_plan(
+    config: SweepConfig,
+    roots: Roots,
+    *,
+    checkpoint: CheckpointIdentity,
+    samples: Mapping[Size, SamplesIdentity],
+    versions: Mapping[str, str],
+    lanes: int = 1,
+    notices: tuple[str, ...] = (),
+    now: datetime | None = None,
+) -> Plan:
+    """Lay out the grid of ``config`` and give every cell its identity.
+
+    Args:
+        config: The sweep, paths absolute.
+        roots: Where results go.
+        checkpoint: What the checkpoint is.
+        samples: The sample file of each size in the grid.
+        versions: Installed versions, by distribution name.
+        lanes: Shares to split the grid into, by weight format; in no digest.
+        notices: What a reader should know.
+        now: When the plan is made; the current time when not given.
+    """
+    created = (now or datetime.now(UTC)).astimezone(UTC)
+    stamp = created.strftime("%Y%m%dT%H%M%S") + f"{created.microsecond // 1000:03d}Z"
+    cells = []
+    axes = itertools.product(
+        config.quant_pair, config.quant_granularity, config.coverage, config.dataset.size
+    )
+    for pair, granularity, coverage, size in axes:
+        identity = _identity(config, pair, granularity, coverage, size, checkpoint, versions)
+        identity["samples"] = samples[size].digest
+        if config.runner.force:
+            identity["forced"] = stamp
+        cells.append(
+            Cell(
+                cell=cell_id(pair.name, granularity.name, size),
+                pair=pair.name,
+                granularity=granularity.name,
+                coverage=coverage,
+                modality=config.dataset.modality,
+                size=size,
+                digest=digest_of(identity),
+            )
+        )
+    digest = digest_of(
+        {
+            "cells": {cell.cell: cell.digest for cell in cells},
+            "model": config.model.name,
+            "layout": config.output_layout,
+            "output_dir": str(config.runner.output_dir or ""),
+        }
+    )
+    return Plan(
+        plan_id=digest[:12],
+        sweep_id=f"{stamp}-{digest[:8]}",
+        digest=digest,
+        created=created.isoformat(timespec="milliseconds"),
+        root=roots.root,
+        results=roots.results,
+        config=config,
+        checkpoint=checkpoint,
+        samples=dict(samples),
+        versions=dict(versions),
+        notices=list(notices),
+        cells=_into_lanes(cells, config, lanes),
+    )
+
+
+def read_plan(path: Path) -> Plan:
+    """Read ``plan.json``.
+
+    Raises:
+        UserError: The file is no plan of this version.
+    """
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror}",
+            where=str(path),
+            remedy="Name a plan.json that `qsens plan --out` wrote.",
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"is no plan: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            where=str(path),
+            remedy="Make the plan again with `qsens plan --out`.",
+        ) from error
+
+
+def cell_id(pair: str, granularity: str, size: str) -> str:
+    """Return a cell's id; defaults are left out."""
+    parts = [pair, *([granularity] if granularity != "default" else []), size]
+    return "-".join(parts)
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of ``value`` as canonical JSON, in hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _identity(
+    config: SweepConfig,
+    pair: PairConfig,
+    granularity: GranularityConfig,
+    coverage: Coverage,
+    size: Size,
+    checkpoint: CheckpointIdentity,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return all that changes the numbers or the names of a cell's result."""
+    autoquant, dataset = config.autoquant, config.dataset
+    computing = ["torch", "transformers"]
+    if autoquant.engine == "modelopt":
+        computing.append("nvidia-modelopt")
+    return {
+        "checkpoint": checkpoint.digest,
+        "tokenizer": checkpoint.tokenizer_digest,
+        "dtype": config.model.dtype,
+        "trust_remote_code": config.model.trust_remote_code,
+        "vision_patterns": config.model.vision_patterns,
+        "names": [config.model.name, config.model.short_name, dataset.name],
+        "modality": dataset.modality,
+        "size": size,
+        "sizes": dict(sorted(dataset.sizes.items())),
+        "max_calib_samples": dataset.max_calib_samples,
+        "calib_seq_len": dataset.calib_seq_len,
+        "pair": pair.model_dump(mode="json"),
+        "granularity": granularity.model_dump(mode="json"),
+        "coverage": coverage,
+        "method": autoquant.method,
+        "effective_bits": autoquant.effective_bits,
+        "score_size": autoquant.score_size,
+        "batch_size": autoquant.batch_size,
+        "seed": autoquant.seed,
+        "engine": [autoquant.engine, ENGINE_VERSIONS[autoquant.engine]],
+        "versions": {name: versions.get(name, "none") for name in computing},
+    }
+
+
+def _into_lanes(cells: list[Cell], config: SweepConfig, lanes: int) -> list[Cell]:
+    """Split by weight format, heaviest first to the lightest lane; list round-robin."""
+    weights = {pair.name: pair.weight for pair in config.quant_pair}
+    groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[weights[cell.pair], cell.granularity].append(cell)
+    shares: list[list[Cell]] = [[] for _ in range(max(1, lanes))]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        lightest = min(range(len(shares)), key=lambda lane: len(shares[lane]))
+        shares[lightest] += [cell.model_copy(update={"lane": lightest}) for cell in group]
+    rounds = itertools.zip_longest(*shares)
+    return [cell for cells in rounds for cell in cells if cell is not None]

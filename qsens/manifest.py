@@ -1,0 +1,347 @@
+"""The schema of results: one manifest a cell, versioned, a comment on every key.
+
+Keys that older tools read (``scheme``, ``model.id``, ``layers``, ``autoquant_state``,
+``layer_sensitivity``, ``sensitivity_ranking``) keep their names and meaning; what is newer is
+optional here, so that manifests of the older layout load as well.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qsens.errors import UserError
+
+SCHEMA_VERSION = 1
+MANIFEST_SUFFIX = "_quant_manifest.json"
+STATE_SUFFIX = "_autoquant_state.safetensors"
+GROUP_SUFFIX = ".quant_recipe"
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+Status = Literal["scored", "disabled", "no_gradient", "non_finite", "failed"]
+Kind = Literal["qkv", "o", "gate_up", "down", "experts", "head", "vision", "other"]
+
+
+class Section(BaseModel):
+    """Base of the manifest's sections: immutable; unknown keys are kept, for newer writers."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="allow", use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class Scheme(Section):
+    """What was asked for."""
+
+    name: str
+    """Name of the scheme, ``wfp8_afp8_autoquant_lm``."""
+    auto_quantize_bits: float
+    """Target of the search, in bits a weight."""
+    auto_quantize_method: str
+    """The score: ``gradient``."""
+    auto_quantize_score_size: int
+    """Samples scored at most."""
+    coverage_mode: str
+    """Part of the model that may be quantized: ``lm_only``."""
+    coverage_fraction: float
+    """Share of the covered groups that took part, 0 to 1."""
+    quant_formats: list[str]
+    """Names of the formats searched, one here."""
+
+
+class Model(Section):
+    """The checkpoint."""
+
+    id: str
+    """Path of the checkpoint when it was scored."""
+    name: str | None = None
+    """Directory of the model's results under ``models/``."""
+    short_name: str | None = None
+    """Short name, used by older run directories."""
+    digest: str | None = None
+    """SHA-256 over the contents of its configuration and weight files."""
+    architecture: str | None = None
+    """Class that loads it, from its ``config.json``."""
+    dtype: str | None = None
+    """Data type that the weights were loaded in."""
+
+
+class Dataset(Section):
+    """The calibration samples."""
+
+    name: str
+    """Name of the data set."""
+    path: str
+    """File that the samples were read from."""
+    digest: str
+    """SHA-256 of that file."""
+    modality: str
+    """What a sample is: ``text``."""
+    size: str
+    """Calibration size: ``small``, ``medium``, ``large``."""
+    samples_asked: int
+    """Samples that the size asks for."""
+    samples_used: int
+    """Samples that calibration used."""
+    samples_scored: int
+    """Samples that the score used."""
+    tokens: int
+    """Real tokens of the samples used."""
+    label_tokens: int
+    """Label tokens of the samples scored: real tokens predicted from real tokens."""
+    padding_share: float
+    """Padded tokens over all tokens that went through the model, 0 to 1; none enters a number."""
+    truncated: int
+    """Samples cut at ``calib_seq_len`` tokens."""
+    calib_seq_len: int
+    """Longest sample, in tokens."""
+
+
+class Quantization(Section):
+    """The format."""
+
+    pair: str
+    """Name of the precision pair, ``wfp8_afp8``."""
+    granularity: str
+    """Name of the granularity."""
+    experimental: bool
+    """Whether nobody is known to deploy the pair."""
+    effective_bits: float
+    """Bits a weight costs in this format, block scales included."""
+    modelopt_config: dict[str, Any]
+    """The ModelOpt configuration in full."""
+
+
+class Versions(Section):
+    """What computed it."""
+
+    qsens: str
+    """Version of qsens."""
+    torch: str
+    """Version of torch."""
+    transformers: str
+    """Version of transformers."""
+    modelopt: str | None
+    """Version of nvidia-modelopt, where it computed anything."""
+    device: str
+    """The device, in words: ``cpu`` or the card's name."""
+
+
+class Layer(Section):
+    """One module that can be quantized."""
+
+    quantized: bool
+    """Whether the search chose to quantize it, at the target of effective bits."""
+    module_type: str
+    """Its class under ModelOpt."""
+
+
+class AutoquantState(Section):
+    """The search's outcome at the target of effective bits."""
+
+    keys: list[str] = []
+    """Keys of the state that the search kept."""
+    constraints: dict[str, float] = {}
+    """Effective bits reached."""
+    score: float | None = None
+    """Sum of the scores of the groups that the search quantized."""
+    is_satisfied: bool | None = None
+    """Whether the target was met."""
+
+
+class GroupSensitivity(Section):
+    """Modules that share one format, and how much the format hurts them."""
+
+    formats: list[str]
+    """Format names with their effective bits; the last is no quantization."""
+    scores: list[float | None]
+    """Raw score of each format; none where it is not a finite number or was not computed."""
+    costs: list[float]
+    """ModelOpt's size of the group in each format, in 16-bit words."""
+    importance: float | None
+    """The score of the format searched."""
+    rank: int
+    """ModelOpt's rank: 1 is the *least* sensitive."""
+    members: list[str] | None = None
+    """Names of the modules in the group."""
+    kind: Kind | None = None
+    """What the group is in a decoder layer."""
+    depth: int | None = None
+    """Index of its layer, from 0."""
+    status: Status | None = None
+    """``scored``, ``disabled``, ``no_gradient``, ``non_finite``, ``failed``; a 0 is measured."""
+    reason: str | None = None
+    """Why it is not scored, where it is not."""
+    num_bits: float | None = None
+    """Effective bits of the format, block scales included."""
+    sensitivity: float | None = None
+    """``sum_i s_i / T_b(i)^2``: ModelOpt's number."""
+    sensitivity_per_token: float | None = None
+    """``sum_i s_i / sum_i T_i``: comparable between batches and sizes."""
+    size_cost: float | None = None
+    """Weight elements x effective bits / 16: the group's size in 16-bit words."""
+
+
+class RankedGroup(Section):
+    """One line of the ranking."""
+
+    name: str
+    """Group name, with ModelOpt's suffix ``.quant_recipe``."""
+    importance: float | None
+    """The score of the format searched."""
+
+
+class Manifest(Section):
+    """The machine-readable result of one cell."""
+
+    schema_version: int = 0
+    """Version of this schema; 0 is the older layout."""
+    cell: str | None = None
+    """Cell id, ``wfp8_afp8-small``."""
+    cell_digest: str | None = None
+    """Digest of all that changes the numbers."""
+    engine: str | None = None
+    """What computed the scores: ``modelopt``."""
+    created: str | None = None
+    """When the scores were computed, ISO 8601, UTC."""
+    scheme: Scheme
+    """What was asked for."""
+    model: Model
+    """The checkpoint."""
+    dataset: Dataset | None = None
+    """The calibration samples."""
+    quantization: Quantization | None = None
+    """The format."""
+    versions: Versions | None = None
+    """What computed it."""
+    partial: list[str] = []
+    """Why this result is partial; empty when it is whole."""
+    notices: list[str] = []
+    """What a reader should know: experimental pairs, fallbacks."""
+    timings: dict[str, float] = {}
+    """Seconds by phase: ``load``, ``calibrate``, ``score``."""
+    num_quantized_layers: int
+    """Modules that can be quantized, covered or not."""
+    layers: dict[str, Layer]
+    """Those modules, by name."""
+    autoquant_state: AutoquantState
+    """The search's outcome."""
+    layer_sensitivity: dict[str, GroupSensitivity] = Field(min_length=1)
+    """Groups by ModelOpt's name, with the suffix ``.quant_recipe``."""
+    sensitivity_ranking: list[RankedGroup]
+    """All groups, least sensitive first."""
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest of this or of the older layout; older rows get status and bits.
+
+    Raises:
+        UserError: The file is no manifest; the message names the first key that is wrong.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        manifest = Manifest.model_validate(data)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"cannot be read: {error}", where=str(path), remedy="Name a whole manifest."
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"is no manifest: {key or 'top level'}: {first['msg']}",
+            where=str(path),
+            remedy="Name a manifest that ends in " + MANIFEST_SUFFIX + ".",
+        ) from error
+    if manifest.schema_version >= SCHEMA_VERSION:
+        return manifest
+    rows = {
+        key: _complete(key, row, manifest.layers) for key, row in manifest.layer_sensitivity.items()
+    }
+    return manifest.model_copy(update={"layer_sensitivity": rows})
+
+
+def find_manifest(directory: Path) -> Path:
+    """Return the one manifest in ``directory``.
+
+    Raises:
+        UserError: There is none, or more than one.
+    """
+    if directory.is_file():
+        return directory
+    found = sorted(directory.glob(f"*{MANIFEST_SUFFIX}")) or sorted(directory.glob("*.json"))
+    found = [path for path in found if not path.name.startswith(("per-layer-", "summary", "plan"))]
+    if len(found) == 1:
+        return found[0]
+    what = f"holds {len(found)} manifests" if found else "holds no manifest"
+    raise UserError(
+        what,
+        where=str(directory),
+        remedy=f"Name a directory with one *{MANIFEST_SUFFIX}, or the file itself.",
+    )
+
+
+def dump_json(value: Any) -> str:
+    """Return JSON as qsens writes it: keys in their given order, full precision, no NaN."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def group_name(key: str) -> str:
+    """Return a group's name without ModelOpt's suffix."""
+    return key.removesuffix(GROUP_SUFFIX)
+
+
+def kind_of(name: str, vision: bool = False) -> Kind:
+    """Say what a module or group is, from its name."""
+    if vision or re.search(r"(^|\.)(visual|vision_tower|vision_model)\.", name):
+        return "vision"
+    leaf = name.rsplit(".", 1)[-1]
+    table: Mapping[str, Kind] = {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv", "qkv_proj"), "qkv"),
+        **dict.fromkeys(("o_proj", "out_proj"), "o"),
+        **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "gate_up"),
+        "down_proj": "down",
+        "experts": "experts",
+        **dict.fromkeys(("lm_head", "output_layer"), "head"),
+    }
+    return table.get(leaf, "other")
+
+
+def depth_of(name: str) -> int | None:
+    """Return the index of a module's layer, from its name; none outside the layers."""
+    match = re.search(r"\.(?:layers|blocks|h)\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
+
+
+def _complete(key: str, row: GroupSensitivity, layers: Mapping[str, Layer]) -> GroupSensitivity:
+    """Give a row of the older layout what the newer one states."""
+    name = group_name(key)
+    parent, _, leaf = name.rpartition(".")
+    fused = next((leaves for leaves in _FUSED if leaf in leaves), (leaf,))
+    members = [f"{parent}.{sibling}" for sibling in fused if f"{parent}.{sibling}" in layers]
+    unquantized = row.formats[0].startswith("NONE")
+    score = row.scores[0]
+    status: Status = "scored"
+    if unquantized:
+        status = "disabled"
+    elif score is None:
+        status = "non_finite"
+    elif score == 0:
+        status = "no_gradient"
+    bits = re.search(r"effective-bits: ([\d.]+)", row.formats[0])
+    return row.model_copy(
+        update={
+            "members": row.members or members or [name],
+            "kind": kind_of(name),
+            "depth": depth_of(name),
+            "status": status,
+            "num_bits": float(bits.group(1)) if bits else None,
+            "sensitivity": score if status == "scored" else None,
+            "size_cost": row.costs[0],
+        }
+    )

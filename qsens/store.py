@@ -1,0 +1,225 @@
+"""Where results lie, atomic writes, locks, and what is done already.
+
+A result lives once at ``<results>/.cells/<cell digest>/`` and is never overwritten; publishing
+copies it into the layout. The manifest is written last: a directory without one is no result.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qsens.errors import TryAgain
+from qsens.grid import Cell, Plan
+from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX
+
+MANIFEST = "manifest.json"
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The directories of one plan.
+
+    Attributes:
+        plan: The plan whose results these are.
+    """
+
+    plan: Plan
+
+    def result_dir(self, cell: Cell) -> Path:
+        """Return where the result of ``cell`` lives, whether it is there or not."""
+        return self.plan.results / ".cells" / cell.digest
+
+    def manifest(self, cell: Cell) -> Path:
+        """Return where the manifest of ``cell`` lives, whether it is there or not."""
+        return self.result_dir(cell) / MANIFEST
+
+    def state(self, cell: Cell) -> Path:
+        """Return where the tensors of ``cell`` live, whether they are there or not."""
+        return self.result_dir(cell) / STATE
+
+    def failure(self, cell: Cell) -> Path:
+        """Return where the reason is kept why ``cell`` could not be computed."""
+        return self.plan.results / ".cells" / f"{cell.digest}.failed.json"
+
+    def is_done(self, cell: Cell) -> bool:
+        """Return whether the result of ``cell`` is there."""
+        return self.manifest(cell).is_file()
+
+    def model_dir(self) -> Path:
+        """Return the directory of all that is published for the model."""
+        config = self.plan.config
+        if config.runner.output_dir is not None:
+            return config.runner.output_dir
+        if config.output_layout == "tmp":
+            return self.plan.results / "tmp" / self.plan.sweep_id
+        return self.plan.results / "models" / config.model.name / "layer-analysis"
+
+    def sweep_dir(self) -> Path:
+        """Return the directory of the sweep's own reports."""
+        config = self.plan.config
+        if config.runner.output_dir is not None or config.output_layout == "tmp":
+            return self.model_dir()
+        return self.model_dir() / "sweeps" / self.plan.sweep_id
+
+    def cell_dir(self, cell: Cell) -> Path:
+        """Return the directory that ``cell`` is published in."""
+        config = self.plan.config
+        if config.runner.output_dir is not None:
+            alone = len(self.plan.cells) == 1
+            return self.model_dir() if alone else self.model_dir() / cell.cell
+        if config.output_layout == "tmp":
+            return self.model_dir() / cell.cell
+        pair = self.plan.pair(cell)
+        directory = self.model_dir() / f"weight-{pair.weight}-act-{pair.activation}"
+        if cell.granularity != "default":
+            directory /= cell.granularity
+        return directory / self.plan.run_dir(cell)
+
+    def published(self, cell: Cell) -> dict[str, Path]:
+        """Return where manifest and state of ``cell`` are published."""
+        directory, scheme = self.cell_dir(cell), self.plan.scheme(cell)
+        return {
+            "manifest": directory / f"{scheme}{MANIFEST_SUFFIX}",
+            "state": directory / f"{scheme}{STATE_SUFFIX}",
+        }
+
+    @contextmanager
+    def lock(self, cell: Cell, *, wait: bool) -> Iterator[None]:
+        """Hold the lock of the result of ``cell``; it dies with the process.
+
+        Args:
+            cell: The cell.
+            wait: Whether to wait for another process that computes it.
+
+        Raises:
+            TryAgain: Another process holds the lock, and ``wait`` is false.
+        """
+        path = self.plan.results / ".cells" / f"{cell.digest}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(path, timeout=-1 if wait else 0):
+                yield
+        except Timeout as error:
+            raise TryAgain(
+                "its result is being computed by another process",
+                where=cell.cell,
+                remedy="Run it again when that process has ended.",
+            ) from error
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``path`` whole or not at all: temporary file, fsync, rename.
+
+    Raises:
+        TryAgain: The disk is full.
+    """
+    with write_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 with LF line ends, whole or not at all."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy ``source`` to ``target``, whole or not at all; equal content is left alone."""
+    if target.is_file() and target.read_bytes() == source.read_bytes():
+        return
+    with write_file(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextmanager
+def write_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success it is fsynced and renamed to ``path``.
+
+    Raises:
+        TryAgain: The disk is full; nothing is left behind.
+    """
+    with _full_disk_is_said(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"
+        )
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _fsync_directory(path.parent)
+
+
+@contextmanager
+def write_directory(path: Path, *, last: str) -> Iterator[Path]:
+    """Yield a temporary directory; on success it becomes ``path``, the file ``last`` renamed last.
+
+    A ``path`` that holds ``last`` already is kept and the new content dropped: results are never
+    overwritten.
+
+    Raises:
+        TryAgain: The disk is full; nothing is left behind.
+    """
+    with _full_disk_is_said(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(
+            tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+        )
+        try:
+            yield temporary
+            if (path / last).is_file():
+                return
+            path.mkdir(exist_ok=True)
+            files = sorted(temporary.iterdir(), key=lambda file: file.name == last)
+            for file in files:
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+                file.chmod(0o666 & ~_umask())
+                file.replace(path / file.name)
+            _fsync_directory(path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _fsync_directory(path.parent)
+
+
+@contextmanager
+def _full_disk_is_said(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TryAgain(
+            "no space left on the disk; nothing was written",
+            where=str(path.parent),
+            remedy="Free some space, then run it again: what is done already is kept.",
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
