@@ -1,0 +1,287 @@
+"""The command line: verbs and printing, no logic.
+
+JSON goes to stdout with ``--json``; progress and messages go to stderr. Exit codes are those of
+:mod:`qsens.errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qsens import __version__
+from qsens.config import choices
+from qsens.config.reference import describe_keys
+from qsens.errors import QsensError, UserError
+from qsens.grid import read_plan
+from qsens.progress import ProgressLine
+
+app = typer.Typer(
+    name="qsens",
+    help="Which layers of a model break in low precision, in which format, and how sure that is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+_stdout = Console(highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+PlanFile = Annotated[Path, typer.Option("--plan", help="plan.json, from `qsens plan --out`.")]
+CellId = Annotated[str, typer.Option("--cell", help="Id of one cell, such as wfp8_afp8-small.")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[PRESET] [KEY=VALUE]...",
+        help="A preset below configs/sweep/ (single when left out), then overrides.",
+        show_default=False,
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line; an error on purpose is one message and its exit code."""
+    as_json = "--json" in sys.argv[1:]
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    try:
+        app(standalone_mode=True)
+    except QsensError as error:
+        fail(error, as_json=as_json)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def fail(error: QsensError, *, as_json: bool) -> NoReturn:
+    """Print an error once and leave with its exit code."""
+    if as_json:
+        print(json.dumps(error.as_dict(), ensure_ascii=False))
+    _stderr.print("error: " + str(error), style="red", markup=False)
+    sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def plan(
+    words: Words = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write plan.json.")] = None,
+    lanes: Annotated[int, typer.Option(min=1, max=64, help="GPUs to share the grid among.")] = 1,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key and leave.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Validate a sweep and print its grid. Spends no GPU time and imports no torch.
+
+    Presets: see configs/sweep/. Overrides are dotted keys, lists by comma:
+    quant_pair=wfp8_afp8,wint8_afp16 dataset.size=small,medium model.path=CHECKPOINT
+    """
+    if keys:
+        _print_keys(as_json)
+        return
+    from qsens.pipeline.plan import describe, plan_sweep
+
+    preset, overrides = _split(words)
+    made = plan_sweep(preset, overrides, lanes=lanes, out=out)
+    described = describe(made, out.resolve() if out else None)
+    _say_notices(made.notices)
+    if as_json:
+        _print_json(described)
+        return
+    table = Table(title=f"plan {made.plan_id}, sweep {made.sweep_id}", title_justify="left")
+    for column in ("cell", "coverage", "modality", "lane", "result"):
+        table.add_column(column)
+    for cell in described["cells"]:
+        done = "there" if cell["done"] else "to compute"
+        table.add_row(cell["cell"], cell["coverage"], cell["modality"], str(cell["lane"]), done)
+    _stdout.print(table)
+
+
+@app.command()
+def sweep(
+    words: Words = None,
+    multirun: Annotated[bool, typer.Option("-m", "--multirun", help="Means nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Plan, calibrate, score and publish in one process, without Airflow."""
+    from qsens.pipeline.plan import plan_sweep
+    from qsens.pipeline.sweep import run_sweep
+
+    preset, overrides = _split(words)
+    made = plan_sweep(preset, overrides)
+    _say_notices(made.notices)
+    with ProgressLine(_stderr, cells=[cell.cell for cell in made.cells]) as line:
+        published, errors = run_sweep(made, progress=line.update)
+    for error in errors:
+        _stderr.print("error: " + str(error), style="red", markup=False)
+    _print_published(published, as_json)
+    if errors:
+        sys.exit(errors[0].exit_code)
+
+
+@app.command()
+def calibrate(plan: PlanFile, cell: CellId, as_json: Json = False) -> None:
+    """Make sure that a cell's calibration is there."""
+    from qsens.pipeline.cell import calibrate as step
+
+    _print_step(step(read_plan(plan), cell), as_json)
+
+
+@app.command()
+def score(plan: PlanFile, cell: CellId, as_json: Json = False) -> None:
+    """Make sure that a cell's result is there; one that is costs no import of torch."""
+    from qsens.pipeline.cell import score as step
+
+    with ProgressLine(_stderr, cells=[cell]) as line:
+        done = step(read_plan(plan), cell, progress=lambda *steps: line.update(cell, *steps))
+    _print_step(done, as_json)
+
+
+@app.command()
+def publish(
+    plan: PlanFile,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Say so: publishing never computes anyway.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy the results of a plan into the layout and write reports. Never computes."""
+    from qsens.pipeline.publish import publish as step
+
+    _print_published(step(read_plan(plan)), as_json)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Holds one manifest.")],
+    as_json: Json = False,
+) -> None:
+    """Write the reports of a directory that holds a manifest, of ours or of the older layout."""
+    from qsens.pipeline.publish import report as step
+
+    written = step(directory)
+    if as_json:
+        _print_json(written)
+        return
+    for path in written["reports"]:
+        _stdout.print(path, markup=False)
+
+
+@app.command("demo-model")
+def demo_model(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where; that of model=tiny_qwen3_vl.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of its training.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Build and train the demo checkpoint, a tiny real Qwen3-VL."""
+    from qsens.config import load_sweep
+
+    target = directory or load_sweep("demo").config.model.path
+    from qsens.demo.checkpoint import build
+
+    with ProgressLine(_stderr, cells=[]) as line:
+        built = build(
+            target,
+            seed=seed,
+            progress=lambda step, steps, loss: line.update("demo-model", "train", step, steps),
+        )
+    described = {
+        "directory": str(built.directory),
+        "parameters": built.parameters,
+        "held_out_loss_nats_per_token": built.held_out_loss,
+        "unigram_entropy_nats_per_token": built.unigram_entropy,
+        "seconds": round(built.seconds, 1),
+    }
+    if as_json:
+        _print_json(described)
+        return
+    for name, value in described.items():
+        _stdout.print(f"{name}: {value}", markup=False)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed and free here, and what would fail."""
+    from qsens.pipeline.doctor import examine
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+        return
+    for name, value in found.items():
+        if name != "problems":
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            if isinstance(value, dict):
+                text = "; ".join(f"{key}: {item}" for key, item in value.items())
+            _stdout.print(f"{name}: {text}", markup=False)
+    for problem in found["problems"]:
+        _stdout.print(f"problem: {problem}", style="yellow", markup=False)
+
+
+def _split(words: list[str] | None) -> tuple[str, list[str]]:
+    """Split a preset from the overrides that follow it."""
+    rest = list(words or [])
+    preset = rest.pop(0) if rest and "=" not in rest[0] else "single"
+    stray = [word for word in rest if "=" not in word]
+    if stray:
+        raise UserError(
+            f"'{stray[0]}' is neither the preset nor KEY=VALUE",
+            where="the command line",
+            remedy=f"Presets: {', '.join(choices('sweep'))}. Overrides: dataset.size=small.",
+        )
+    return preset, rest
+
+
+def _say_notices(notices: list[str]) -> None:
+    for notice in notices:
+        _stderr.print(f"note: {notice}", style="yellow", markup=False)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _print_step(outcome: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(outcome)
+        return
+    words = "computed" if outcome["computed"] else outcome["status"]
+    _stdout.print(f"{outcome['cell']}: {words} in {outcome['seconds']} s", markup=False)
+
+
+def _print_published(published: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(published)
+        return
+    for entry in published["missing"]:
+        _stdout.print(f"PARTIAL: {entry['cell']}: {entry['reason']}", style="red", markup=False)
+    _stdout.print(published["index"], markup=False)
+
+
+def _print_keys(as_json: bool) -> None:
+    described = describe_keys()
+    if as_json:
+        _print_json(described)
+        return
+    table = Table(show_lines=False)
+    for column in ("key", "default", "allowed", "meaning"):
+        table.add_column(column, overflow="fold")
+    for row in described:
+        table.add_row(row["key"], row["default"], row["allowed"], row["meaning"])
+    _stdout.print(table, markup=False)

@@ -1,0 +1,91 @@
+"""Caption files, read without torch: one caption a line."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qsens.config import DatasetConfig
+from qsens.config.models import SIZES, Size
+from qsens.errors import UserError
+from qsens.grid import SamplesIdentity
+
+
+def read_captions(path: Path) -> list[str]:
+    """Return the captions of a file: non-empty lines, stripped, in order.
+
+    A byte-order mark and CRLF line ends are taken as what they are.
+
+    Raises:
+        UserError: The file is missing, empty, or no UTF-8; the message names the line.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror}",
+            where=f"captions file {path}",
+            remedy="Set dataset.directory, or choose another data set, such as dataset=demo.",
+        ) from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"line {line} is no UTF-8 (byte 0x{data[error.start]:02x})",
+            where=f"captions file {path}",
+            remedy="Save the file as UTF-8.",
+        ) from error
+    captions = [line.strip() for line in text.replace("\r\n", "\n").split("\n")]
+    captions = [caption for caption in captions if caption]
+    if not captions:
+        raise UserError(
+            "holds no caption", where=f"captions file {path}", remedy="Write one caption a line."
+        )
+    return captions
+
+
+def identify_samples(
+    dataset: DatasetConfig, sizes: Sequence[Size]
+) -> tuple[dict[Size, SamplesIdentity], list[str]]:
+    """Read the files of ``sizes``; check that each is the head of the next.
+
+    Returns:
+        What each file is, and a notice for each that is shorter than its size.
+
+    Raises:
+        UserError: A file is missing or broken, or is not the head of the next larger one.
+    """
+    found: dict[Size, SamplesIdentity] = {}
+    heads: dict[Size, list[str]] = {}
+    notices = []
+    for size in sizes:
+        path = dataset.path(size)
+        captions = read_captions(path)
+        heads[size] = captions[: dataset.limit(size)]
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        found[size] = SamplesIdentity(path=path, digest=digest, available=len(captions))
+        if len(captions) < dataset.asked(size):
+            notices.append(
+                f"{path.name} holds {len(captions)} captions, fewer than the {dataset.asked(size)} "
+                f"of size '{size}': its results are PARTIAL"
+            )
+    _check_nesting(dataset, heads)
+    return found, notices
+
+
+def _check_nesting(dataset: DatasetConfig, heads: Mapping[Size, list[str]]) -> None:
+    ordered = [size for size in SIZES if size in heads]
+    for smaller, larger in itertools.pairwise(ordered):
+        common = min(len(heads[smaller]), len(heads[larger]))
+        for line, (a, b) in enumerate(
+            zip(heads[smaller][:common], heads[larger][:common], strict=True), start=1
+        ):
+            if a != b:
+                raise UserError(
+                    f"is not the head of {dataset.path(larger).name}: caption {line} differs",
+                    where=f"captions file {dataset.path(smaller)}",
+                    remedy="Make each size the first captions of the next larger one.",
+                )

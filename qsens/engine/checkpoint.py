@@ -1,0 +1,118 @@
+"""Load a checkpoint: model and tokenizer, from a local directory, safetensors only. Needs torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+
+from qsens.config import ModelConfig
+from qsens.engine.files import read_config, weight_files
+from qsens.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of that name; ``auto`` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: A GPU is asked for that is not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (
+        not available or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UserError(
+            f"there is no device '{name}'",
+            where="autoquant.device",
+            remedy=f"{torch.cuda.device_count()} CUDA devices are visible; use auto or cpu.",
+        )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device in words: ``cpu``, or the card's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
+    """Load the model in evaluation mode, in the data type of its model file.
+
+    Raises:
+        UserError: The files are not whole, or this transformers cannot load the architecture.
+    """
+    weight_files(config.path)
+    settings = _settings(config)
+    auto = (
+        AutoModelForImageTextToText
+        if type(settings) in AutoModelForImageTextToText._model_mapping
+        else AutoModelForCausalLM
+    )
+    model, report = auto.from_pretrained(
+        config.path,
+        config=settings,
+        dtype=getattr(torch, config.dtype),
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{len(missing)} weights are missing, the first is {missing[0]}",
+            where=f"model.path = {config.path}",
+            remedy="The score of a randomly filled layer means nothing: get the whole checkpoint.",
+        )
+    model.requires_grad_(False)
+    module: nn.Module = model.to(device).eval()
+    return module
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Load the checkpoint's own tokenizer.
+
+    Raises:
+        UserError: There is none, or it is broken.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.path, local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"its tokenizer cannot be loaded: {_first_line(error)}",
+            where=f"model.path = {config.path}",
+            remedy="Save the tokenizer beside the weights.",
+        ) from error
+
+
+def _settings(config: ModelConfig) -> Any:
+    described = read_config(config.path)
+    try:
+        return AutoConfig.from_pretrained(
+            config.path, local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        kind = described.get("model_type", "unknown")
+        raise UserError(
+            f"transformers {transformers.__version__} cannot load model type '{kind}': "
+            f"{_first_line(error)}",
+            where=f"model.path = {config.path}",
+            remedy="Install a newer transformers, or set model.trust_remote_code=true if the "
+            "checkpoint brings its own code and you trust it.",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:300]

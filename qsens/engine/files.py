@@ -1,0 +1,190 @@
+"""A checkpoint's files, read without torch: what it is, whether it is whole, its digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from qsens.errors import UserError
+from qsens.grid import CheckpointIdentity, digest_of
+from qsens.store import write_text
+
+INDEX = "model.safetensors.index.json"
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_REMEDY = "Download the checkpoint again, or set model.path to a whole one."
+
+
+def identify(path: Path, *, cache: Path | None = None) -> CheckpointIdentity:
+    """Read what a checkpoint is, and hash its content.
+
+    Args:
+        path: Directory of the checkpoint.
+        cache: File that keeps digests by path, size and modification time, so that several
+            gigabytes are not read again every night; nothing is kept when not given.
+
+    Raises:
+        UserError: The directory is missing, holds no safetensors, or lacks a shard.
+    """
+    config = read_config(path)
+    weights = weight_files(path)
+    known = _read_cache(cache)
+    files = [path / "config.json", *weights]
+    tokenizer = [path / name for name in _TOKENIZER if (path / name).is_file()]
+    if not tokenizer:
+        raise UserError(
+            "has no tokenizer files", where=str(path), remedy="Save the tokenizer beside it."
+        )
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = dict(
+            zip(
+                [*files, *tokenizer],
+                pool.map(lambda file: _digest(file, known), [*files, *tokenizer]),
+                strict=True,
+            )
+        )
+    if cache is not None:
+        text = json.dumps(dict(sorted(known.items())), indent=1)
+        if not cache.is_file() or cache.read_text(encoding="utf-8") != text:
+            write_text(cache, text)
+    return CheckpointIdentity(
+        path=path,
+        digest=digest_of({file.name: digests[file] for file in files}),
+        tokenizer_digest=digest_of({file.name: digests[file] for file in tokenizer}),
+        architecture=str((config.get("architectures") or ["unknown"])[0]),
+        weight_bytes=sum(file.stat().st_size for file in weights),
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a checkpoint's ``config.json``.
+
+    Raises:
+        UserError: The directory or the file is missing or broken.
+    """
+    if not path.is_dir():
+        raise UserError(
+            "the checkpoint's directory does not exist",
+            where=f"model.path = {path}",
+            remedy="Set model.path to a local checkpoint; `qsens demo-model` builds a small one.",
+        )
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError("has no config.json", where=str(path), remedy=_REMEDY) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"is broken: {error}", where=str(file), remedy=_REMEDY) from error
+    if not isinstance(config, dict):
+        raise UserError("is no JSON object", where=str(file), remedy=_REMEDY)
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return a checkpoint's safetensors files, sorted; each one's header has been read.
+
+    Raises:
+        UserError: There are none, one is missing, or one is cut short.
+    """
+    index = path / INDEX
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise UserError(f"is broken: {error}", where=str(index), remedy=_REMEDY) from error
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(names)} weight files are missing, first {missing[0]}",
+                where=str(path),
+                remedy=_REMEDY,
+            )
+        files = [path / name for name in names]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        others = sorted(file.name for file in path.glob("*.bin"))
+        raise UserError(
+            "holds weights as pickle (.bin) only" if others else "holds no *.safetensors",
+            where=str(path),
+            remedy="Save it with save_pretrained(); pickles are never loaded."
+            if others
+            else _REMEDY,
+        )
+    for file in files:
+        read_header(file)
+    return files
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """Return a safetensors header: name to ``dtype``, ``shape``, ``data_offsets``.
+
+    Raises:
+        UserError: The file is no safetensors file, or shorter than its header says.
+    """
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + length + end != size:
+            raise ValueError(f"it has {size} bytes where its header says {8 + length + end}")
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"is broken: {error}", where=str(file), remedy=_REMEDY) from error
+    assert isinstance(header, dict)
+    return header
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight, by name."""
+    return {
+        name: tuple(entry["shape"])
+        for file in weight_files(path)
+        for name, entry in read_header(file).items()
+    }
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(path: Path, known: dict[str, str]) -> str:
+    stat = path.stat()
+    key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    if key not in known:
+        known[key] = digest_file(path)
+    return known[key]
+
+
+def _read_cache(cache: Path | None) -> dict[str, str]:
+    if cache is None or not cache.is_file():
+        return {}
+    try:
+        data = json.loads(cache.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,216 @@
+"""The reference engine: one ``mtq.auto_quantize`` a cell. Needs torch and modelopt.
+
+What a user would run by hand, with three differences that make its numbers well defined: batches
+hold no padding, each sample's loss is weighted by ``1 / T_b`` of its nominal batch, and the scores
+are read before ModelOpt's search clamps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+
+import modelopt.torch.quantization as mtq
+import torch
+import torch.nn.functional as F
+from modelopt.torch.opt.utils import named_hparams
+from modelopt.torch.quantization.algorithms import QuantRecipe, QuantRecipeHparam
+from torch import nn
+
+from qsens.config import PairConfig
+from qsens.engine.groups import Group, find_groups
+from qsens.engine.samples import Batch, Samples, equal_length_batches, nominal_labels
+from qsens.engine.scores import CellScores, GroupScore, Progress, silent
+from qsens.errors import UserError
+from qsens.manifest import GROUP_SUFFIX
+
+
+def refuse_impossible(pair: PairConfig, device: torch.device) -> None:
+    """Raise where ModelOpt has no kernel for the pair on ``device``.
+
+    Raises:
+        UserError: A weight or an input quantizer has block scales of its own type, on a CPU.
+    """
+    for quantizer in (pair.weight_quantizer, pair.input_quantizer):
+        blocks = quantizer.block_sizes if quantizer else None
+        if device.type == "cpu" and blocks and "scale_bits" in blocks:
+            raise UserError(
+                f"ModelOpt quantizes {pair.format} on a GPU only",
+                where=f"pair {pair.name}, autoquant.engine=modelopt, device cpu",
+                remedy="Leave the pair out, or run it on a machine with a GPU.",
+            )
+
+
+def score_cell(
+    model: nn.Module,
+    samples: Samples,
+    pair: PairConfig,
+    *,
+    disabled: Sequence[str],
+    sizes: Sequence[int],
+    scored: int,
+    batch_size: int,
+    progress: Progress = silent,
+) -> CellScores:
+    """Calibrate and score one cell.
+
+    Args:
+        model: The model, fresh from its checkpoint; it is converted, and of no use afterwards.
+        samples: All samples of the cell's size.
+        pair: The format.
+        disabled: Module name patterns that stay unquantized.
+        sizes: Sample counts that no batch crosses: those of the data set's sizes.
+        scored: The score uses the first ``scored`` samples.
+        batch_size: Samples of a nominal batch, and of a batch at most.
+        progress: Called as batches go through.
+
+    Raises:
+        UserError: ModelOpt cannot quantize to the pair on the model's device.
+    """
+    device = next(model.parameters()).device
+    refuse_impossible(pair, device)
+    groups = find_groups(model, disabled)
+    batches = equal_length_batches(samples, boundaries=[*sizes, scored], batch_size=batch_size)
+    score_steps = sum(batch.samples[0] < scored for batch in batches)
+    nominal = nominal_labels(samples, scored=scored, batch_size=batch_size)
+    steps = _Steps(device, nominal, progress, len(batches), score_steps)
+
+    started = time.monotonic()
+    with _quiet(), torch.enable_grad():
+        mtq.auto_quantize(
+            model,
+            constraints={
+                # Always feasible: only the scores are taken from this search.
+                "effective_bits": max(8.0, pair.effective_bits),
+                "cost": {"excluded_module_name_patterns": list(disabled)},
+            },
+            quantization_formats=[pair.modelopt()],
+            data_loader=batches,
+            forward_step=steps.forward,
+            loss_func=steps.loss,
+            disabled_layers=list(disabled),
+            num_calib_steps=len(batches),
+            num_score_steps=score_steps,
+            verbose=False,
+        )
+    ended = time.monotonic()
+
+    hparams = {
+        name.removesuffix(GROUP_SUFFIX): hparam
+        for name, hparam in named_hparams(model, unique=True)
+        if isinstance(hparam, QuantRecipeHparam)
+    }
+    found = {name: tuple(hparam.quant_module_names) for name, hparam in hparams.items()}
+    expected = {group.name: group.members for group in groups}
+    if found != expected:
+        raise RuntimeError(f"ModelOpt grouped otherwise: {sorted(set(found) ^ set(expected))[:5]}")
+    calibrated = steps.calibrated or started
+    return CellScores(
+        groups=tuple(_score(group, hparams[group.name]) for group in groups),
+        module_types={
+            name: type(model.get_submodule(name)).__name__
+            for group in groups
+            for name in group.members
+        },
+        tensors=_maxima(model, groups, hparams),
+        timings={"calibrate": calibrated - started, "score": ended - calibrated},
+        padding_share=0.0,
+    )
+
+
+class _Steps:
+    """The callables that ``mtq.auto_quantize`` wants; they tell the two phases apart."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        nominal: list[int],
+        progress: Progress,
+        calib_steps: int,
+        score_steps: int,
+    ) -> None:
+        self.device = device
+        self.nominal = nominal
+        self.progress = progress
+        self.calib_steps = calib_steps
+        self.score_steps = score_steps
+        self.forwards = 0
+        self.losses = 0
+        self.calibrated: float | None = None
+
+    def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            self.forwards += 1
+            self.progress("calibrate", min(self.forwards, self.calib_steps), self.calib_steps)
+        elif self.calibrated is None:
+            self.calibrated = time.monotonic()
+        moved = batch.to(self.device)
+        output = model(
+            input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False
+        )
+        logits: torch.Tensor = output.logits
+        return logits
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return ``sum_i loss_i / T_b(i)``, with ``loss_i`` summed over a sample's labels."""
+        weights = torch.tensor(
+            [1.0 / (self.nominal[index] or 1) for index in batch.samples], device=logits.device
+        )
+        labels = batch.input_ids[:, 1:].to(logits.device)
+        losses = F.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none"
+        ).view(labels.shape)
+        mask = batch.label_mask().to(logits.device)
+        self.losses += 1
+        self.progress("score", self.losses, self.score_steps)
+        return ((losses * mask).sum(dim=1) * weights).sum()
+
+
+def _score(group: Group, hparam: QuantRecipeHparam) -> GroupScore:
+    if not group.covered:
+        return GroupScore(group, "disabled", "outside the coverage")
+    recipe = _recipe(hparam)
+    # get_score() turns a missing score into 0 and the search clamps; both would hide something.
+    values = [hparam._importance_dict[recipe][module] for module in hparam.score_modules]
+    if any(value is None for value in values):
+        return GroupScore(group, "no_gradient", "no gradient reached it")
+    score = math.fsum(float(value) for value in values)
+    if not math.isfinite(score):
+        return GroupScore(group, "non_finite", f"its score is {score}")
+    return GroupScore(group, "scored", sensitivity=score)
+
+
+def _maxima(
+    model: nn.Module, groups: Sequence[Group], hparams: dict[str, QuantRecipeHparam]
+) -> dict[str, torch.Tensor]:
+    """Return the calibrated maximum of every input, by module name."""
+    maxima = {}
+    for group in groups:
+        if not group.covered:
+            continue
+        hparam = hparams[group.name]
+        quantizers = hparam._all_quantizer_choices[_recipe(hparam)]
+        for name in group.members:
+            quantizer = quantizers[model.get_submodule(name)]["input_quantizer"]
+            amax = getattr(quantizer, "_amax", None)
+            if amax is not None:
+                maxima[f"amax.input.{name}"] = amax.detach().float().cpu()
+    return maxima
+
+
+def _recipe(hparam: QuantRecipeHparam) -> QuantRecipe:
+    """Return the one format that was searched."""
+    (recipe,) = (choice for choice in hparam.choices if choice != QuantRecipe(quant_cfg=None))
+    return recipe
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep ModelOpt's bars and hints off stdout, which belongs to the command's JSON."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,138 @@
+"""Samples as token ids, nominal batches, and the batches that really run. Needs torch.
+
+A label is a real token predicted from a real token, so a sample of ``L`` tokens has ``L - 1``
+labels. Which tokens are real is known from the sample's length, never from a token's id: a
+tokenizer without a pad token, or whose pad token is its end token, works like any other.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qsens.errors import UserError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Tokenized samples, in file order.
+
+    Attributes:
+        ids: Token ids of each sample, at most ``calib_seq_len`` long, without padding.
+        truncated: Whether each sample was cut.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    truncated: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return len(self.ids)
+
+    def tokens(self, count: int | None = None) -> int:
+        """Return the real tokens of the first ``count`` samples."""
+        return sum(len(ids) for ids in self.ids[:count])
+
+    def labels(self, count: int | None = None) -> list[int]:
+        """Return the label tokens ``T_i`` of each of the first ``count`` samples."""
+        return [max(0, len(ids) - 1) for ids in self.ids[:count]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that go through the model together.
+
+    Attributes:
+        samples: Indices of the samples, in file order.
+        input_ids: Token ids, ``(samples, longest)``, int64, padded on the right with 0.
+        attention_mask: 1 at real tokens, 0 at padding, same shape, int64.
+    """
+
+    samples: tuple[int, ...]
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on ``device``."""
+        return Batch(self.samples, self.input_ids.to(device), self.attention_mask.to(device))
+
+    def label_mask(self) -> torch.Tensor:
+        """Return where the next token is a label, ``(samples, longest - 1)``, bool."""
+        return self.attention_mask[:, 1:].bool()
+
+
+def tokenize(captions: Sequence[str], tokenizer: Any, *, longest: int) -> Samples:
+    """Return the token ids of ``captions``, cut at ``longest`` tokens.
+
+    Raises:
+        UserError: A caption gives no token at all.
+    """
+    encoded = tokenizer(list(captions), padding=False, truncation=False)["input_ids"]
+    for index, ids in enumerate(encoded):
+        if not ids:
+            raise UserError(
+                "the tokenizer gives it no token",
+                where=f"caption {index + 1}: {captions[index][:60]!r}",
+                remedy="Remove the caption.",
+            )
+    return Samples(
+        ids=tuple(tuple(ids[:longest]) for ids in encoded),
+        truncated=tuple(len(ids) > longest for ids in encoded),
+    )
+
+
+def nominal_labels(samples: Samples, *, scored: int, batch_size: int) -> list[int]:
+    """Return ``T_b(i)`` of each scored sample: the label tokens of its nominal batch.
+
+    Nominal batches are consecutive ``batch_size`` samples, in file order, of the first ``scored``.
+    """
+    labels = samples.labels(scored)
+    totals = [sum(labels[start : start + batch_size]) for start in range(0, scored, batch_size)]
+    return [totals[index // batch_size] for index in range(scored)]
+
+
+def equal_length_batches(
+    samples: Samples, *, boundaries: Iterable[int], batch_size: int
+) -> list[Batch]:
+    """Return batches of samples of one length each: nothing is ever padded.
+
+    A batch never crosses a boundary, so the batches of the first ``n`` samples come first for
+    every boundary ``n``.
+
+    Args:
+        samples: The samples.
+        boundaries: Sample counts that no batch crosses.
+        batch_size: Samples of a batch at most.
+    """
+    batches = []
+    for start, stop in segments(len(samples), boundaries):
+        by_length = defaultdict(list)
+        for index in range(start, stop):
+            by_length[len(samples.ids[index])].append(index)
+        for _, indices in sorted(by_length.items()):
+            for first in range(0, len(indices), batch_size):
+                batches.append(make_batch(samples, indices[first : first + batch_size]))
+    return batches
+
+
+def segments(count: int, boundaries: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the half-open ranges that ``boundaries`` cut ``range(count)`` into."""
+    cuts = sorted({0, count, *(cut for cut in boundaries if 0 < cut < count)})
+    return list(itertools.pairwise(cuts))
+
+
+def make_batch(samples: Samples, indices: Sequence[int]) -> Batch:
+    """Return one batch, padded on the right to its longest sample."""
+    longest = max(len(samples.ids[index]) for index in indices)
+    ids = torch.zeros(len(indices), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, index in enumerate(indices):
+        length = len(samples.ids[index])
+        ids[row, :length] = torch.tensor(samples.ids[index])
+        mask[row, :length] = 1
+    return Batch(tuple(indices), ids, mask)

@@ -1,0 +1,59 @@
+"""What an engine hands back for one cell: a score a group, with its status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from qsens.engine.groups import Group
+from qsens.manifest import Status
+
+
+Progress = Callable[[str, int, int], None]
+"""Called as work goes on: the phase, steps done, steps in all."""
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """The score of one group in one format.
+
+    Attributes:
+        group: The group.
+        status: Whether it was scored, and if not, why not.
+        reason: The same in words, where it was not.
+        sensitivity: ``sum_i s_i / T_b(i)^2``, in squared nats; none unless scored.
+        sensitivity_per_token: ``sum_i s_i / sum_i T_i``; none where the engine cannot tell.
+    """
+
+    group: Group
+    status: Status
+    reason: str | None = None
+    sensitivity: float | None = None
+    sensitivity_per_token: float | None = None
+
+
+@dataclass(frozen=True)
+class CellScores:
+    """The scores of one cell.
+
+    Attributes:
+        groups: One entry a group, in model order.
+        module_types: Class under ModelOpt of every module that can be quantized, by name.
+        tensors: Per-sample scores and calibration maxima, for the state file.
+        timings: Seconds by phase.
+        padding_share: Padded tokens over all tokens that went through the model, 0 to 1.
+        notices: What a reader should know about how it was computed.
+    """
+
+    groups: tuple[GroupScore, ...]
+    module_types: Mapping[str, str]
+    tensors: Mapping[str, torch.Tensor]
+    timings: Mapping[str, float]
+    padding_share: float
+    notices: tuple[str, ...] = field(default=())

@@ -1,0 +1,1 @@
+"""The steps of a sweep: plan, calibrate, score, publish; the only place that knows their order."""

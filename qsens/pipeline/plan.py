@@ -1,0 +1,91 @@
+"""The first step: read configuration, check what it names, lay out the grid.
+
+Never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qsens.config import Roots, load_sweep
+from qsens.engine.captions import identify_samples
+from qsens.engine.files import identify
+from qsens.grid import Plan, make_plan
+from qsens.store import Store, write_text
+
+_DISTRIBUTIONS = ("qsens", "torch", "transformers", "nvidia-modelopt")
+
+
+def plan_sweep(
+    preset: str = "single",
+    overrides: Iterable[str] = (),
+    *,
+    lanes: int = 1,
+    out: Path | None = None,
+    roots: Roots | None = None,
+) -> Plan:
+    """Validate a sweep and lay out its grid; no GPU time is spent.
+
+    Args:
+        preset: Name of a file below ``configs/sweep/``.
+        overrides: ``key=value`` strings.
+        lanes: Shares to split the grid into.
+        out: Where to write ``plan.json``; nothing is written when not given.
+        roots: Where things lie; from the environment when not given.
+
+    Raises:
+        UserError: Something in the configuration, the checkpoint or the samples must be mended.
+    """
+    roots = roots or Roots.from_environment()
+    loaded = load_sweep(preset, overrides, roots=roots)
+    config = loaded.config
+    checkpoint = identify(config.model.path, cache=roots.results / ".cells" / "digests.json")
+    samples, notices = identify_samples(config.dataset, config.dataset.size)
+    plan = make_plan(
+        config,
+        roots,
+        checkpoint=checkpoint,
+        samples=samples,
+        versions={name: installed_version(name) for name in _DISTRIBUTIONS},
+        lanes=lanes,
+        notices=(*loaded.notices, *notices),
+    )
+    if out is not None:
+        write_text(out, plan_json(plan))
+    return plan
+
+
+def plan_json(plan: Plan) -> str:
+    """Return ``plan.json`` as text."""
+    return plan.model_dump_json(indent=2) + "\n"
+
+
+def describe(plan: Plan, path: Path | None) -> dict[str, Any]:
+    """Return what ``qsens plan --json`` prints."""
+    store = Store(plan)
+    return {
+        "plan_id": plan.plan_id,
+        "sweep_id": plan.sweep_id,
+        "plan_path": str(path) if path else None,
+        "notices": plan.notices,
+        "cells": [
+            {
+                **cell.model_dump(
+                    include={"cell", "pair", "granularity", "coverage", "modality", "size", "lane"}
+                ),
+                "done": store.is_done(cell),
+            }
+            for cell in plan.cells
+        ],
+    }
+
+
+def installed_version(name: str) -> str:
+    """Return the installed version of a distribution, or ``none``."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"

@@ -1,0 +1,177 @@
+"""Turn an engine's scores into a cell's manifest."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from qsens.analysis.allocation import allocate
+from qsens.engine.scores import CellScores, GroupScore
+from qsens.grid import Cell, Plan
+from qsens.manifest import (
+    GROUP_SUFFIX,
+    SCHEMA_VERSION,
+    AutoquantState,
+    Dataset,
+    GroupSensitivity,
+    Layer,
+    Manifest,
+    Model,
+    Quantization,
+    RankedGroup,
+    Scheme,
+    Versions,
+)
+
+_NONE = "NONE(effective-bits: 16.0)"
+
+
+def build_manifest(
+    plan: Plan,
+    cell: Cell,
+    scores: CellScores,
+    *,
+    dataset: Dataset,
+    device: str,
+    timings: dict[str, float],
+) -> Manifest:
+    """Return the manifest of ``cell``.
+
+    Args:
+        plan: The plan.
+        cell: The cell.
+        scores: What the engine found.
+        dataset: What the samples were.
+        device: The device in words.
+        timings: Seconds by phase, the engine's own included.
+    """
+    config, pair = plan.config, plan.pair(cell)
+    covered = [score for score in scores.groups if score.group.covered]
+    bits = pair.effective_bits
+    found = allocate(
+        [score.sensitivity for score in covered],
+        [score.group.weights for score in covered],
+        format_bits=bits,
+        target_bits=config.autoquant.effective_bits,
+    )
+    quantized = {
+        member: chosen
+        for score, chosen in zip(covered, found.quantized, strict=True)
+        for member in score.group.members
+    }
+    form = f"{pair.format}(effective-bits: {bits})"
+    rows = _rows(scores.groups, form, bits)
+    scored = sum(score.status == "scored" for score in covered)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        cell=cell.cell,
+        cell_digest=cell.digest,
+        engine=config.autoquant.engine,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        scheme=Scheme(
+            name=plan.scheme(cell),
+            auto_quantize_bits=config.autoquant.effective_bits,
+            auto_quantize_method=config.autoquant.method,
+            auto_quantize_score_size=config.autoquant.score_size,
+            coverage_mode=cell.coverage,
+            coverage_fraction=scored / len(covered) if covered else 0.0,
+            quant_formats=[pair.format],
+        ),
+        model=Model(
+            id=str(plan.checkpoint.path),
+            name=config.model.name,
+            short_name=config.model.short_name,
+            digest=plan.checkpoint.digest,
+            architecture=plan.checkpoint.architecture,
+            dtype=config.model.dtype,
+        ),
+        dataset=dataset,
+        quantization=Quantization(
+            pair=pair.name,
+            granularity=cell.granularity,
+            experimental=pair.experimental,
+            effective_bits=bits,
+            modelopt_config=_jsonable(pair.modelopt()),
+        ),
+        versions=Versions(
+            qsens=plan.versions["qsens"],
+            torch=plan.versions["torch"],
+            transformers=plan.versions["transformers"],
+            modelopt=plan.versions["nvidia-modelopt"],
+            device=device,
+        ),
+        partial=_partial(dataset, covered),
+        notices=list(scores.notices),
+        timings={phase: round(seconds, 3) for phase, seconds in timings.items()},
+        num_quantized_layers=len(scores.module_types),
+        layers={
+            name: Layer(quantized=quantized.get(name, False), module_type=kind)
+            for name, kind in scores.module_types.items()
+        },
+        autoquant_state=AutoquantState(
+            keys=["candidate_stats", "best", "constraints"],
+            constraints={"effective_bits": found.effective_bits},
+            score=found.score,
+            is_satisfied=found.satisfied,
+        ),
+        layer_sensitivity=rows,
+        sensitivity_ranking=[
+            RankedGroup(name=name, importance=row.importance)
+            for name, row in sorted(rows.items(), key=lambda item: item[1].rank)
+        ],
+    )
+
+
+def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, GroupSensitivity]:
+    """Return a row a group in model order, with ModelOpt's rank: 1 is the least sensitive."""
+    order = sorted(groups, key=lambda score: (score.sensitivity or 0.0, score.group.name))
+    ranks = {score.group.name: rank for rank, score in enumerate(order, start=1)}
+    rows = {}
+    for score in groups:
+        group = score.group
+        whole = float(group.weights)
+        cost = whole * bits / 16 if group.covered else whole
+        measured = 0.0 if score.status == "disabled" else score.sensitivity
+        rows[group.name + GROUP_SUFFIX] = GroupSensitivity(
+            formats=[form, _NONE] if group.covered else [_NONE],
+            scores=[measured, 0.0] if group.covered else [0.0],
+            costs=[cost, whole] if group.covered else [whole],
+            importance=measured,
+            rank=ranks[group.name],
+            members=list(group.members),
+            kind=group.kind,
+            depth=group.depth,
+            status=score.status,
+            reason=score.reason,
+            num_bits=bits if group.covered else 16.0,
+            sensitivity=score.sensitivity,
+            sensitivity_per_token=score.sensitivity_per_token,
+            size_cost=cost,
+        )
+    return rows
+
+
+def _partial(dataset: Dataset, covered: list[GroupScore]) -> list[str]:
+    reasons = []
+    if dataset.samples_used < dataset.samples_asked:
+        reasons.append(
+            f"{dataset.samples_used} of {dataset.samples_asked} samples of size '{dataset.size}'"
+        )
+    for status, words in (
+        ("non_finite", "no finite score"),
+        ("no_gradient", "no gradient"),
+        ("failed", "no score"),
+    ):
+        names = [score.group.name for score in covered if score.status == status]
+        if names:
+            reasons.append(f"{len(names)} of {len(covered)} groups got {words}, first {names[0]}")
+    return reasons
+
+
+def _jsonable(value: Any) -> Any:
+    """Return ``value`` with the keys of block sizes as text and tuples as lists."""
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return value

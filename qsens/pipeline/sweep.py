@@ -1,0 +1,44 @@
+"""A whole sweep in one process: plan, calibrate, score, publish."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from qsens.errors import QsensError
+from qsens.grid import Plan
+from qsens.pipeline.cell import calibrate, score
+from qsens.pipeline.publish import publish
+
+CellProgress = Callable[[str, str, int, int], None]
+
+
+def run_sweep(
+    plan: Plan, *, progress: CellProgress | None = None
+) -> tuple[dict[str, Any], list[QsensError]]:
+    """Compute what is missing, cell by cell, and publish.
+
+    A cell that cannot be computed fails alone; the rest goes on.
+
+    Args:
+        plan: The plan.
+        progress: Called with a cell, a phase, steps done and steps in all.
+
+    Returns:
+        What ``publish`` returns, and the errors of the cells that failed.
+    """
+    errors: list[QsensError] = []
+    if not plan.config.runner.report_only:
+        for cell in plan.cells:
+            try:
+                calibrate(plan, cell.cell)
+                score(plan, cell.cell, progress=_bound(progress, cell.cell), wait=True)
+            except QsensError as error:
+                errors.append(error)
+    return publish(plan), errors
+
+
+def _bound(progress: CellProgress | None, cell: str) -> Callable[[str, int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda phase, done, total: progress(cell, phase, done, total)

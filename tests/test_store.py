@@ -1,0 +1,88 @@
+"""Atomic writes: whole or not at all, and nothing overwritten."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from qsens.errors import TryAgain
+from qsens.store import copy_file, write_directory, write_file, write_text
+
+
+def test_write_text_replaces_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    write_text(path, "one\n")
+    write_text(path, "zwölf\n")
+    assert path.read_bytes() == "zwölf\n".encode()
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_failure_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+
+    def fail() -> None:
+        with write_file(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+
+    def fail() -> None:
+        with write_file(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(TryAgain, match="no space left"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_directory_appears_with_its_last_file_last(tmp_path: Path) -> None:
+    path = tmp_path / "result"
+    with write_directory(path, last="manifest.json") as directory:
+        (directory / "manifest.json").write_text("{}")
+        (directory / "state").write_text("s")
+        assert not path.exists()
+    assert sorted(entry.name for entry in path.iterdir()) == ["manifest.json", "state"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_result_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "result"
+    for text in ("first", "second"):
+        with write_directory(path, last="manifest.json") as directory:
+            (directory / "manifest.json").write_text(text)
+    assert (path / "manifest.json").read_text() == "first"
+
+
+def test_a_failed_directory_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with write_directory(tmp_path / "result", last="manifest.json") as directory:
+            (directory / "manifest.json").write_text("{}")
+            raise ValueError
+
+    with pytest.raises(ValueError, match="^$"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_copy_leaves_equal_content_alone(tmp_path: Path) -> None:
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_text("x")
+    copy_file(source, target)
+    os.utime(target, (1, 1))
+    copy_file(source, target)
+    assert target.stat().st_mtime == 1
+    source.write_text("y")
+    copy_file(source, target)
+    assert target.read_text() == "y"
