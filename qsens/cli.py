@@ -138,7 +138,9 @@ def calibrate(plan: PlanFile, cell: CellId, as_json: Json = False) -> None:
     """Make sure that a cell's calibration is there."""
     from qsens.pipeline.cell import calibrate as step
 
-    _print_step(step(read_plan(plan), cell), as_json)
+    with ProgressLine(_stderr, cells=[cell]) as line:
+        done = step(read_plan(plan), cell, progress=lambda *steps: line.update(cell, *steps))
+    _print_step(done, as_json)
 
 
 @app.command()

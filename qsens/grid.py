@@ -19,7 +19,7 @@ from qsens.errors import UserError
 
 PLAN_VERSION = 1
 # Raised whenever an engine gives other numbers for the same input.
-ENGINE_VERSIONS = {"modelopt": 1}
+ENGINE_VERSIONS = {"fused": 1, "modelopt": 1}
 
 
 class CheckpointIdentity(Frozen):
@@ -117,6 +117,10 @@ class Plan(Frozen):
     def pair(self, cell: Cell) -> PairConfig:
         """Return the pair of ``cell``."""
         return next(pair for pair in self.config.quant_pair if pair.name == cell.pair)
+
+    def lane_of(self, cell: Cell) -> list[Cell]:
+        """Return the cells that one GPU computes together with ``cell``."""
+        return [other for other in self.cells if other.lane == cell.lane]
 
     def samples_used(self, cell: Cell) -> int:
         """Return how many samples calibration uses for ``cell``."""
@@ -239,6 +243,27 @@ def cell_id(pair: str, granularity: str, size: str) -> str:
     """Return a cell's id; defaults are left out."""
     parts = [pair, *([granularity] if granularity != "default" else []), size]
     return "-".join(parts)
+
+
+def calibration_digest(plan: Plan, size: Size) -> str:
+    """Return the SHA-256 of all that changes the calibrated maxima of ``size``."""
+    config = plan.config
+    return digest_of(
+        {
+            "checkpoint": plan.checkpoint.digest,
+            "tokenizer": plan.checkpoint.tokenizer_digest,
+            "dtype": config.model.dtype,
+            "trust_remote_code": config.model.trust_remote_code,
+            "vision_patterns": config.model.vision_patterns,
+            "modality": config.dataset.modality,
+            "samples": plan.samples[size].digest,
+            "count": min(config.dataset.limit(size), plan.samples[size].available),
+            "sizes": dict(sorted(config.dataset.sizes.items())),
+            "calib_seq_len": config.dataset.calib_seq_len,
+            "engine": ENGINE_VERSIONS["fused"],
+            "versions": {name: plan.versions.get(name) for name in ("torch", "transformers")},
+        }
+    )
 
 
 def digest_of(value: Any) -> str:

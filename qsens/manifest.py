@@ -183,6 +183,8 @@ class GroupSensitivity(Section):
     """``sum_i s_i / T_b(i)^2``: ModelOpt's number."""
     sensitivity_per_token: float | None = None
     """``sum_i s_i / sum_i T_i``: comparable between batches and sizes."""
+    relative_error: float | None = None
+    """``||dY||^2 / ||Y||^2`` of the group's outputs over the real tokens scored."""
     size_cost: float | None = None
     """Weight elements x effective bits / 16: the group's size in 16-bit words."""
 
@@ -224,7 +226,9 @@ class Manifest(Section):
     notices: list[str] = []
     """What a reader should know: experimental pairs, fallbacks."""
     timings: dict[str, float] = {}
-    """Seconds by phase: ``load``, ``calibrate``, ``score``."""
+    """Seconds by phase: ``load``, ``calibrate``, ``score``; of the whole pass."""
+    memory: dict[str, float] = {}
+    """GiB above the weights in that pass: ``predicted`` and ``peak``."""
     num_quantized_layers: int
     """Modules that can be quantized, covered or not."""
     layers: dict[str, Layer]

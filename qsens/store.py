@@ -47,6 +47,10 @@ class Store:
         """Return where the tensors of ``cell`` live, whether they are there or not."""
         return self.result_dir(cell) / STATE
 
+    def calibration(self, digest: str) -> Path:
+        """Return where the calibrated maxima of that digest live."""
+        return self.plan.results / ".calibrations" / f"{digest}.safetensors"
+
     def failure(self, cell: Cell) -> Path:
         """Return where the reason is kept why ``cell`` could not be computed."""
         return self.plan.results / ".cells" / f"{cell.digest}.failed.json"
@@ -93,28 +97,45 @@ class Store:
             "state": directory / f"{scheme}{STATE_SUFFIX}",
         }
 
-    @contextmanager
-    def lock(self, cell: Cell, *, wait: bool) -> Iterator[None]:
-        """Hold the lock of the result of ``cell``; it dies with the process.
+    def lock(self, cell: Cell) -> FileLock:
+        """Return the lock of the result of ``cell``; it dies with the process that holds it."""
+        return _lock(self.plan.results / ".cells" / f"{cell.digest}.lock")
 
-        Args:
-            cell: The cell.
-            wait: Whether to wait for another process that computes it.
+    def calibration_lock(self, digest: str) -> FileLock:
+        """Return the lock of the calibrated maxima of that digest."""
+        return _lock(self.plan.results / ".calibrations" / f"{digest}.lock")
 
-        Raises:
-            TryAgain: Another process holds the lock, and ``wait`` is false.
-        """
-        path = self.plan.results / ".cells" / f"{cell.digest}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(path, timeout=-1 if wait else 0):
-                yield
-        except Timeout as error:
-            raise TryAgain(
-                "its result is being computed by another process",
-                where=cell.cell,
-                remedy="Run it again when that process has ended.",
-            ) from error
+
+@contextmanager
+def held(lock: FileLock, *, where: str, wait: bool) -> Iterator[None]:
+    """Hold ``lock`` while the context lasts.
+
+    Args:
+        lock: The lock.
+        where: What it protects, for the message.
+        wait: Whether to wait for another process that holds it.
+
+    Raises:
+        TryAgain: Another process holds it, and ``wait`` is false.
+    """
+    try:
+        with lock.acquire(timeout=-1 if wait else 0):
+            yield
+    except Timeout as error:
+        raise TryAgain(
+            "is being computed by another process",
+            where=where,
+            remedy="Run it again when that process has ended.",
+        ) from error
+
+
+def try_lock(lock: FileLock) -> bool:
+    """Take ``lock`` if nobody else holds it; the caller releases it."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -209,6 +230,11 @@ def _full_disk_is_said(path: Path) -> Iterator[None]:
             where=str(path.parent),
             remedy="Free some space, then run it again: what is done already is kept.",
         ) from error
+
+
+def _lock(path: Path) -> FileLock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
 
 
 def _umask() -> int:

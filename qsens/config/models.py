@@ -108,6 +108,14 @@ class QuantizerConfig(Frozen):
     type: Literal["static", "dynamic"] = "static"
     """Whether the maximum comes from calibration or from the tensor itself."""
 
+    def needs_calibration(self) -> bool:
+        """Return whether its maximum comes from calibration rather than from the tensor."""
+        blocks = self.block_sizes or {}
+        # The scale over NVFP4's own block scales is calibrated; MX formats have none.
+        if blocks.get("type") == "dynamic":
+            return blocks.get("scale_bits") == (4, 3)
+        return self.type == "static"
+
     def modelopt(self) -> dict[str, Any]:
         """Return the mapping that ModelOpt takes: axes of blocks are ints again."""
         cfg: dict[str, Any] = {"num_bits": self.num_bits}
@@ -182,14 +190,17 @@ class AutoquantConfig(Frozen):
 
     method: Literal["gradient"] = "gradient"
     """The score: ``gradient`` is ModelOpt's."""
-    engine: Literal["modelopt"] = "modelopt"
-    """What computes it: ``modelopt``, one ``mtq.auto_quantize`` a cell (the reference)."""
+    engine: Literal["fused", "modelopt"] = "fused"
+    """What computes it: ``fused``, all cells in one pass; ``modelopt``, the reference: one
+    ``mtq.auto_quantize`` a cell."""
     effective_bits: float = Field(default=8.0, gt=0, le=16)
     """Target of the search, in bits a weight, over what may be quantized."""
     score_size: int = Field(default=128, ge=1)
     """Samples that are scored at most; calibration uses all of a size."""
     batch_size: int = Field(default=8, ge=1, le=4096)
     """Samples of a nominal batch, which the score is normalised by."""
+    memory_budget_gb: float | None = Field(default=None, gt=0)
+    """GiB that a pass may take above the weights; from what is free when null."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:N``."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -23,26 +23,10 @@ from torch import nn
 
 from qsens.config import PairConfig
 from qsens.engine.groups import Group, find_groups
+from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches, nominal_labels
 from qsens.engine.scores import CellScores, GroupScore, Progress, silent
-from qsens.errors import UserError
 from qsens.manifest import GROUP_SUFFIX
-
-
-def refuse_impossible(pair: PairConfig, device: torch.device) -> None:
-    """Raise where ModelOpt has no kernel for the pair on ``device``.
-
-    Raises:
-        UserError: A weight or an input quantizer has block scales of its own type, on a CPU.
-    """
-    for quantizer in (pair.weight_quantizer, pair.input_quantizer):
-        blocks = quantizer.block_sizes if quantizer else None
-        if device.type == "cpu" and blocks and "scale_bits" in blocks:
-            raise UserError(
-                f"ModelOpt quantizes {pair.format} on a GPU only",
-                where=f"pair {pair.name}, autoquant.engine=modelopt, device cpu",
-                remedy="Leave the pair out, or run it on a machine with a GPU.",
-            )
 
 
 def score_cell(
@@ -67,12 +51,9 @@ def score_cell(
         scored: The score uses the first ``scored`` samples.
         batch_size: Samples of a nominal batch, and of a batch at most.
         progress: Called as batches go through.
-
-    Raises:
-        UserError: ModelOpt cannot quantize to the pair on the model's device.
     """
     device = next(model.parameters()).device
-    refuse_impossible(pair, device)
+    on_a_cpu = device.type == "cpu"
     groups = find_groups(model, disabled)
     batches = equal_length_batches(samples, boundaries=[*sizes, scored], batch_size=batch_size)
     score_steps = sum(batch.samples[0] < scored for batch in batches)
@@ -88,7 +69,7 @@ def score_cell(
                 "effective_bits": max(8.0, pair.effective_bits),
                 "cost": {"excluded_module_name_patterns": list(disabled)},
             },
-            quantization_formats=[pair.modelopt()],
+            quantization_formats=[on_cpu(pair.modelopt()) if on_a_cpu else pair.modelopt()],
             data_loader=batches,
             forward_step=steps.forward,
             loss_func=steps.loss,

@@ -17,6 +17,9 @@ import torch
 
 from qsens.errors import UserError
 
+# Enough for matrix products to be efficient, few enough for their results to stay small.
+BATCH_TOKENS = 4096
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -56,6 +59,11 @@ class Batch:
     samples: tuple[int, ...]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+
+    @property
+    def first(self) -> int:
+        """Return the smallest index of its samples."""
+        return min(self.samples)
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
@@ -120,15 +128,51 @@ def equal_length_batches(
     return batches
 
 
+def padded_batches(
+    samples: Samples, *, boundaries: Iterable[int], max_tokens: int | None = None
+) -> list[Batch]:
+    """Return batches of samples of similar length, padded on the right.
+
+    Which samples share a batch, and so how far each is padded, depends on the samples and the
+    boundaries alone; a smaller ``max_tokens`` splits a batch into several of the same width.
+
+    Args:
+        samples: The samples.
+        boundaries: Sample counts that no batch crosses.
+        max_tokens: Tokens of a batch at most, padding included; one sample always goes through.
+    """
+    batches = []
+    for start, stop in segments(len(samples), boundaries):
+        order = sorted(range(start, stop), key=lambda index: (len(samples.ids[index]), index))
+        for together in _fill(samples, order):
+            longest = len(samples.ids[together[-1]])
+            rows = len(together)
+            if max_tokens is not None:
+                rows = min(rows, max(1, max_tokens // longest))
+            for first in range(0, len(together), rows):
+                batches.append(make_batch(samples, together[first : first + rows], longest))
+    return batches
+
+
+def _fill(samples: Samples, order: Sequence[int]) -> list[list[int]]:
+    """Cut samples in ascending length so that a padded batch stays near ``BATCH_TOKENS``."""
+    batches: list[list[int]] = [[]]
+    for index in order:
+        if batches[-1] and (len(batches[-1]) + 1) * len(samples.ids[index]) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(index)
+    return [batch for batch in batches if batch]
+
+
 def segments(count: int, boundaries: Iterable[int]) -> list[tuple[int, int]]:
     """Return the half-open ranges that ``boundaries`` cut ``range(count)`` into."""
     cuts = sorted({0, count, *(cut for cut in boundaries if 0 < cut < count)})
     return list(itertools.pairwise(cuts))
 
 
-def make_batch(samples: Samples, indices: Sequence[int]) -> Batch:
-    """Return one batch, padded on the right to its longest sample."""
-    longest = max(len(samples.ids[index]) for index in indices)
+def make_batch(samples: Samples, indices: Sequence[int], width: int | None = None) -> Batch:
+    """Return one batch, padded on the right to ``width``, its longest sample if not given."""
+    longest = width or max(len(samples.ids[index]) for index in indices)
     ids = torch.zeros(len(indices), longest, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, index in enumerate(indices):

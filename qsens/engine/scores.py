@@ -10,7 +10,6 @@ import torch
 from qsens.engine.groups import Group
 from qsens.manifest import Status
 
-
 Progress = Callable[[str, int, int], None]
 """Called as work goes on: the phase, steps done, steps in all."""
 
@@ -29,6 +28,7 @@ class GroupScore:
         reason: The same in words, where it was not.
         sensitivity: ``sum_i s_i / T_b(i)^2``, in squared nats; none unless scored.
         sensitivity_per_token: ``sum_i s_i / sum_i T_i``; none where the engine cannot tell.
+        relative_error: ``||dY||^2 / ||Y||^2``, summed over members; none where not measured.
     """
 
     group: Group
@@ -36,6 +36,7 @@ class GroupScore:
     reason: str | None = None
     sensitivity: float | None = None
     sensitivity_per_token: float | None = None
+    relative_error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,71 @@
-"""The GPU steps of one cell: calibrate, score. Idempotent: *make sure that its result is there*."""
+"""The GPU steps of one cell: calibrate, score. Idempotent: *make sure that its result is there*.
+
+The fused engine computes all cells of a lane in one pass; the first step that comes by does it,
+and the others find theirs. A step that finds what it needs imports no torch.
+"""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from qsens.errors import OutOfMemory, QsensError
-from qsens.grid import Cell, Plan
-from qsens.manifest import Dataset, dump_json
-from qsens.store import MANIFEST, STATE, Store, write_directory, write_text
-
-if TYPE_CHECKING:
-    from qsens.engine.samples import Samples
+from qsens.grid import Cell, Plan, calibration_digest
+from qsens.manifest import dump_json
+from qsens.store import Store, held, try_lock, write_text
 
 Progress = Callable[[str, int, int], None]
 
 
-def calibrate(plan: Plan, cell_id: str) -> dict[str, Any]:
-    """Make sure that the calibration of a cell is there.
+def calibrate(
+    plan: Plan, cell_id: str, *, progress: Progress | None = None, wait: bool = False
+) -> dict[str, Any]:
+    """Make sure that the calibrated maxima of a cell are there.
 
-    ModelOpt calibrates inside ``mtq.auto_quantize``, so the reference engine has nothing to keep:
-    its calibration is part of ``score``.
+    One run over the samples serves all sizes of the plan. Nothing is computed where the result of
+    the cell is there already, where its inputs need no calibration, and by the reference engine:
+    ModelOpt calibrates inside ``mtq.auto_quantize``.
+
+    Args:
+        plan: The plan.
+        cell_id: The cell.
+        progress: Called with a phase, steps done, and steps in all.
+        wait: Whether to wait for another process that computes the same.
+
+    Raises:
+        TryAgain: Another process computes it, and ``wait`` is false; or the disk is full.
+        UserError: It cannot be computed.
+        OutOfMemory: The device has not enough memory.
     """
     store, cell = Store(plan), plan.cell(cell_id)
-    status = "done" if store.is_done(cell) else "with_score"
-    return _outcome(store, cell, status, computed=False, seconds=0.0)
+    started = time.monotonic()
+    if store.is_done(cell):
+        return _outcome(store, cell, "done")
+    if plan.config.autoquant.engine == "modelopt":
+        return _outcome(store, cell, "with_score")
+    pair = plan.pair(cell)
+    if pair.input_quantizer is None or not pair.input_quantizer.needs_calibration():
+        return _outcome(store, cell, "not_needed")
+    digest = calibration_digest(plan, cell.size)
+    if store.calibration(digest).is_file():
+        return _outcome(store, cell, "done")
+    with held(store.calibration_lock(digest), where=f"calibration of {cell.cell}", wait=wait):
+        computed = not store.calibration(digest).is_file()
+        if computed:
+            from qsens.pipeline.compute import calibrate_sizes
+
+            with _failure_is_kept(store, [cell]):
+                calibrate_sizes(store, cell, progress or _silent)
+    return _outcome(store, cell, "done", computed=computed, started=started)
 
 
 def score(
     plan: Plan, cell_id: str, *, progress: Progress | None = None, wait: bool = False
 ) -> dict[str, Any]:
-    """Make sure that the result of a cell is there; a result that is costs no torch.
+    """Make sure that the result of a cell is there.
 
     Args:
         plan: The plan.
@@ -49,13 +81,25 @@ def score(
     store, cell = Store(plan), plan.cell(cell_id)
     started = time.monotonic()
     if store.is_done(cell):
-        return _outcome(store, cell, "done", computed=False, seconds=0.0)
-    with store.lock(cell, wait=wait):
+        return _outcome(store, cell, "done")
+    with ExitStack() as locks:
+        locks.enter_context(held(store.lock(cell), where=cell.cell, wait=wait))
         if store.is_done(cell):
-            return _outcome(store, cell, "done", computed=False, seconds=time.monotonic() - started)
-        with _failure_is_kept(store, cell):
-            _compute(store, cell, progress or (lambda phase, done, total: None))
-    return _outcome(store, cell, "done", computed=True, seconds=time.monotonic() - started)
+            return _outcome(store, cell, "done", started=started)
+        if plan.config.autoquant.engine == "modelopt":
+            from qsens.pipeline.compute import score_reference
+
+            with _failure_is_kept(store, [cell]):
+                score_reference(store, cell, progress or _silent)
+        else:
+            from qsens.pipeline.compute import score_fused
+
+            together = [cell, *_lock_others(store, cell, locks)]
+            with _failure_is_kept(store, together):
+                failed = score_fused(store, together, progress or _silent)
+            if cell.cell in failed:
+                raise failed[cell.cell]
+    return _outcome(store, cell, "done", computed=True, started=started)
 
 
 def failure_reason(store: Store, cell: Cell) -> str:
@@ -69,89 +113,42 @@ def failure_reason(store: Store, cell: Cell) -> str:
         return "failed; its reason cannot be read"
 
 
-def _compute(store: Store, cell: Cell, progress: Progress) -> None:
-    # The heavy imports: only a cell that has to be computed pays for them.
-    from safetensors.torch import save_file
-
-    from qsens.engine.captions import read_captions
-    from qsens.engine.checkpoint import device_name, load_model, load_tokenizer, resolve_device
-    from qsens.engine.reference import refuse_impossible, score_cell
-    from qsens.engine.samples import tokenize
-    from qsens.pipeline.result import build_manifest
-
-    plan = store.plan
-    config, pair = plan.config, plan.pair(cell)
-    device = resolve_device(config.autoquant.device)
-    refuse_impossible(pair, device)
-    progress("load", 0, 1)
-    started = time.monotonic()
-    used, scored = plan.samples_used(cell), plan.samples_scored(cell)
-    captions = read_captions(plan.samples[cell.size].path)[:used]
-    samples = tokenize(captions, load_tokenizer(config.model), longest=config.dataset.calib_seq_len)
-    model = load_model(config.model, device)
-    loaded = time.monotonic() - started
-    progress("load", 1, 1)
-    scores = score_cell(
-        model,
-        samples,
-        pair,
-        disabled=config.model.vision_patterns,
-        sizes=list(config.dataset.sizes.values()),
-        scored=scored,
-        batch_size=config.autoquant.batch_size,
-        progress=progress,
-    )
-    manifest = build_manifest(
-        plan,
-        cell,
-        scores,
-        dataset=_dataset(plan, cell, samples, scores.padding_share),
-        device=device_name(device),
-        timings={"load": loaded, **scores.timings},
-    )
-    with write_directory(store.result_dir(cell), last=MANIFEST) as directory:
-        save_file(dict(scores.tensors), directory / STATE, metadata={"cell": cell.cell})
-        text = dump_json(manifest.model_dump(mode="json"))
-        (directory / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _dataset(plan: Plan, cell: Cell, samples: Samples, padding_share: float) -> Dataset:
-    config = plan.config.dataset
-    scored = plan.samples_scored(cell)
-    return Dataset(
-        name=config.name,
-        path=str(plan.samples[cell.size].path),
-        digest=plan.samples[cell.size].digest,
-        modality=cell.modality,
-        size=cell.size,
-        samples_asked=config.asked(cell.size),
-        samples_used=len(samples),
-        samples_scored=scored,
-        tokens=samples.tokens(),
-        label_tokens=sum(samples.labels(scored)),
-        padding_share=padding_share,
-        truncated=sum(samples.truncated),
-        calib_seq_len=config.calib_seq_len,
-    )
+def _lock_others(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
+    """Take the cells of the lane that have no result and that nobody else computes."""
+    taken = []
+    for other in store.plan.lane_of(cell):
+        if other == cell or store.is_done(other):
+            continue
+        lock = store.lock(other)
+        if try_lock(lock):
+            locks.callback(lock.release)
+            if not store.is_done(other):
+                taken.append(other)
+    return taken
 
 
 @contextmanager
-def _failure_is_kept(store: Store, cell: Cell) -> Iterator[None]:
+def _failure_is_kept(store: Store, cells: Sequence[Cell]) -> Iterator[None]:
     """Keep the reason of a failure for the reports; a later success takes it away."""
     try:
         yield
     except Exception as error:
-        failure = _out_of_memory(error, cell) or error
-        described = (
-            failure.as_dict()
-            if isinstance(failure, QsensError)
-            else {"error": type(error).__name__, "what": f"{type(error).__name__}: {error}"}
-        )
-        write_text(store.failure(cell), dump_json(described))
+        failure = _out_of_memory(error, cells[0]) or error
+        for cell in cells:
+            keep_failure(store, cell, failure)
         if failure is not error:
             raise failure from error
         raise
-    store.failure(cell).unlink(missing_ok=True)
+
+
+def keep_failure(store: Store, cell: Cell, error: Exception) -> None:
+    """Write down why ``cell`` has no result."""
+    described = (
+        error.as_dict()
+        if isinstance(error, QsensError)
+        else {"error": type(error).__name__, "what": f"{type(error).__name__}: {error}"}
+    )
+    write_text(store.failure(cell), dump_json(described))
 
 
 def _out_of_memory(error: Exception, cell: Cell) -> OutOfMemory | None:
@@ -162,18 +159,27 @@ def _out_of_memory(error: Exception, cell: Cell) -> OutOfMemory | None:
     return OutOfMemory(
         f"out of memory: {str(error).splitlines()[0] if str(error) else 'the host has none left'}",
         where=cell.cell,
-        remedy="Set a smaller autoquant.batch_size, or use a device with more memory.",
+        remedy="Set a smaller autoquant.memory_budget_gb, or use a device with more memory.",
     )
 
 
 def _outcome(
-    store: Store, cell: Cell, status: str, *, computed: bool, seconds: float
+    store: Store,
+    cell: Cell,
+    status: str,
+    *,
+    computed: bool = False,
+    started: float | None = None,
 ) -> dict[str, Any]:
     manifest = store.manifest(cell)
     return {
         "cell": cell.cell,
         "status": status,
         "manifest": str(manifest) if manifest.is_file() else None,
-        "seconds": round(seconds, 3),
+        "seconds": round(time.monotonic() - started, 3) if started is not None else 0.0,
         "computed": computed,
     }
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,7 +34,8 @@ def build_manifest(
     *,
     dataset: Dataset,
     device: str,
-    timings: dict[str, float],
+    timings: Mapping[str, float],
+    memory: Mapping[str, float],
 ) -> Manifest:
     """Return the manifest of ``cell``.
 
@@ -44,6 +46,7 @@ def build_manifest(
         dataset: What the samples were.
         device: The device in words.
         timings: Seconds by phase, the engine's own included.
+        memory: GiB above the weights, predicted and taken.
     """
     config, pair = plan.config, plan.pair(cell)
     covered = [score for score in scores.groups if score.group.covered]
@@ -103,6 +106,7 @@ def build_manifest(
         partial=_partial(dataset, covered),
         notices=list(scores.notices),
         timings={phase: round(seconds, 3) for phase, seconds in timings.items()},
+        memory={name: round(value, 4) for name, value in memory.items()},
         num_quantized_layers=len(scores.module_types),
         layers={
             name: Layer(quantized=quantized.get(name, False), module_type=kind)
@@ -146,6 +150,7 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
             num_bits=bits if group.covered else 16.0,
             sensitivity=score.sensitivity,
             sensitivity_per_token=score.sensitivity_per_token,
+            relative_error=score.relative_error,
             size_cost=cost,
         )
     return rows

@@ -31,7 +31,7 @@ def run_sweep(
     if not plan.config.runner.report_only:
         for cell in plan.cells:
             try:
-                calibrate(plan, cell.cell)
+                calibrate(plan, cell.cell, progress=_bound(progress, cell.cell), wait=True)
                 score(plan, cell.cell, progress=_bound(progress, cell.cell), wait=True)
             except QsensError as error:
                 errors.append(error)

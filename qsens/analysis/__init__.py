@@ -1,0 +1,1 @@
+"""Ranking, stability, drift, allocation: numbers in, numbers out, no torch."""

@@ -1,0 +1,187 @@
+"""Groups in order of sensitivity, most sensitive first, with their shares of the total."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from qsens.config.models import Frozen
+from qsens.manifest import GroupSensitivity, Kind, Manifest, Status, group_name, kind_of
+
+
+class Row(Frozen):
+    """One group of modules that share one format."""
+
+    layer: str
+    """ModelOpt's name of the group, without ``.quant_recipe``."""
+    members: tuple[str, ...]
+    """Names of the modules in the group."""
+    kind: Kind
+    """What the group is in a decoder layer."""
+    depth: int | None
+    """Index of its layer, from 0."""
+    status: Status
+    """Whether it has a score, or why it has none."""
+    reason: str | None = None
+    """Why it is not scored, in words, where the manifest says so."""
+    num_bits: float | None
+    """Bits a weight costs in the format, block scales included."""
+    sensitivity: float | None
+    """``sum_i s_i / T_b(i)^2``; none where the group is not scored."""
+    sensitivity_per_token: float | None
+    """``sum_i s_i / sum_i T_i``: comparable between batches and sizes."""
+    size_cost: float | None
+    """Weights in the format, in 16-bit words."""
+    position: int | None
+    """1 is the most sensitive; none where the group is not scored."""
+    share: float | None
+    """Share of the total sensitivity, 0 to 1; 0 where the total is 0, none where not scored."""
+
+
+class Totals(Frozen):
+    """Sums over the rows of one cell."""
+
+    groups: int
+    """Groups in all."""
+    scored: int
+    """Groups with a score."""
+    sensitivity: float
+    """Sum of the sensitivities of the scored groups."""
+    sensitivity_per_token: float | None
+    """The same per token; none unless every scored group has it."""
+    statuses: dict[Status, int]
+    """Groups by status, in alphabetical order; statuses without a group are left out."""
+
+
+class Ranking(Frozen):
+    """The groups of one cell, ranked."""
+
+    rows: tuple[Row, ...]
+    """Scored groups, most sensitive first; then the others, by status and name."""
+    totals: Totals
+    """Sums over the rows."""
+
+
+class MeanShare(Frozen):
+    """How much of the total a group holds, over several cells."""
+
+    layer: str
+    """Name of the group, as the first cell spells it."""
+    members: tuple[str, ...]
+    """Names of the modules in the group."""
+    kind: Kind
+    """What the group is in a decoder layer."""
+    share: float
+    """Mean of its shares of the total, over the cells that score it, 0 to 1."""
+    highest: float
+    """The largest of those shares, 0 to 1."""
+    cells: int
+    """How many cells score it."""
+
+
+def rank(manifest: Manifest) -> Ranking:
+    """Rank the groups of a manifest, most sensitive first; ties are broken by name.
+
+    Only finite scores are ranked: a row that claims to be scored and holds none is listed as
+    ``non_finite``.
+
+    Args:
+        manifest: A manifest as ``read_manifest`` returns it.
+    """
+    groups = [(group_name(key), group) for key, group in manifest.layer_sensitivity.items()]
+    unranked = [_unranked(name, group) for name, group in groups]
+    scored = [row for row in unranked if row.sensitivity is not None]
+    others = [row for row in unranked if row.sensitivity is None]
+    total = math.fsum(row.sensitivity or 0.0 for row in scored)
+    scored.sort(key=lambda row: (-(row.sensitivity or 0.0), row.layer))
+    others.sort(key=lambda row: (row.status, row.layer))
+    ranked = [
+        row.model_copy(
+            update={
+                "position": position,
+                "share": (row.sensitivity or 0.0) / total if total > 0 else 0.0,
+            }
+        )
+        for position, row in enumerate(scored, start=1)
+    ]
+    rows = (*ranked, *others)
+    totals = Totals(
+        groups=len(rows),
+        scored=len(ranked),
+        sensitivity=total,
+        sensitivity_per_token=total_per_token(ranked),
+        statuses=dict(sorted(Counter(row.status for row in rows).items())),
+    )
+    return Ranking(rows=rows, totals=totals)
+
+
+def total_per_token(rows: Iterable[Row]) -> float | None:
+    """Return the sum of the sensitivities per token, or none unless all scored rows have one."""
+    values = [row.sensitivity_per_token for row in rows if row.sensitivity is not None]
+    known = [value for value in values if value is not None]
+    return math.fsum(known) if known and len(known) == len(values) else None
+
+
+def mean_shares(cells: Iterable[Sequence[Row]]) -> list[MeanShare]:
+    """Rank groups by the mean of their shares of the total, largest first, ties by name.
+
+    A group that a cell does not score is not counted as 0 there: the mean is over the cells that
+    score it.
+
+    Args:
+        cells: The rows of each cell.
+    """
+    shares: dict[str, list[float]] = {}
+    first: dict[str, Row] = {}
+    for rows in cells:
+        for row in rows:
+            if row.share is not None:
+                key = normalise_name(row.layer)
+                first.setdefault(key, row)
+                shares.setdefault(key, []).append(row.share)
+    means = [
+        MeanShare(
+            layer=first[key].layer,
+            members=first[key].members,
+            kind=first[key].kind,
+            share=math.fsum(values) / len(values),
+            highest=max(values),
+            cells=len(values),
+        )
+        for key, values in shares.items()
+    ]
+    return sorted(means, key=lambda mean: (-mean.share, mean.layer))
+
+
+def normalise_name(name: str) -> str:
+    """Return a group's name as names compare: without a leading ``model.``."""
+    return name.removeprefix("model.")
+
+
+def finite(value: float | None) -> float | None:
+    """Return ``value``, or none where it is not a finite number."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _unranked(name: str, group: GroupSensitivity) -> Row:
+    """Return the row of a group, before its position and share are known."""
+    score = finite(group.sensitivity)
+    status: Status = group.status or ("failed" if score is None else "scored")
+    if status == "scored" and score is None:
+        status = "non_finite"
+    scored = status == "scored"
+    return Row(
+        layer=name,
+        members=tuple(group.members or [name]),
+        kind=group.kind or kind_of(name),
+        depth=group.depth,
+        status=status,
+        reason=group.reason,
+        num_bits=finite(group.num_bits),
+        sensitivity=score if scored else None,
+        sensitivity_per_token=finite(group.sensitivity_per_token) if scored else None,
+        size_cost=finite(group.size_cost),
+        position=None,
+        share=None,
+    )

@@ -1,0 +1,125 @@
+"""How much memory a pass may take, and how many tokens go through at once under it. Needs torch."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qsens.engine.candidates import Candidates
+from qsens.engine.groups import Group
+from qsens.engine.samples import BATCH_TOKENS
+
+GIB = 1 << 30
+# What is left to the allocator's own waste and to what the estimate does not see.
+_SHARE_OF_FREE = 0.8
+_LEAST_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory of a pass.
+
+    Attributes:
+        limit: Bytes above the weights that the pass may take.
+        max_tokens: Tokens of a batch at most, padding included.
+        predicted: Bytes above the weights that it is expected to take.
+    """
+
+    limit: int
+    max_tokens: int
+    predicted: int
+
+
+def plan_budget(
+    model: nn.Module,
+    groups: Sequence[Group],
+    candidates: Candidates,
+    *,
+    limit_gb: float | None,
+    weight_chunk: int,
+    head_rows: int,
+) -> Budget:
+    """Return how many tokens fit.
+
+    Args:
+        model: The model, loaded.
+        groups: Its groups.
+        candidates: What the pass computes.
+        limit_gb: GiB above the weights; from what is free when not given.
+        weight_chunk: Elements of a weight quantized at once.
+        head_rows: Rows of the head's output held in float32 at once.
+    """
+    parameter = next(model.parameters())
+    limit = int(limit_gb * GIB) if limit_gb else int(_free(parameter.device) * _SHARE_OF_FREE)
+    size = parameter.element_size()
+    fixed, per_token = _footprint(
+        model, groups, candidates, size=size, weight_chunk=weight_chunk, head_rows=head_rows
+    )
+    fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token)) if per_token else BATCH_TOKENS
+    tokens = min(BATCH_TOKENS, fitting)
+    return Budget(limit=limit, max_tokens=tokens, predicted=int(fixed + tokens * per_token))
+
+
+def peak(device: torch.device) -> int:
+    """Return the bytes that were taken at most since ``reset_peak`` (on a CPU: ever)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak(device: torch.device) -> int:
+    """Start measuring; return the bytes that are taken now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return int(torch.cuda.memory_allocated(device))
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _footprint(
+    model: nn.Module,
+    groups: Sequence[Group],
+    candidates: Candidates,
+    *,
+    size: int,
+    weight_chunk: int,
+    head_rows: int,
+) -> tuple[float, float]:
+    """Return the bytes of a pass that do not depend on tokens, and those of a token."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    inputs = len(candidates.inputs)
+    inside: dict[int | None, float] = {}
+    widest = largest = 0.0
+    for group in groups:
+        if not group.covered:
+            continue
+        for name in group.members:
+            module = model.get_submodule(name)
+            weight: torch.Tensor = module.weight  # type: ignore[assignment]
+            largest = max(largest, weight.numel())
+            if module is head:
+                continue
+            out, into = weight.shape[0], weight[0].numel()
+            # Kept by autograd inside one recomputed layer: inputs, outputs and what lies between.
+            inside[group.depth] = inside.get(group.depth, 0.0) + 3 * size * (into + out)
+            # Quantized inputs, rows of input, output and gradient, the change and its square.
+            widest = max(widest, into * size * (1 + inputs) + out * (4 * size + 12))
+    layers = len({group.depth for group in groups if group.depth is not None})
+    hidden, vocabulary = head.weight.shape[1], head.weight.shape[0]
+    chunk = min(largest, weight_chunk)
+    fixed = largest * size + chunk * 3 * 4 + head_rows * vocabulary * 3 * 4
+    at_head = vocabulary * 2 * size + hidden * size * (2 + inputs)
+    per_token = layers * hidden * size + max(max(inside.values(), default=0.0) + widest, at_head)
+    return fixed, per_token
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

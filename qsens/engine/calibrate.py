@@ -1,0 +1,97 @@
+"""Calibration: the maximum of every input over the first samples, a snapshot at each size.
+
+Needs torch. One run over the samples serves every size and every format: for the ``max``
+algorithm, the maximum does not depend on the format, and a running maximum in sample order passes
+every nested size on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from qsens.engine.groups import Group
+from qsens.engine.model_pass import ModelPass
+from qsens.engine.samples import Samples, padded_batches
+from qsens.engine.scores import Progress, silent
+
+Maxima = dict[str, torch.Tensor]
+"""The largest magnitude of each module's input over the real tokens: float32 scalars on the CPU."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    samples: Samples,
+    groups: Sequence[Group],
+    *,
+    snapshots: Sequence[int],
+    boundaries: Sequence[int],
+    max_tokens: int | None = None,
+    progress: Progress = silent,
+) -> dict[int, Maxima]:
+    """Return the maxima over the first ``n`` samples, for every ``n`` in ``snapshots``.
+
+    Args:
+        model: The model, in evaluation mode.
+        samples: The samples, at least as many as the largest snapshot.
+        groups: The groups; those that are not covered are left out.
+        snapshots: Sample counts to stop at.
+        boundaries: Sample counts that no batch crosses; the snapshots are added.
+        max_tokens: Tokens of a batch at most, padding included.
+        progress: Called as batches go through.
+    """
+    modules = {
+        name: model.get_submodule(name)
+        for group in groups
+        if group.covered
+        for name in group.members
+    }
+    device = next(model.parameters()).device
+    running = {name: torch.zeros((), device=device) for name in modules}
+    run = ModelPass(model, modules)
+    last = max(snapshots)
+    batches = [
+        batch
+        for batch in padded_batches(
+            samples, boundaries=[*boundaries, *snapshots], max_tokens=max_tokens
+        )
+        if batch.first < last
+    ]
+    real: torch.Tensor
+
+    def tap(name: str, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+        keep(name, x)
+
+    def keep(name: str, x: torch.Tensor) -> None:
+        # Padding is set to 0, which no maximum of magnitudes notices; inf and NaN pass through.
+        low, high = x.masked_fill(~real, 0).aminmax()
+        largest = torch.maximum(-low, high).float()
+        running[name] = torch.maximum(running[name], largest)
+
+    found: dict[int, Maxima] = {}
+    with run.tapped(tap):
+        for index, batch in enumerate(batches):
+            for count in snapshots:
+                if count <= batch.first and count not in found:
+                    found[count] = dict(running)
+            moved = batch.to(device)
+            real = moved.attention_mask.bool().unsqueeze(-1)
+            hidden = run.hidden(moved)
+            for name, module in modules.items():
+                if module is run.head:
+                    keep(name, hidden)
+            progress("calibrate", index + 1, len(batches))
+    for count in snapshots:
+        found.setdefault(count, dict(running))
+    return {count: _to_cpu(found[count]) for count in snapshots}
+
+
+def _to_cpu(maxima: Maxima) -> Maxima:
+    """Move all maxima in one transfer."""
+    if not maxima:
+        return {}
+    moved = torch.stack(list(maxima.values())).cpu()
+    return dict(zip(maxima, moved.unbind(), strict=True))

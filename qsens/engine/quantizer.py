@@ -1,0 +1,99 @@
+"""The quantizers of the engine: our numerics, and ModelOpt's own where they do not reach.
+
+Needs torch; modelopt only where it is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qsens.numerics import compute_amax, fake_quantize, supports
+
+_BACKEND = "qsens"
+
+
+def quantize(
+    x: torch.Tensor, cfg: Mapping[str, Any], amax: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Fake-quantize ``x``; a config that the numerics do not cover goes to ModelOpt's quantizer.
+
+    Args:
+        x: Any float tensor.
+        cfg: A ModelOpt quantizer's ``cfg``.
+        amax: Calibrated maximum; taken from ``x`` when not given.
+    """
+    if supports(cfg):
+        return fake_quantize(x, cfg, amax)
+    return _modelopt(x, cfg, amax)
+
+
+def quantize_weight(weight: torch.Tensor, cfg: Mapping[str, Any], *, chunk: int) -> torch.Tensor:
+    """Fake-quantize a weight, ``chunk`` elements at a time: bounds what a large head takes.
+
+    Args:
+        weight: ``(out, ...)``, any float dtype.
+        cfg: A ModelOpt quantizer's ``cfg``.
+        chunk: Elements quantized at once, in whole rows.
+    """
+    if weight.numel() <= chunk or not supports(cfg):
+        return quantize(weight, cfg)
+    amax = compute_amax(weight, cfg)
+    # Only a scale of the whole tensor sees beyond its rows.
+    whole = amax if amax is not None and amax.numel() == 1 else None
+    result = torch.empty_like(weight)
+    rows = max(1, chunk // weight[0].numel())
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        result[part] = fake_quantize(weight[part], cfg, whole)
+    return result
+
+
+def needs_fallback(cfg: Mapping[str, Any]) -> bool:
+    """Return whether ModelOpt's own quantizer computes ``cfg``."""
+    return not supports(cfg)
+
+
+def on_cpu(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ModelOpt configuration whose block formats run on a CPU, through our numerics.
+
+    ModelOpt has no CPU kernel for formats with block scales of their own type (MX, NVFP4); a
+    quantization backend is registered with it, and those quantizers are told to use it.
+
+    Args:
+        cfg: A configuration as ``mtq.quantize`` takes it.
+    """
+    from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+        is_registered_quant_backend,
+        register_quant_backend,
+    )
+
+    if not is_registered_quant_backend(_BACKEND):
+        register_quant_backend(_BACKEND, _backend)
+    entries = []
+    for entry in cfg["quant_cfg"]:
+        blocks = entry.get("cfg", {}).get("block_sizes") or {}
+        if "scale_bits" in blocks:
+            entry = {**entry, "cfg": {**entry["cfg"], "backend": _BACKEND}}
+        entries.append(entry)
+    return {**cfg, "quant_cfg": entries}
+
+
+def _backend(x: torch.Tensor, quantizer: Any) -> torch.Tensor:
+    cfg = {"num_bits": quantizer.num_bits, "block_sizes": quantizer.block_sizes}
+    amax = None if quantizer.is_mx_format else getattr(quantizer, "_amax", None)
+    return fake_quantize(x, cfg, amax)
+
+
+def _modelopt(x: torch.Tensor, cfg: Mapping[str, Any], amax: torch.Tensor | None) -> torch.Tensor:
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    quantizer = TensorQuantizer(QuantizerAttributeConfig(**cfg)).to(x.device)
+    if amax is not None:
+        quantizer.amax = amax
+    with torch.no_grad():
+        result: torch.Tensor = quantizer(x)
+    return result

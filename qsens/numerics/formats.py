@@ -1,0 +1,177 @@
+"""What a ModelOpt quantizer's ``cfg`` asks for, as a value: `Format`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from qsens.errors import UserError
+from qsens.numerics.floats import E2M1, E3M2, E4M3, Float
+from qsens.numerics.integers import Integer
+
+#: Keys of a cfg that change no number that is computed here.
+_NEUTRAL = frozenset(
+    {
+        "backend",
+        "backend_extra_args",
+        "effective_bits",
+        "enable",
+        "pass_through_bwd",
+        "trt_high_precision_dtype",
+    }
+)
+#: Keys that would change numbers, with the one value under which they do not.
+_FIXED: dict[str, object] = {
+    "bias": None,
+    "calibrator": "max",
+    "constant_amax": None,
+    "fake_quant": True,
+    "learn_amax": False,
+    "rotate": False,
+    "unsigned": False,
+    "use_constant_amax": False,
+}
+_READ = frozenset({"axis", "block_sizes", "narrow_range", "num_bits", "type"})
+
+_FLOATS = {(2, 1): E2M1, (3, 2): E3M2, (4, 3): E4M3}
+_MX_SIZES = (8, 16, 32)
+
+
+class Sharing(Enum):
+    """Which values share a scale, and what scales are made of."""
+
+    DIMS = "one scale per index of the kept dimensions"
+    BLOCKS = "one scale per block of the last dimension"
+    MX = "one power-of-two scale per block of the last dimension"
+    NVFP4 = "one E4M3 scale per block of the last dimension, under one scale of the tensor"
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format with the rule by which values share scales.
+
+    Attributes:
+        element: The grid that scaled values are rounded to.
+        sharing: Which values share a scale.
+        dynamic: The maxima come from the very tensor that is quantized, never from calibration.
+        kept: Under `Sharing.DIMS`, the dimensions that keep their index; all others share. None
+            when ``shared`` says it the other way round.
+        shared: Under `Sharing.DIMS`, the dimensions that share; all others keep their index.
+        size: Values per block.
+    """
+
+    element: Float | Integer
+    sharing: Sharing
+    dynamic: bool = False
+    kept: tuple[int, ...] | None = None
+    shared: tuple[int, ...] = ()
+    size: int = 0
+
+    @classmethod
+    def from_cfg(cls, cfg: Mapping[str, Any]) -> Format:
+        """Read a ModelOpt quantizer's ``cfg``.
+
+        Args:
+            cfg: Keys as in ModelOpt's ``QuantizerAttributeConfig``, with its defaults. Lists may
+                stand for tuples, and the integer keys of ``block_sizes`` may be strings.
+
+        Raises:
+            UserError: The config is not one that is computed here.
+        """
+        for key, value in cfg.items():
+            if key in _NEUTRAL or key in _READ:
+                continue
+            if key not in _FIXED or value != _FIXED[key]:
+                raise _unsupported(cfg, f"{key}: {value!r}")
+
+        num_bits = _as_tuple(cfg.get("num_bits", 8))
+        narrow = bool(cfg.get("narrow_range", False))
+        dynamic = cfg.get("type", "static") == "dynamic"
+        dims, options = _split_block_sizes(cfg)
+
+        if isinstance(num_bits, int) and 2 <= num_bits <= 8:
+            element: Float | Integer = Integer(num_bits, narrow)
+        elif isinstance(num_bits, tuple) and num_bits in _FLOATS:
+            element = _FLOATS[num_bits]
+        else:
+            raise _unsupported(cfg, f"num_bits: {num_bits!r}")
+
+        scale_bits = _as_tuple(options.get("scale_bits"))
+        if any(options.get(key) for key in options.keys() - {"type", "scale_bits"}):
+            raise _unsupported(cfg, f"block_sizes: {options!r}")
+        if options.get("type", "static") == "dynamic" and any(dims.values()):
+            return cls._dynamic_blocks(cfg, element, dims, scale_bits)
+        if not isinstance(element, Integer) and element != E4M3:
+            raise _unsupported(cfg, f"num_bits: {num_bits!r} without dynamic blocks")
+        if scale_bits is not None:
+            raise _unsupported(cfg, f"scale_bits: {scale_bits!r} without dynamic blocks")
+        if any(dims.values()):
+            if set(dims) != {-1} or dynamic:
+                raise _unsupported(cfg, f"block_sizes: {dims!r}")
+            return cls(element, Sharing.BLOCKS, size=dims[-1] or 0)
+        if dims:
+            return cls(element, Sharing.DIMS, dynamic, shared=tuple(dims))
+        axis = cfg.get("axis")
+        kept = (axis,) if isinstance(axis, int) else tuple(axis or ())
+        return cls(element, Sharing.DIMS, dynamic, kept=kept)
+
+    @classmethod
+    def _dynamic_blocks(
+        cls,
+        cfg: Mapping[str, Any],
+        element: Float | Integer,
+        dims: Mapping[int, int | None],
+        scale_bits: object,
+    ) -> Format:
+        """Read ``block_sizes`` of type dynamic: the MX family and NVFP4."""
+        size = dims.get(-1) or 0
+        if len(dims) == 1 and scale_bits == (8, 0) and size in _MX_SIZES:
+            if isinstance(element, Float) or element.bits == 8:
+                return cls(element, Sharing.MX, dynamic=True, size=size)
+        elif len(dims) == 1 and scale_bits == (4, 3) and element == E2M1 and size:
+            return cls(element, Sharing.NVFP4, dynamic=cfg.get("type") == "dynamic")
+        raise _unsupported(cfg, f"block_sizes: {dict(cfg['block_sizes'])!r}")
+
+    def shared_dims(self, ndim: int) -> tuple[int, ...]:
+        """Return the dimensions of a tensor with ``ndim`` that share a scale, in rising order.
+
+        Raises:
+            UserError: The format names a dimension that the tensor does not have.
+        """
+        named = self.shared if self.kept is None else self.kept
+        if any(not -ndim <= dim < ndim for dim in named):
+            raise UserError(
+                f"the format names dimensions {named}, the tensor has {ndim}",
+                where="axis or block_sizes",
+                remedy="Name dimensions that every tensor under this quantizer has.",
+            )
+        positive = {dim % ndim for dim in named}
+        return tuple(dim for dim in range(ndim) if (dim in positive) == (self.kept is None))
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _split_block_sizes(cfg: Mapping[str, Any]) -> tuple[dict[int, int | None], dict[str, Any]]:
+    """Return the sizes by dimension, and the other options, of ``block_sizes``."""
+    dims: dict[int, int | None] = {}
+    options: dict[str, Any] = {}
+    for key, value in (cfg.get("block_sizes") or {}).items():
+        try:
+            dims[int(key)] = value
+        except ValueError:
+            options[key] = value
+    if dims and cfg.get("axis") is not None:
+        raise _unsupported(cfg, "axis together with block_sizes")
+    return dims, options
+
+
+def _unsupported(cfg: Mapping[str, Any], what: str) -> UserError:
+    return UserError(
+        f"{what} is not a quantizer config that qsens computes itself",
+        where=f"cfg {dict(cfg)!r}",
+        remedy="Use a config that qsens.numerics.supports(), or ModelOpt's own TensorQuantizer.",
+    )

@@ -1,0 +1,173 @@
+"""Fake quantization by a ModelOpt quantizer's ``cfg``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsens.errors import UserError
+from qsens.numerics.blocks import fake_mx, fake_nvfp4, from_blocks, to_blocks
+from qsens.numerics.floats import fake_e4m3
+from qsens.numerics.formats import Format, Sharing
+from qsens.numerics.integers import Integer, fake_integer
+from qsens.numerics.scales import abs_max
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def supports(cfg: Mapping[str, Any]) -> bool:
+    """Say whether `fake_quantize` covers a quantizer's ``cfg``; if not, ModelOpt's own must do."""
+    try:
+        Format.from_cfg(cfg)
+    except UserError:
+        return False
+    return True
+
+
+def is_dynamic(cfg: Mapping[str, Any]) -> bool:
+    """Say whether a ``cfg`` takes its maxima from the tensor in hand and needs no calibration.
+
+    True for ``type: dynamic`` (a scale per token, say) and for the MX family. False for NVFP4: its
+    block scales are dynamic, but the scale over them is calibrated.
+
+    Raises:
+        UserError: The config is not one that `supports` covers.
+    """
+    return Format.from_cfg(cfg).dynamic
+
+
+@torch.no_grad()
+def compute_amax(x: Tensor, cfg: Mapping[str, Any]) -> Tensor | None:
+    """Return what ModelOpt's max calibrator would keep of one tensor.
+
+    Args:
+        x: Any float dtype, not empty.
+        cfg: A quantizer's config; see `fake_quantize`.
+
+    Returns:
+        Maxima in the dtype of ``x``: a scalar per tensor (NVFP4 too); with ``axis``, one per kept
+        index and with the dimensions of ``x``, ``(C, 1)`` for a weight; with static blocks,
+        ``(blocks, 1)``, rows after rows. A single maximum is always a scalar. None where
+        `is_dynamic`. A NaN makes its maximum NaN (ModelOpt's calibrator raises AssertionError).
+
+    Raises:
+        UserError: The config is not one that `supports` covers.
+    """
+    fmt = Format.from_cfg(cfg)
+    return None if fmt.dynamic else _squeeze_single(_measure(x, fmt))
+
+
+@torch.no_grad()
+def fake_quantize(x: Tensor, cfg: Mapping[str, Any], amax: Tensor | None = None) -> Tensor:
+    """Round a tensor to what a number format can hold, scaled as ModelOpt's GPU kernels scale it.
+
+    Equal to ModelOpt 0.47's kernels value by value, on CPU and CUDA; the functions for each family
+    say how. What is *not* as there:
+
+    - The sign of a zero may differ (an MX kernel never sets it for a zero input).
+    - NaN and infinities never become finite. With a measured scale (``amax`` not given, dynamic
+      formats, MX and NVFP4 blocks), all values that share the scale become NaN; under a given
+      ``amax``, that value alone. ModelOpt's integer and E4M3 kernels pass NaN on but saturate
+      infinities, its MX and NVFP4 kernels saturate both, and its calibrator raises on either.
+    - For a maximum with several dimensions above 1 (a scale per token of ``(batch, tokens,
+      channels)``, batch and tokens above 1) ModelOpt leaves its kernels for eager code, where the
+      E4M3 scale is ``1 / amax * 448``, off by a unit in the last place now and then. Here a token's
+      numbers do not depend on the shape of its batch.
+    - float64 is computed in float32, which ModelOpt's MX and NVFP4 kernels refuse.
+
+    A last dimension that does not divide into blocks is taken as if filled up with zeros, as in
+    ModelOpt: the last block is shorter. Nothing is recorded for autograd.
+
+    Args:
+        x: float32, bfloat16, float16 or float64, any shape and device; not modified.
+        cfg: A ModelOpt quantizer's config as a plain mapping: ``num_bits``, ``axis``,
+            ``block_sizes``, ``type``, ``narrow_range``. ``enable``, ``effective_bits`` and
+            ``backend`` change nothing.
+        amax: Calibrated maxima, at least 0, in any float dtype; shaped as `compute_amax` returns
+            them, or any shape with as many values. A single value serves the whole tensor; of
+            several for NVFP4, the largest counts. Measured on ``x`` when not given.
+
+    Returns:
+        A new tensor with shape, dtype and device of ``x``. While it works, it holds at most two
+        float32 temporaries of the size of ``x`` (for bfloat16 in MX formats, bfloat16 ones).
+
+    Raises:
+        UserError: The config is not one that `supports` covers, the dtype is none of those above,
+            or ``amax`` has the wrong number of values.
+        ValueError: ``amax`` is given for a dynamic format, which has no use for it.
+    """
+    fmt = Format.from_cfg(cfg)
+    if x.dtype not in _DTYPES:
+        raise UserError(
+            f"{x.dtype} cannot be quantized",
+            where="fake_quantize",
+            remedy="Convert the tensor to float32, bfloat16 or float16 first.",
+        )
+    if amax is not None and fmt.dynamic:
+        raise ValueError("amax given for a dynamic format, which measures its own")
+    if x.numel() == 0:
+        return x.clone()
+    if x.dtype == torch.float64:
+        return _quantize(x.float(), fmt, amax).to(x.dtype)
+    return _quantize(x, fmt, amax)
+
+
+def _quantize(x: Tensor, fmt: Format, amax: Tensor | None) -> Tensor:
+    if fmt.sharing is Sharing.MX:
+        return fake_mx(x, fmt.element, fmt.size)
+    if fmt.sharing is Sharing.NVFP4:
+        top = abs_max(x if amax is None else amax)
+        return fake_nvfp4(x, top.to(x.device, torch.float32))
+
+    values = to_blocks(x, fmt.size) if fmt.sharing is Sharing.BLOCKS else x
+    scaled_by = _measure(x, fmt) if amax is None else _fit(amax, x, fmt)
+    scaled_by = scaled_by.to(x.device, torch.float32)
+    if isinstance(fmt.element, Integer):
+        result = fake_integer(values, scaled_by, fmt.element)
+    else:
+        result = fake_e4m3(values, scaled_by)
+    if fmt.sharing is Sharing.BLOCKS:
+        result = from_blocks(result, x.shape)
+    if amax is not None:  # a measured maximum that is not finite has made NaN of all it scales
+        result -= x - x  # 0 where x is finite, else NaN
+    return result
+
+
+def _measure(x: Tensor, fmt: Format) -> Tensor:
+    """Return maxima that broadcast to ``x``, or to its blocks, with as many dimensions."""
+    if fmt.sharing is Sharing.BLOCKS:
+        return abs_max(to_blocks(x, fmt.size), (-1,))
+    if fmt.sharing is Sharing.NVFP4:
+        return abs_max(x)
+    shared = fmt.shared_dims(x.ndim)
+    if len(shared) == x.ndim:
+        return abs_max(x).reshape((1,) * x.ndim)
+    return abs_max(x, shared)
+
+
+def _fit(amax: Tensor, x: Tensor, fmt: Format) -> Tensor:
+    """Give calibrated maxima the shape that `_measure` returns."""
+    shape: tuple[int, ...]
+    if fmt.sharing is Sharing.BLOCKS:
+        rows = x.numel() // x.shape[-1]
+        shape = (rows * -(-x.shape[-1] // fmt.size), 1)
+    else:
+        shared = fmt.shared_dims(x.ndim)
+        shape = tuple(1 if dim in shared else size for dim, size in enumerate(x.shape))
+    if amax.numel() == 1:
+        return amax.reshape((1,) * len(shape))
+    if amax.numel() != math.prod(shape):
+        raise UserError(
+            f"amax has {amax.numel()} values where the tensor has {math.prod(shape)} scales",
+            where=f"amax {tuple(amax.shape)}, tensor {tuple(x.shape)}",
+            remedy="Calibrate with the config and the tensor shape that are quantized.",
+        )
+    return amax.reshape(shape)
+
+
+def _squeeze_single(amax: Tensor) -> Tensor:
+    return amax.reshape(()) if amax.numel() == 1 else amax

@@ -1,0 +1,339 @@
+"""What the GPU steps compute: load, run an engine, write results. Imports torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+# Before the libraries that read it: their bars would tear the progress lines.
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qsens.engine import fused, reference
+from qsens.engine.budget import GIB, peak, plan_budget, reset_peak
+from qsens.engine.calibrate import Maxima
+from qsens.engine.calibrate import calibrate as run_calibration
+from qsens.engine.candidates import Candidates, Request, distinct
+from qsens.engine.captions import read_captions
+from qsens.engine.checkpoint import device_name, load_model, load_tokenizer, resolve_device
+from qsens.engine.groups import find_groups
+from qsens.engine.quantizer import needs_fallback
+from qsens.engine.samples import Samples, nominal_labels, tokenize
+from qsens.engine.scores import CellScores, GroupScore, Progress
+from qsens.errors import QsensError, UserError
+from qsens.grid import Cell, Plan, calibration_digest
+from qsens.manifest import Dataset, dump_json
+from qsens.pipeline.cell import keep_failure
+from qsens.pipeline.result import build_manifest
+from qsens.store import MANIFEST, STATE, Store, try_lock, write_directory, write_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    model: nn.Module
+    samples: Samples
+    device: torch.device
+    seconds: float
+
+
+def calibrate_sizes(store: Store, cell: Cell, progress: Progress) -> None:
+    """Compute the maxima of every size of the plan that has none yet, in one run."""
+    plan = store.plan
+    with ExitStack() as locks:
+        pending: dict[int, str] = {}
+        for other in plan.cells:
+            digest = calibration_digest(plan, other.size)
+            if digest in pending.values() or store.calibration(digest).is_file():
+                continue
+            if other.size != cell.size:
+                lock = store.calibration_lock(digest)
+                if not try_lock(lock):
+                    continue
+                locks.callback(lock.release)
+            pending[plan.samples_used(other)] = digest
+        largest = max(
+            (c for c in plan.cells if plan.samples_used(c) in pending), key=plan.samples_used
+        )
+        loaded = _load(plan, largest, progress)
+        groups = find_groups(loaded.model, plan.config.model.vision_patterns)
+        found = run_calibration(
+            loaded.model,
+            loaded.samples,
+            groups,
+            snapshots=sorted(pending),
+            boundaries=list(plan.config.dataset.sizes.values()),
+            progress=progress,
+        )
+        for count, digest in pending.items():
+            with write_file(store.calibration(digest)) as temporary:
+                save_file(found[count], temporary, metadata={"samples": str(count)})
+
+
+def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
+    """Compute one cell by ModelOpt's ``auto_quantize``."""
+    plan = store.plan
+    config = plan.config
+    loaded = _load(plan, cell, progress)
+    scores = reference.score_cell(
+        loaded.model,
+        loaded.samples,
+        plan.pair(cell),
+        disabled=config.model.vision_patterns,
+        sizes=list(config.dataset.sizes.values()),
+        scored=plan.samples_scored(cell),
+        batch_size=config.autoquant.batch_size,
+        progress=progress,
+    )
+    _write(store, cell, scores, loaded)
+
+
+def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict[str, QsensError]:
+    """Compute all ``cells`` in one pass, and write each one's result.
+
+    Returns:
+        The errors of the cells that could not be computed on any group; the others have results.
+    """
+    plan = store.plan
+    config = plan.config
+    loaded = _load(plan, max(cells, key=plan.samples_used), progress)
+    model, samples = loaded.model, loaded.samples
+    groups = find_groups(model, config.model.vision_patterns)
+    sizes = list(config.dataset.sizes.values())
+    requests = [_request(plan, cell) for cell in cells]
+    candidates = distinct(requests)
+    started = time.monotonic()
+    maxima = _maxima(store, cells, candidates, loaded, progress)
+    calibrated = time.monotonic() - started
+    budget = plan_budget(
+        model,
+        groups,
+        candidates,
+        limit_gb=config.autoquant.memory_budget_gb,
+        weight_chunk=fused.WEIGHT_CHUNK,
+        head_rows=fused.HEAD_ROWS,
+    )
+    log.info(
+        "%d cells, %d candidates, at most %d tokens at once; memory above the weights: "
+        "%.2f GiB predicted of %.2f GiB",
+        len(cells),
+        len(candidates.pairs),
+        budget.max_tokens,
+        budget.predicted / GIB,
+        budget.limit / GIB,
+    )
+    before = reset_peak(loaded.device)
+    found = fused.score(
+        model,
+        samples,
+        groups,
+        candidates,
+        maxima,
+        boundaries=sizes,
+        max_tokens=budget.max_tokens,
+        progress=progress,
+    )
+    taken = max(0, peak(loaded.device) - before)
+    log.info("memory above the weights: %.2f GiB taken at most", taken / GIB)
+    timings = {"calibrate": calibrated, "score": found.seconds}
+    memory = {"predicted": budget.predicted / GIB, "peak": taken / GIB}
+    failed: dict[str, QsensError] = {}
+    for cell, request in zip(cells, requests, strict=True):
+        scores = _cell_scores(plan, cell, request, groups, candidates, found, loaded, maxima)
+        reasons = [entry.reason for entry in scores.groups if entry.status == "failed"]
+        if reasons and len(reasons) == len(found.groups):
+            failed[cell.cell] = UserError(
+                str(reasons[0]),
+                where=cell.cell,
+                remedy=f"Mend the pair '{cell.pair}', or leave it out.",
+            )
+            keep_failure(store, cell, failed[cell.cell])
+            continue
+        _write(store, cell, scores, loaded, timings, memory)
+    return failed
+
+
+def _load(plan: Plan, cell: Cell, progress: Progress) -> _Loaded:
+    """Load the model and the samples of ``cell``."""
+    config = plan.config
+    device = resolve_device(config.autoquant.device)
+    progress("load", 0, 1)
+    started = time.monotonic()
+    captions = read_captions(plan.samples[cell.size].path)[: plan.samples_used(cell)]
+    samples = tokenize(captions, load_tokenizer(config.model), longest=config.dataset.calib_seq_len)
+    model = load_model(config.model, device)
+    progress("load", 1, 1)
+    if device.type == "cpu" and config.model.dtype == "bfloat16":
+        log.warning("bfloat16 on a CPU is slow: set model.dtype=float32 for work on a CPU")
+    return _Loaded(model, samples, device, time.monotonic() - started)
+
+
+def _request(plan: Plan, cell: Cell) -> Request:
+    pair = plan.pair(cell)
+    return Request(
+        cell=cell.cell,
+        weight=pair.weight_quantizer.modelopt(),
+        input=pair.input_quantizer.modelopt() if pair.input_quantizer else None,
+        calibrated=plan.samples_used(cell),
+        scored=plan.samples_scored(cell),
+    )
+
+
+def _maxima(
+    store: Store,
+    cells: Sequence[Cell],
+    candidates: Candidates,
+    loaded: _Loaded,
+    progress: Progress,
+) -> dict[int, Maxima]:
+    """Read the calibrated maxima; compute them where ``calibrate`` has not run."""
+    found: dict[int, Maxima] = {}
+    by_count = {store.plan.samples_used(cell): cell.size for cell in cells}
+    missing = []
+    for count in candidates.snapshots():
+        path = store.calibration(calibration_digest(store.plan, by_count[count]))
+        if path.is_file():
+            found[count] = load_file(path)
+        else:
+            missing.append(count)
+    if missing:
+        found |= run_calibration(
+            loaded.model,
+            loaded.samples,
+            find_groups(loaded.model, store.plan.config.model.vision_patterns),
+            snapshots=missing,
+            boundaries=list(store.plan.config.dataset.sizes.values()),
+            progress=progress,
+        )
+    return found
+
+
+def _cell_scores(
+    plan: Plan,
+    cell: Cell,
+    request: Request,
+    groups: Sequence[Any],
+    candidates: Candidates,
+    found: fused.FusedScores,
+    loaded: _Loaded,
+    maxima: Mapping[int, Maxima],
+) -> CellScores:
+    """Read one cell's scores off a pass."""
+    index = candidates.of_cell[cell.cell]
+    scored = request.scored
+    per_sample = found.per_sample[:, index, :scored]
+    labels = loaded.samples.labels(scored)
+    nominal = torch.tensor(
+        nominal_labels(loaded.samples, scored=scored, batch_size=plan.config.autoquant.batch_size),
+        dtype=torch.float64,
+    ).clamp_min(1)
+    sensitivity = (per_sample / nominal.square()).sum(dim=1)
+    per_token = per_sample.sum(dim=1) / max(1, sum(labels))
+    at = {group.name: position for position, group in enumerate(found.groups)}
+    entries = []
+    for group in groups:
+        if not group.covered:
+            entries.append(GroupScore(group, "disabled", "outside the coverage"))
+            continue
+        position = at[group.name]
+        if (position, index) in found.failures:
+            entries.append(GroupScore(group, "failed", found.failures[position, index]))
+        elif not found.reached[position]:
+            entries.append(GroupScore(group, "no_gradient", "no gradient reached it"))
+        elif not bool(per_sample[position].isfinite().all()):
+            first = int((~per_sample[position].isfinite()).nonzero()[0, 0])
+            entries.append(
+                GroupScore(group, "non_finite", f"not finite, first at sample {first + 1}")
+            )
+        else:
+            entries.append(
+                GroupScore(
+                    group,
+                    "scored",
+                    sensitivity=float(sensitivity[position]),
+                    sensitivity_per_token=float(per_token[position]),
+                    relative_error=float(found.error[position, index]),
+                )
+            )
+    snapshot = candidates.inputs[candidates.pairs[index][1]].snapshot
+    calibrated = maxima[snapshot] if snapshot is not None else {}
+    notices = []
+    if any(needs_fallback(cfg) for cfg in (request.weight, request.input) if cfg is not None):
+        notices.append("ModelOpt's own quantizer computed this format")
+    if len(candidates.of_cell) > 1:
+        notices.append(f"computed in one pass with {len(candidates.of_cell) - 1} other cells")
+    return CellScores(
+        groups=tuple(entries),
+        module_types={
+            name: f"Quant{type(loaded.model.get_submodule(name)).__name__}"
+            for group in groups
+            for name in group.members
+        },
+        tensors={
+            "per_sample": per_sample.contiguous(),
+            "label_tokens": torch.tensor(labels, dtype=torch.int64),
+            "loss": found.loss[:scored].contiguous(),
+            **{f"amax.input.{name}": value for name, value in calibrated.items()},
+        },
+        timings={},
+        padding_share=found.padding_share,
+        notices=tuple(notices),
+    )
+
+
+def _write(
+    store: Store,
+    cell: Cell,
+    scores: CellScores,
+    loaded: _Loaded,
+    timings: Mapping[str, float] | None = None,
+    memory: Mapping[str, float] | None = None,
+) -> None:
+    manifest = build_manifest(
+        store.plan,
+        cell,
+        scores,
+        dataset=_dataset(store.plan, cell, loaded.samples, scores.padding_share),
+        device=device_name(loaded.device),
+        timings={"load": loaded.seconds, **scores.timings, **(timings or {})},
+        memory=memory or {},
+    )
+    names = [entry.group.name for entry in scores.groups if entry.group.covered]
+    with write_directory(store.result_dir(cell), last=MANIFEST) as directory:
+        save_file(
+            dict(scores.tensors),
+            directory / STATE,
+            metadata={"cell": cell.cell, "groups": "\n".join(names)},
+        )
+        text = dump_json(manifest.model_dump(mode="json"))
+        (directory / MANIFEST).write_text(text, encoding="utf-8")
+    store.failure(cell).unlink(missing_ok=True)
+
+
+def _dataset(plan: Plan, cell: Cell, samples: Samples, padding_share: float) -> Dataset:
+    config = plan.config.dataset
+    used, scored = plan.samples_used(cell), plan.samples_scored(cell)
+    return Dataset(
+        name=config.name,
+        path=str(plan.samples[cell.size].path),
+        digest=plan.samples[cell.size].digest,
+        modality=cell.modality,
+        size=cell.size,
+        samples_asked=config.asked(cell.size),
+        samples_used=used,
+        samples_scored=scored,
+        tokens=samples.tokens(used),
+        label_tokens=sum(samples.labels(scored)),
+        padding_share=padding_share,
+        truncated=sum(samples.truncated[:used]),
+        calib_seq_len=config.calib_seq_len,
+    )

@@ -1,0 +1,16 @@
+"""Reports of cells, sweeps and models: Markdown, JSON and static HTML, equal input, equal bytes."""
+
+from qsens.report.cell import CellReport, build_cell, write_cell
+from qsens.report.model_index import write_model_index
+from qsens.report.sweep import Summary, SummaryCell, build_summary, write_sweep
+
+__all__ = [
+    "CellReport",
+    "Summary",
+    "SummaryCell",
+    "build_cell",
+    "build_summary",
+    "write_cell",
+    "write_model_index",
+    "write_sweep",
+]

@@ -1,0 +1,288 @@
+"""The report of one cell, from its manifest alone: Markdown, JSON and one static HTML page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qsens.analysis.ranking import Row, Totals, finite, rank
+from qsens.config.models import Frozen
+from qsens.manifest import (
+    Dataset,
+    Kind,
+    Manifest,
+    Model,
+    Quantization,
+    Scheme,
+    Section,
+    Versions,
+    dump_json,
+)
+from qsens.report import format as look
+from qsens.report.render import render_html, render_markdown
+from qsens.store import write_text
+
+REPORT_VERSION = 1
+BASENAME = "per-layer-sensitivity"
+PROTECTED = 5
+_DEPTHS_SHOWN = 200
+_KINDS_BY_DEPTH: tuple[Kind, ...] = ("qkv", "o", "gate_up", "down", "experts", "other", "vision")
+
+
+class Search(Frozen):
+    """The outcome of ModelOpt's search at the target of effective bits."""
+
+    effective_bits_target: float
+    """Target, in bits a weight."""
+    effective_bits_reached: float | None
+    """What the search reached, in bits a weight."""
+    score: float | None
+    """Sum of the scores of the groups that the search quantized."""
+    constraint_met: bool | None
+    """Whether the target was met."""
+
+
+class CellReport(Frozen):
+    """``per-layer-sensitivity.json``: the report of one cell, nothing rounded.
+
+    Sections that a manifest of the older layout lacks are left out of the file.
+    """
+
+    schema_version: int = REPORT_VERSION
+    """Version of this schema."""
+    cell: str | None
+    """Cell id, ``wfp8_afp8-small``."""
+    cell_digest: str | None
+    """Digest of all that changes the numbers."""
+    engine: str | None
+    """What computed the scores."""
+    created: str | None
+    """When the scores were computed, ISO 8601, UTC."""
+    scheme: Scheme
+    """What was asked for."""
+    model: Model
+    """The checkpoint."""
+    dataset: Dataset | None
+    """The calibration samples."""
+    quantization: Quantization | None
+    """The format."""
+    versions: Versions | None
+    """What computed it."""
+    partial: tuple[str, ...]
+    """Why the result is partial; empty when it is whole."""
+    notices: tuple[str, ...]
+    """What a reader should know."""
+    search: Search
+    """The outcome of the search."""
+    totals: Totals
+    """Sums over the rows."""
+    rows: tuple[Row, ...]
+    """Scored groups, most sensitive first; then the others, by status and name."""
+
+    @property
+    def title(self) -> str:
+        """Return the cell's id, or the scheme's name in the older layout."""
+        return self.cell or self.scheme.name
+
+    @property
+    def model_name(self) -> str:
+        """Return the model's name, or the last component of its path in the older layout."""
+        return self.model.name or checkpoint_name(self.model.id)
+
+    @property
+    def experimental(self) -> bool:
+        """Return whether nobody is known to deploy the pair."""
+        return self.quantization is not None and self.quantization.experimental
+
+    @property
+    def ranked(self) -> tuple[Row, ...]:
+        """Return the scored rows, most sensitive first."""
+        return tuple(row for row in self.rows if row.position is not None)
+
+    @property
+    def unranked(self) -> tuple[Row, ...]:
+        """Return the rows without a score."""
+        return tuple(row for row in self.rows if row.position is None)
+
+    @property
+    def broken(self) -> int:
+        """Return how many groups should have a score and have none."""
+        statuses = self.totals.statuses
+        return statuses.get("failed", 0) + statuses.get("non_finite", 0)
+
+
+@dataclass(frozen=True)
+class DepthMap:
+    """Shares of the total by kind and depth, for a heat map.
+
+    Attributes:
+        depths: Depths that hold a scored group, ascending.
+        kinds: Each kind with its share at each of those depths, none where there is no group.
+        top: The largest share.
+        left_out: Scored groups without a place in it.
+    """
+
+    depths: tuple[int, ...]
+    kinds: tuple[tuple[Kind, tuple[float | None, ...]], ...]
+    top: float
+    left_out: int
+
+
+def write_cell(manifest: Manifest, directory: Path) -> list[Path]:
+    """Write the three reports of a cell; equal manifests give equal bytes.
+
+    Args:
+        manifest: A manifest as ``read_manifest`` returns it.
+        directory: Where the reports go.
+
+    Returns:
+        The Markdown, JSON and HTML file.
+    """
+    report = build_cell(manifest)
+    context: dict[str, Any] = {
+        "report": report,
+        "facts": facts(report),
+        "protected": report.ranked[:PROTECTED],
+        "protected_share": math.fsum(row.share or 0.0 for row in report.ranked[:PROTECTED]),
+        "per_token": any(row.sensitivity_per_token is not None for row in report.rows),
+    }
+    scores = [row.sensitivity for row in report.ranked if row.sensitivity]
+    scale = {"low": min(scores, default=0.0), "high": max(scores, default=0.0)}
+    pages = {
+        ".md": render_markdown("cell.md", **context),
+        ".json": dump_json(_as_json(report)),
+        ".html": render_html("cell.html", **context, **scale, depth_map=depth_map(report.ranked)),
+    }
+    paths = [directory / f"{BASENAME}{suffix}" for suffix in pages]
+    for path, text in zip(paths, pages.values(), strict=True):
+        write_text(path, text)
+    return paths
+
+
+def build_cell(manifest: Manifest) -> CellReport:
+    """Return the report of a cell from its manifest alone."""
+    ranking = rank(manifest)
+    state = manifest.autoquant_state
+    return CellReport(
+        cell=manifest.cell,
+        cell_digest=manifest.cell_digest,
+        engine=manifest.engine,
+        created=manifest.created,
+        scheme=manifest.scheme,
+        model=manifest.model,
+        dataset=manifest.dataset,
+        quantization=manifest.quantization,
+        versions=manifest.versions,
+        partial=tuple(manifest.partial),
+        notices=tuple(manifest.notices),
+        search=Search(
+            effective_bits_target=manifest.scheme.auto_quantize_bits,
+            effective_bits_reached=finite(state.constraints.get("effective_bits")),
+            score=finite(state.score),
+            constraint_met=state.is_satisfied,
+        ),
+        totals=ranking.totals,
+        rows=ranking.rows,
+    )
+
+
+def facts(report: CellReport) -> list[tuple[str, str]]:
+    """Return label and value of all that the header states; what is not known is left out."""
+    scheme, model, search = report.scheme, report.model, report.search
+    known: list[tuple[str, str | None]] = [
+        ("Scheme", look.shown(scheme.name)),
+        ("Formats", ", ".join(scheme.quant_formats)),
+        ("Model", look.shown(report.model_name)),
+        ("Checkpoint", _with_digest(checkpoint_name(model.id), model.digest)),
+    ]
+    if report.quantization is not None:
+        pair, granularity = report.quantization.pair, report.quantization.granularity
+        known.insert(1, ("Pair", f"{pair}, granularity {granularity}"))
+    if (dataset := report.dataset) is not None:
+        samples = (
+            f"{dataset.samples_asked} asked, {dataset.samples_used} used, "
+            f"{dataset.samples_scored} scored"
+        )
+        known += [
+            ("Dataset", f"{look.shown(dataset.name)}, {dataset.size}, {dataset.modality}"),
+            ("Samples", samples),
+            ("Tokens", f"{dataset.tokens}, of which {dataset.label_tokens} scored as labels"),
+        ]
+    else:
+        known.append(("Samples scored at most", str(scheme.auto_quantize_score_size)))
+    reached = search.effective_bits_reached
+    target = f"target {look.bits(search.effective_bits_target)}"
+    known += [
+        ("Coverage", f"{scheme.coverage_mode}, {look.percent(scheme.coverage_fraction)}"),
+        (
+            "Effective bits",
+            target if reached is None else f"{target}, reached {look.bits(reached)}",
+        ),
+        ("Constraint met", _known(search.constraint_met, look.yes_no)),
+        ("Total sensitivity", look.scientific(report.totals.sensitivity)),
+        ("Total per token", _known(report.totals.sensitivity_per_token, look.scientific)),
+        ("Score of the groups quantized", _known(search.score, look.scientific)),
+        ("Engine", report.engine),
+    ]
+    if (versions := report.versions) is not None:
+        stated = f"qsens {versions.qsens}, torch {versions.torch}"
+        stated += f", transformers {versions.transformers}"
+        stated += f", modelopt {versions.modelopt}" if versions.modelopt else ""
+        known += [("Versions", stated), ("Device", versions.device)]
+    known.append(("Created", report.created))
+    return [(label, value) for label, value in known if value is not None]
+
+
+def depth_map(rows: Sequence[Row]) -> DepthMap | None:
+    """Return the shares of scored rows by kind and depth; none where depth says nothing."""
+    shares: dict[tuple[Kind, int], float] = {}
+    for row in rows:
+        if row.depth is not None and row.share is not None and row.kind in _KINDS_BY_DEPTH:
+            place = (row.kind, row.depth)
+            shares[place] = shares.get(place, 0.0) + row.share
+    depths = tuple(sorted({depth for _, depth in shares}))
+    if not 2 <= len(depths) <= _DEPTHS_SHOWN:
+        return None
+    present = {kind for kind, _ in shares}
+    return DepthMap(
+        depths=depths,
+        kinds=tuple(
+            (kind, tuple(shares.get((kind, depth)) for depth in depths))
+            for kind in _KINDS_BY_DEPTH
+            if kind in present
+        ),
+        top=max(shares.values()),
+        left_out=sum(row.depth is None or row.kind not in _KINDS_BY_DEPTH for row in rows),
+    )
+
+
+def checkpoint_name(path: str) -> str:
+    """Return the last component of a checkpoint's path, of whichever system."""
+    return PurePosixPath(path.replace("\\", "/")).name or path
+
+
+def _as_json(report: CellReport) -> Any:
+    """Return the report as JSON data; absent sections and their absent keys are left out."""
+    data: dict[str, Any] = {}
+    for name in CellReport.model_fields:
+        value = getattr(report, name)
+        if isinstance(value, Section):
+            data[name] = value.model_dump(exclude_none=True)
+        elif name == "rows":
+            data[name] = [row.model_dump() for row in report.rows]
+        elif isinstance(value, Frozen):
+            data[name] = value.model_dump()
+        elif value is not None:
+            data[name] = value
+    return look.plain(data)
+
+
+def _with_digest(name: str, digest: str | None) -> str:
+    return f"{look.shown(name)}, {digest[:12]}" if digest else look.shown(name)
+
+
+def _known(value: Any, show: Callable[[Any], str]) -> str | None:
+    return None if value is None else show(value)

@@ -1,0 +1,142 @@
+"""``index.html`` of a model: every sweep, newest first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from qsens.report import format as look
+from qsens.report.render import render_html
+from qsens.report.sweep import PAGE, SUMMARY, SUMMARY_VERSION, SWEEPS
+from qsens.store import write_text
+
+
+class _CellHead(BaseModel):
+    """What the index reads of a cell; its rows are passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    pair: str
+    size: str
+    status: Literal["done", "missing"]
+    partial: tuple[str, ...]
+
+
+class _SweepHead(BaseModel):
+    """What the index reads of a summary."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_version: int
+    sweep_id: str
+    created: str
+    preset: str
+    model: str
+    complete: bool
+    cells: tuple[_CellHead, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the index.
+
+    Attributes:
+        sweep_id: Id of the sweep.
+        created: When its plan was made.
+        preset: The sweep file it started from.
+        complete: Whether every cell has a result and none of them is partial.
+        cells: Number of cells.
+        done: Cells with a result.
+        partial: Cells whose result is partial.
+        pairs: Precision pairs, in the order of the sweep.
+        sizes: Calibration sizes, in the order of the sweep.
+        link: Where its page lies, relative to the index.
+    """
+
+    sweep_id: str
+    created: str
+    preset: str
+    complete: bool
+    cells: int
+    done: int
+    partial: int
+    pairs: tuple[str, ...]
+    sizes: tuple[str, ...]
+    link: str
+
+
+def write_model_index(model_directory: Path) -> Path:
+    """Write the page that lists every sweep under ``sweeps/``, newest first.
+
+    A directory that holds no summary of this version is named on the page and left out.
+
+    Args:
+        model_directory: The model's directory, the one that holds ``sweeps/``.
+
+    Returns:
+        The page.
+    """
+    entries: list[Entry] = []
+    skipped: list[tuple[str, str]] = []
+    models: dict[str, str] = {}
+    root = model_directory / SWEEPS
+    found = sorted(root.iterdir()) if root.is_dir() else []
+    for directory in found:
+        # Dotted names are those of writes in progress, here and elsewhere.
+        if directory.name.startswith("."):
+            continue
+        head = _read(directory)
+        if isinstance(head, str):
+            skipped.append((directory.name, head))
+            continue
+        entries.append(_entry(head))
+        models[head.created] = head.model
+    entries.sort(key=lambda entry: (entry.created, entry.sweep_id), reverse=True)
+    newest = max(models) if models else None
+    page = render_html(
+        "index.html",
+        model=models[newest] if newest is not None else model_directory.parent.name,
+        entries=entries,
+        skipped=skipped,
+    )
+    path = model_directory / PAGE
+    write_text(path, page)
+    return path
+
+
+def _read(directory: Path) -> _SweepHead | str:
+    """Return the head of a sweep's summary, or why there is none."""
+    if not directory.is_dir():
+        return "is not a directory"
+    path = directory / SUMMARY
+    try:
+        head = _SweepHead.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return f"holds no {SUMMARY}"
+    except OSError:
+        return f"its {SUMMARY} cannot be read"
+    except ValidationError:
+        return f"its {SUMMARY} is no summary of a sweep"
+    if head.schema_version != SUMMARY_VERSION:
+        return f"its {SUMMARY} has schema version {head.schema_version}, not {SUMMARY_VERSION}"
+    if head.sweep_id != directory.name:
+        return f"its {SUMMARY} is that of another sweep"
+    return head
+
+
+def _entry(head: _SweepHead) -> Entry:
+    return Entry(
+        sweep_id=head.sweep_id,
+        created=head.created,
+        preset=head.preset,
+        complete=head.complete,
+        cells=len(head.cells),
+        done=sum(cell.status == "done" for cell in head.cells),
+        partial=sum(bool(cell.partial) for cell in head.cells),
+        pairs=tuple(dict.fromkeys(cell.pair for cell in head.cells)),
+        sizes=tuple(dict.fromkeys(cell.size for cell in head.cells)),
+        link=look.link(SWEEPS, head.sweep_id, PAGE),
+    )

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import dataclasses
+from datetime import UTC, datetime
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepConfig
+from qsens.grid import CheckpointIdentity, Plan, SamplesIdentity, make_plan
+from qsens.manifest import Manifest
+
+QUANTIZER = {"num_bits": 8, "axis": 0}
+
+
+def group(sensitivity: float | None, status: str = "scored", **more: Any) -> dict[str, Any]:
+    """Return one row of a manifest: 1 MiB in 8 bits."""
+    return {
+        "formats": ["INT8(effective-bits: 8.0)", "NONE(effective-bits: 16.0)"],
+        "scores": [sensitivity, 0.0],
+        "costs": [524288.0, 1048576.0],
+        "importance": sensitivity,
+        "rank": 1,
+        "members": None,
+        "kind": "down",
+        "depth": 0,
+        "status": status,
+        "num_bits": 8.0,
+        "sensitivity": sensitivity,
+        "sensitivity_per_token": None if sensitivity is None else sensitivity / 4,
+        "size_cost": 524288.0,
+        **more,
+    }
+
+
+def manifest(rows: dict[str, dict[str, Any]], **more: Any) -> Manifest:
+    """Return a manifest of this version with these rows, by name without the suffix."""
+    data: dict[str, Any] = {
+        "schema_version": 1,
+        "cell": "wint8_afp16-small",
+        "cell_digest": "ab" * 32,
+        "engine": "modelopt",
+        "created": "2030-01-02T03:04:05.678+00:00",
+        "scheme": {
+            "name": "wint8_afp16_autoquant_lm",
+            "auto_quantize_bits": 8.5,
+            "auto_quantize_method": "gradient",
+            "auto_quantize_score_size": 128,
+            "coverage_mode": "lm_only",
+            "coverage_fraction": 1.0,
+            "quant_formats": ["INT8"],
+        },
+        "model": {"id": "/somewhere/Tiny", "name": "tiny", "digest": "cd" * 32},
+        "dataset": {
+            "name": "captions",
+            "path": "/somewhere/captions.txt",
+            "digest": "ef" * 32,
+            "modality": "text",
+            "size": "small",
+            "samples_asked": 16,
+            "samples_used": 15,
+            "samples_scored": 14,
+            "tokens": 300,
+            "label_tokens": 280,
+            "padding_share": 0.125,
+            "truncated": 0,
+            "calib_seq_len": 512,
+        },
+        "quantization": {
+            "pair": "wint8_afp16",
+            "granularity": "default",
+            "experimental": False,
+            "effective_bits": 8.0,
+            "modelopt_config": {},
+        },
+        "versions": {
+            "qsens": "0.1.0",
+            "torch": "2.10.0",
+            "transformers": "5.10.0",
+            "modelopt": "0.47.0",
+            "device": "cpu",
+        },
+        "num_quantized_layers": len(rows),
+        "layers": {name: {"quantized": True, "module_type": "QuantLinear"} for name in rows},
+        "autoquant_state": {
+            "constraints": {"effective_bits": 8.25},
+            "score": 3.0,
+            "is_satisfied": True,
+        },
+        "layer_sensitivity": {f"{name}.quant_recipe": row for name, row in rows.items()},
+        "sensitivity_ranking": [],
+        **more,
+    }
+    return Manifest.model_validate(data)
+
+
+def plan(
+    pairs: tuple[str, ...] = ("wint8_afp16", "wfp8_afp8"), lanes: int = 1, **more: Any
+) -> Plan:
+    """Return a plan of these pairs at the sizes small and medium."""
+    config = SweepConfig(
+        preset="nightly",
+        model=ModelConfig(name="tiny", short_name="tiny"),
+        dataset=DatasetConfig(size=("small", "medium")),
+        quant_pair=tuple(
+            PairConfig(
+                name=name,
+                weight=name.split("_")[0][1:],
+                activation=name.split("_")[1][1:],
+                format="INT8",
+                weight_quantizer=QUANTIZER,
+                effective_bits=8.0,
+            )
+            for name in pairs
+        ),
+        **more,
+    )
+    sample = SamplesIdentity(path=Path("captions.txt"), digest="ef" * 32, available=512)
+    return make_plan(
+        config,
+        Roots(**{field.name: Path("root") for field in dataclasses.fields(Roots)}),
+        checkpoint=CheckpointIdentity(
+            path=Path("Tiny"),
+            digest="cd" * 32,
+            tokenizer_digest="01" * 32,
+            architecture="TinyForCausalLM",
+            weight_bytes=1,
+        ),
+        samples={"small": sample, "medium": sample},
+        versions={"qsens": "0.1.0"},
+        lanes=lanes,
+        now=datetime(2030, 1, 2, 3, 4, 5, 678000, tzinfo=UTC),
+    )
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page: its tags, its text, its links."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: set[str] = set()
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.links += [value or "" for name, value in attrs if name in ("href", "src")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+class Make:
+    """The builders, as one fixture."""
+
+    group = staticmethod(group)
+    manifest = staticmethod(manifest)
+    plan = staticmethod(plan)
+    page = Page
+
+
+@pytest.fixture
+def make() -> type[Make]:
+    return Make

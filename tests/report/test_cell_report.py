@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qsens.manifest import read_manifest
+from qsens.report import build_cell, write_cell
+from qsens.report.cell import depth_map
+
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
+HOSTILE = {
+    "html": '<script>alert("x")</script><img src=x onerror=alert(1)>',
+    "quotes": "a\"b'c",
+    "path": "../../../etc/passwd",
+    "pipes": "a|b|c\\|d",
+    "lines": "a\n\n# b\r\n| c |\u2028d",
+    "code": "`a` **b** [c](javascript:alert(1)) <!--",
+    "template": "{{ 7 * 7 }}{% raw %}",
+    "long": "n" * 10_000,
+}
+
+
+def table(markdown: str) -> list[list[str]]:
+    """Return the cells of the last table, without its two head lines."""
+    lines = markdown.rstrip().split("\n")
+    start = max(i for i, line in enumerate(lines) if line.startswith("| Position"))
+    rows = lines[start + 2 :]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)(?:\\\\)*\|", row)[1:-1]] for row in rows]
+
+
+def written(manifest: Any, directory: Path) -> tuple[str, Any, Path]:
+    md, data, html = write_cell(manifest, directory)
+    assert [path.name for path in (md, data, html)] == [
+        "per-layer-sensitivity.md",
+        "per-layer-sensitivity.json",
+        "per-layer-sensitivity.html",
+    ]
+    return md.read_text(encoding="utf-8"), json.loads(data.read_text(encoding="utf-8")), html
+
+
+def three(make: Any, **more: Any) -> Any:
+    rows = {
+        "layers.1.mlp.down_proj": make.group(1.0, depth=1),
+        "layers.0.mlp.gate_proj": make.group(
+            3.0,
+            kind="gate_up",
+            members=["layers.0.mlp.gate_proj", "layers.0.mlp.up_proj"],
+            size_cost=1048576.0,
+        ),
+        "visual.x": make.group(None, "disabled", kind="vision", depth=None, num_bits=16.0),
+    }
+    return make.manifest(rows, **more)
+
+
+def test_the_table_holds_what_the_manifest_says(make: Any, tmp_path: Path) -> None:
+    md, data, html = written(three(make), tmp_path)
+    assert table(md) == [
+        [
+            "1",
+            "layers.0.mlp.gate_proj",
+            "gate_up",
+            "8",
+            "3.000e+00",
+            "7.500e-01",
+            "75.00 %",
+            "2.00",
+            "scored",
+        ],
+        [
+            "2",
+            "layers.1.mlp.down_proj",
+            "down",
+            "8",
+            "1.000e+00",
+            "2.500e-01",
+            "25.00 %",
+            "1.00",
+            "scored",
+        ],
+        ["–", "visual.x", "vision", "16", "–", "–", "–", "1.00", "disabled"],
+    ]
+    assert [row["position"] for row in data["rows"]] == [1, 2, None]
+    assert data["rows"][0]["share"] == 0.75
+    assert data["totals"]["sensitivity"] == 4.0
+    assert data["totals"]["sensitivity_per_token"] == 1.0
+    assert data["search"]["effective_bits_reached"] == 8.25
+    page = make.page(html)
+    assert page.tags.count("tr") == 4
+    assert "layers.0.mlp.gate_proj + up_proj" in page.text
+    assert "1. layers.0.mlp.gate_proj + up_proj (3.000e+00, 75.00 %)" in md
+
+
+def test_the_header_states_what_was_measured(make: Any, tmp_path: Path) -> None:
+    md, _, html = written(three(make), tmp_path)
+    for line in (
+        "| Model | tiny |",
+        "| Checkpoint | Tiny, cdcdcdcdcdcd |",
+        "| Dataset | captions, small, text |",
+        "| Samples | 16 asked, 15 used, 14 scored |",
+        "| Effective bits | target 8.5, reached 8.25 |",
+        "| Constraint met | yes |",
+        "| Total sensitivity | 4.000e+00 |",
+        "| Score of the groups quantized | 3.000e+00 |",
+        "| Created | 2030-01-02T03:04:05.678+00:00 |",
+    ):
+        assert line in md
+    page = make.page(html)
+    assert "Complete" in page.text
+    assert "PARTIAL" not in md + page.text
+    assert "EXPERIMENTAL" not in md + page.text
+
+
+def test_partial_and_experimental_are_loud(make: Any, tmp_path: Path) -> None:
+    quantization = {
+        "pair": "wint8_afp8",
+        "granularity": "default",
+        "experimental": True,
+        "effective_bits": 8.0,
+        "modelopt_config": {},
+    }
+    manifest = three(
+        make, partial=["15 of 16 samples: max_calib_samples"], quantization=quantization
+    )
+    md, data, html = written(manifest, tmp_path)
+    page = make.page(html)
+    for text in (md, page.text):
+        # Before any number.
+        head = text[: text.index("Total sensitivity")]
+        assert "PARTIAL" in head
+        assert "15 of 16 samples: max_calib_samples" in head
+        assert "EXPERIMENTAL" in head
+    assert "Complete" not in page.text
+    assert data["partial"] == ["15 of 16 samples: max_calib_samples"]
+
+
+def test_groups_that_failed_are_said(make: Any, tmp_path: Path) -> None:
+    rows = {
+        "a": make.group(1.0),
+        "b": make.group(None, "failed", reason="33 columns do not divide into blocks of 32"),
+        "c": make.group(float("nan")),
+    }
+    md, data, html = written(make.manifest(rows), tmp_path)
+    page = make.page(html)
+    assert "2 groups could not be scored" in md
+    assert "2 groups could not be scored" in page.text
+    assert "Complete" not in page.text
+    assert table(md)[1][-1] == "failed: 33 columns do not divide into blocks of 32"
+    assert table(md)[2][-1] == "non_finite"
+    assert data["rows"][2]["sensitivity"] is None
+
+
+def test_without_any_score_there_is_still_a_report(make: Any, tmp_path: Path) -> None:
+    md, data, html = written(make.manifest({"a": make.group(None, "disabled")}), tmp_path)
+    assert "Protect first" not in md + make.page(html).text
+    assert data["totals"]["sensitivity"] == 0.0
+    assert table(md)[0][0] == "–"
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_names_are_text(make: Any, tmp_path: Path, name: str) -> None:
+    plain_md, _, plain_html = written(
+        make.manifest({"a": make.group(2.0), "b": make.group(1.0)}), tmp_path / "plain"
+    )
+    more = {
+        "cell": name,
+        "model": {"id": name, "name": name},
+        "notices": [],
+        "partial": [],
+    }
+    manifest = make.manifest({name: make.group(2.0, members=[name]), "b": make.group(1.0)}, **more)
+    md, data, html = written(manifest, tmp_path / "hostile")
+    page, plain = make.page(html), make.page(plain_html)
+    assert page.tags == plain.tags
+    assert page.attributes == plain.attributes
+    assert page.links == []
+    assert "script" not in page.tags
+    assert len(table(md)) == 2
+    assert [len(row) for row in table(md)] == [9, 9]
+    # Lines start alike: no name opens a heading, a list or a table.
+    starts = [line[:2] for line in md.split("\n")]
+    plain_starts = [line[:2] for line in plain_md.split("\n")]
+    assert [s for s in starts if s[:1] in "#|->"] == [s for s in plain_starts if s[:1] in "#|->"]
+    assert "<" not in md.replace("&lt;", "")
+    assert data["rows"][0]["layer"] == name
+    assert data["cell"] == name
+    assert sorted(path.name for path in (tmp_path / "hostile").iterdir()) == [
+        "per-layer-sensitivity.html",
+        "per-layer-sensitivity.json",
+        "per-layer-sensitivity.md",
+    ]
+    if len(name) == 10_000:
+        assert "n" * 120 not in md + page.text
+        assert "n" * 119 + "…" in md
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE.keys())
+def test_markdown_renders_hostile_names_as_text(make: Any, tmp_path: Path, name: str) -> None:
+    render = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table").render
+
+    def tags(directory: Path, name: str) -> list[str]:
+        rows = {name: make.group(2.0, members=[name, "x.up"]), "b": make.group(1.0)}
+        more = {"cell": name, "partial": [name], "notices": [name], "model": {"id": name}}
+        md, *_ = written(make.manifest(rows, **more), directory)
+        html = directory / "rendered.html"
+        html.write_text(render(md), encoding="utf-8")
+        return list(make.page(html).tags)
+
+    assert tags(tmp_path / "hostile", name) == tags(tmp_path / "plain", "a")
+
+
+def test_hostile_reasons_are_text(make: Any, tmp_path: Path) -> None:
+    reason = "<script>x</script>\n# heading | `a` {{ 7 * 7 }}"
+    md, _, html = written(three(make, partial=[reason], notices=[reason]), tmp_path)
+    page = make.page(html)
+    assert "script" not in page.tags
+    assert page.text.count("<script>x</script> # heading | `a` {{ 7 * 7 }}") == 2
+    assert "> - &lt;script&gt;x&lt;/script&gt; # heading \\| \\`a\\`" in md
+
+
+def test_equal_manifests_give_equal_bytes(make: Any, tmp_path: Path) -> None:
+    first = [path.read_bytes() for path in write_cell(three(make), tmp_path / "a")]
+    again = [path.read_bytes() for path in write_cell(three(make), tmp_path / "b")]
+    over = [path.read_bytes() for path in write_cell(three(make), tmp_path / "a")]
+    assert first == again == over
+
+
+def test_pages_are_self_contained(make: Any, tmp_path: Path) -> None:
+    *_, html = written(three(make), tmp_path)
+    page = make.page(html)
+    assert page.links == []
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    text = html.read_text(encoding="utf-8")
+    assert "://" not in text
+    assert "url(" not in text
+
+
+def test_the_depth_map_adds_up(make: Any) -> None:
+    rows = {
+        "layers.0.mlp.down_proj": make.group(2.0, depth=0),
+        "layers.7.mlp.down_proj": make.group(1.0, depth=7),
+        "layers.7.mlp.gate_proj": make.group(1.0, kind="gate_up", depth=7),
+        "lm_head": make.group(4.0, kind="head", depth=None),
+    }
+    found = depth_map(build_cell(make.manifest(rows)).ranked)
+    assert found is not None
+    assert found.depths == (0, 7)
+    assert found.kinds == (("gate_up", (None, 0.125)), ("down", (0.25, 0.125)))
+    assert found.top == 0.25
+    assert found.left_out == 1
+    far = {"a": make.group(1.0, depth=0), "b": make.group(1.0, depth=10**12)}
+    assert depth_map(build_cell(make.manifest(far)).ranked) is not None
+
+
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason="the published manifests are not here"
+)
+
+
+@needs_reference
+def test_the_published_wfp8_afp8_report(make: Any, tmp_path: Path) -> None:
+    path = REFERENCE / "qwen3_vl_4b-wfp8_afp8-lm-medium.json"
+    md, data, html = written(read_manifest(path), tmp_path)
+    rows = table(md)
+    assert rows[0][:2] == ["1", "model.language_model.layers.4.mlp.gate_proj"]
+    assert rows[0][4] == "3.424e-01"
+    assert rows[1][:2] == ["2", "model.language_model.layers.0.mlp.down_proj"]
+    assert rows[1][4] == "2.728e-01"
+    assert data["totals"]["statuses"] == {"disabled": 105, "scored": 145}
+    text = make.page(html).text
+    # The older layout says nothing of samples, versions or time: nothing is made up.
+    for absent in ("None", "null", "Dataset", "Versions", "Created", "Per token"):
+        assert absent not in md + text
+    assert not {"dataset", "quantization", "versions", "cell", "created"} & data.keys()
+
+
+@needs_reference
+@pytest.mark.parametrize("path", sorted(REFERENCE.glob("*.json")), ids=lambda path: path.stem)
+def test_published_tables_start_with_the_highest_scores(
+    make: Any, tmp_path: Path, path: Path
+) -> None:
+    raw = json.loads(path.read_text(encoding="utf-8"))["layer_sensitivity"]
+    top = sorted(raw.items(), key=lambda item: item[1]["scores"][0], reverse=True)[:5]
+    expected = [[key.removesuffix(".quant_recipe"), f"{row['scores'][0]:.3e}"] for key, row in top]
+    md, _, html = written(read_manifest(path), tmp_path)
+    rows = table(md)
+    assert [[row[1], row[4]] for row in rows[:5]] == expected
+    assert len(rows) == len(raw)
+    assert make.page(html).tags.count("tr") == len(raw) + 1

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from qsens.report import Summary, build_summary, write_sweep
+from qsens.report.sweep import heat_table, protected
+
+A, B = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
+CELLS = ["wint8_afp16-small", "wint8_afp16-medium", "wfp8_afp8-small", "wfp8_afp8-medium"]
+
+
+def cells(make: Any, **partial: list[str]) -> dict[str, Any]:
+    """Return manifests: A and B hold 3:1, 1:1, 1:3 and, in the last, B failed."""
+    scores = [(3.0, 1.0), (2.0, 2.0), (10.0, 30.0), (8.0, None)]
+    return {
+        cell: make.manifest(
+            {
+                A: make.group(a),
+                B: make.group(b) if b is not None else make.group(None, "failed"),
+            },
+            cell=cell,
+            partial=partial.get(cell.replace("-", "_"), []),
+        )
+        for cell, (a, b) in zip(CELLS, scores, strict=True)
+    }
+
+
+def whole(make: Any, **more: Any) -> Summary:
+    directories = {cell: f"weight/{cell}" for cell in CELLS}
+    return build_summary(make.plan(**more), cells(make), {}, directories, None)
+
+
+def test_the_summary_states_every_cell(make: Any) -> None:
+    manifests = cells(make, wfp8_afp8_small=["8 of 16 samples"])
+    del manifests["wint8_afp16-medium"]
+    missing = {"wint8_afp16-medium": "out of memory"}
+    plan = make.plan()
+    summary = build_summary(plan, manifests, missing, {CELLS[0]: "a/b"}, "earlier")
+    assert summary.sweep_id == plan.sweep_id
+    assert summary.created == "2030-01-02T03:04:05.678+00:00"
+    assert (summary.preset, summary.model, summary.previous) == ("nightly", "tiny", "earlier")
+    assert summary.checkpoint_digest == "cd" * 32
+    assert [cell.cell for cell in summary.cells] == CELLS
+    assert [cell.status for cell in summary.cells] == ["done", "missing", "done", "done"]
+    assert [(cell.cell, cell.reason) for cell in summary.missing] == [
+        ("wint8_afp16-medium", "out of memory")
+    ]
+    first, second, third, _ = summary.cells
+    assert (first.total_sensitivity, first.effective_bits_reached) == (4.0, 8.25)
+    assert (first.samples_used, first.samples_scored, first.directory) == (15, 14, "a/b")
+    assert [(row.layer, row.position, row.share) for row in first.rows] == [
+        (A, 1, 0.75),
+        (B, 2, 0.25),
+    ]
+    assert first.digest == plan.cell(CELLS[0]).digest
+    assert (second.total_sensitivity, second.directory, second.rows) == (None, None, ())
+    assert third.partial == ("8 of 16 samples",)
+    assert not summary.complete
+
+
+def test_complete_means_all_there_and_all_whole(make: Any) -> None:
+    assert whole(make).complete
+    some = cells(make, wfp8_afp8_small=["8 of 16 samples"])
+    assert not build_summary(make.plan(), some, {}, {}, None).complete
+    del some["wfp8_afp8-small"]
+    summary = build_summary(make.plan(), some, {}, {}, None)
+    assert not summary.complete
+    assert summary.missing[0].reason == "no result"
+
+
+def test_lanes_change_nothing(make: Any, tmp_path: Path) -> None:
+    one, two = whole(make, lanes=1), whole(make, lanes=2)
+    assert make.plan(lanes=2).cells != make.plan(lanes=1).cells
+    assert one == two
+    first = [path.read_bytes() for path in write_sweep(one, tmp_path / "a")]
+    assert first == [path.read_bytes() for path in write_sweep(two, tmp_path / "b")]
+
+
+def test_summary_json_makes_the_same_pages_again(make: Any, tmp_path: Path) -> None:
+    paths = write_sweep(whole(make), tmp_path / "a")
+    assert [path.name for path in paths] == ["summary.md", "summary.json", "index.html"]
+    read = Summary.model_validate_json(paths[1].read_bytes())
+    assert read == whole(make)
+    again = write_sweep(read, tmp_path / "b")
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
+    data = json.loads(paths[1].read_text(encoding="utf-8"))
+    with pytest.raises(ValidationError):
+        Summary.model_validate({**data, "surprise": 1})
+
+
+def test_groups_to_protect_are_ranked_over_whole_cells(make: Any) -> None:
+    # A: (3/4 + 1/2 + 1/4 + 1) / 4 = 5/8; B: (1/4 + 1/2 + 3/4) / 3 = 1/2.
+    found = protected(whole(make))
+    assert [(group.layer, group.share, group.cells) for group in found.groups] == [
+        (A, 0.625, 4),
+        (B, 0.5, 3),
+    ]
+    assert (found.cells, found.whole) == (4, True)
+    # Without the partial first and last cell: A (1/2 + 1/4) / 2, B (1/2 + 3/4) / 2.
+    some = cells(make, wint8_afp16_small=["x"], wfp8_afp8_medium=["x"])
+    found = protected(build_summary(make.plan(), some, {}, {}, None))
+    assert [(group.layer, group.share) for group in found.groups] == [(B, 0.625), (A, 0.375)]
+    assert (found.cells, found.whole) == (2, True)
+    only = {CELLS[0]: some[CELLS[0]]}
+    found = protected(build_summary(make.plan(), only, {}, {}, None))
+    assert (found.cells, found.whole) == (1, False)
+
+
+def test_the_heat_table_is_of_the_largest_size_with_results(make: Any) -> None:
+    heat = heat_table(whole(make))
+    assert heat is not None
+    assert (heat.size, heat.top) == ("medium", 1.0)
+    assert [cell.cell for cell in heat.cells] == ["wint8_afp16-medium", "wfp8_afp8-medium"]
+    assert [(layer, [row.share if row else None for row in rows]) for layer, rows in heat.rows] == [
+        (A, [0.5, 1.0]),
+        (B, [0.5, None]),
+    ]
+    small = {cell: found for cell, found in cells(make).items() if cell.endswith("small")}
+    heat = heat_table(build_summary(make.plan(), small, {}, {}, None))
+    assert heat is not None
+    assert heat.size == "small"
+    assert heat_table(build_summary(make.plan(), {}, {}, {}, None)) is None
+
+
+def test_missing_and_partial_cells_are_loud(make: Any, tmp_path: Path) -> None:
+    manifests = cells(make, wfp8_afp8_small=["8 of 16 samples"])
+    del manifests["wint8_afp16-medium"]
+    summary = build_summary(
+        make.plan(), manifests, {"wint8_afp16-medium": "out of | memory"}, {}, None
+    )
+    md, _, html = write_sweep(summary, tmp_path)
+    text = md.read_text(encoding="utf-8")
+    head = text[: text.index("| | |")]
+    assert "PARTIAL: 1 of 4 cells missing" in head
+    assert "> - wint8_afp16-medium: out of \\| memory" in head
+    assert "> - wfp8_afp8-small: 8 of 16 samples" in head
+    page = make.page(html)
+    head = page.text[: page.text.index("Cells done")]
+    assert "PARTIAL: 1 of 4 cells missing" in head
+    assert "wint8_afp16-medium: out of | memory" in head
+    assert "wfp8_afp8-small: 8 of 16 samples" in head
+    assert "✓ Complete" not in page.text
+    lines = [line for line in text.split("\n") if line.startswith(("| wint8", "| wfp8"))]
+    assert [line.replace("\\|", "").count("|") for line in lines] == [11] * 4
+    assert "**MISSING**" in lines[1]
+    assert "**PARTIAL**" in lines[2]
+
+
+def test_a_whole_sweep_has_no_banner(make: Any, tmp_path: Path) -> None:
+    md, _, html = write_sweep(whole(make), tmp_path)
+    page = make.page(html)
+    assert "✓ Complete" in page.text
+    assert "PARTIAL" not in md.read_text(encoding="utf-8") + page.text
+    assert not {"script", "link", "img"} & set(page.tags)
+
+
+def test_links_are_relative_to_where_the_sweep_lies(make: Any, tmp_path: Path) -> None:
+    plan = make.plan()
+    directories = {CELLS[0]: "weight-int8-act-fp16/run small"}
+    summary = build_summary(plan, cells(make), {}, directories, "20291231T000000000Z-00000000")
+    nested = tmp_path / "sweeps" / plan.sweep_id
+    md, _, html = write_sweep(summary, nested)
+    link = "../../weight-int8-act-fp16/run%20small/per-layer-sensitivity.html"
+    previous = "../20291231T000000000Z-00000000/index.html"
+    assert set(make.page(html).links) == {link, previous, "../../index.html"}
+    assert f"[report]({link})" in md.read_text(encoding="utf-8")
+    assert f"({previous})" in md.read_text(encoding="utf-8")
+    *_, html = write_sweep(summary, tmp_path / "tmp" / plan.sweep_id)
+    assert link.removeprefix("../../") in make.page(html).links
+    assert "../../index.html" not in make.page(html).links
+
+
+def test_hostile_text_is_text(make: Any, tmp_path: Path) -> None:
+    bad = '<script>alert("1")</script>|\n# {{ 7 * 7 }}' + "n" * 10_000
+    manifests = cells(make)
+    manifests[CELLS[0]] = make.manifest({bad: make.group(3.0), B: make.group(1.0)}, cell=CELLS[0])
+    del manifests[CELLS[1]]
+    directories = {CELLS[0]: "javascript:alert(1)", CELLS[2]: '"><script>x</script>'}
+    summary = build_summary(make.plan(), manifests, {CELLS[1]: bad}, directories, bad)
+    md, data, html = write_sweep(summary, tmp_path)
+    page = make.page(html)
+    assert "script" not in page.tags
+    assert all(":" not in link and "<" not in link for link in page.links)
+    assert "<" not in md.read_text(encoding="utf-8")
+    assert not any(
+        line.startswith("# ") and "7" in line for line in md.read_text(encoding="utf-8").split("\n")
+    )
+    assert json.loads(data.read_text(encoding="utf-8"))["cells"][0]["rows"][0]["layer"] == bad
