@@ -19,7 +19,7 @@ from rich.table import Table
 from qsens import __version__
 from qsens.config import choices
 from qsens.config.reference import describe_keys
-from qsens.errors import QsensError, UserError
+from qsens.errors import AnswerIsNo, QsensError, UserError
 from qsens.grid import read_plan
 from qsens.progress import ProgressLine
 
@@ -183,6 +183,33 @@ def report(
         _stdout.print(path, markup=False)
 
 
+@app.command()
+def verify(
+    plan: PlanFile,
+    cell: CellId,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative difference; by data type.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a cell by both engines on the same batches; exit code 3 if they disagree."""
+    from qsens.pipeline.verify import verify as step
+
+    with ProgressLine(_stderr, cells=[cell]) as line:
+        result = step(
+            read_plan(plan),
+            cell,
+            tolerance=tolerance,
+            progress=lambda *steps: line.update(cell, *steps),
+        )
+    if as_json:
+        _print_json(result)
+    else:
+        _print_verified(result)
+    if not result["agrees"]:
+        sys.exit(AnswerIsNo.exit_code)
+
+
 @app.command("demo-model")
 def demo_model(
     directory: Annotated[
@@ -274,6 +301,25 @@ def _print_published(published: dict[str, Any], as_json: bool) -> None:
     for entry in published["missing"]:
         _stdout.print(f"PARTIAL: {entry['cell']}: {entry['reason']}", style="red", markup=False)
     _stdout.print(published["index"], markup=False)
+
+
+def _print_verified(result: dict[str, Any]) -> None:
+    verdict = "agree" if result["agrees"] else "DISAGREE"
+    rho = "" if result["spearman"] is None else f", Spearman's rho {result['spearman']:.6f}"
+    _stdout.print(
+        f"{result['cell']}: the engines {verdict}: largest relative difference "
+        f"{result['largest']:.2e} (allowed {result['tolerance']:.0e}), "
+        f"median {result['median']:.2e}{rho}",
+        markup=False,
+    )
+    table = Table(title="groups that differ most", title_justify="left")
+    for column in ("group", "fused", "modelopt", "relative difference"):
+        table.add_column(column)
+    for name, ours, theirs, difference in result["worst"]:
+        table.add_row(name, f"{ours:.6e}", f"{theirs:.6e}", f"{difference:.2e}")
+    _stdout.print(table)
+    for name in result["only_in_one"]:
+        _stdout.print(f"only one engine scored {name}", markup=False)
 
 
 def _print_keys(as_json: bool) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from qsens.config import GranularityConfig, PairConfig, Roots, SweepConfig
+from qsens.config import PairConfig, Roots, SweepConfig
 from qsens.config.models import Coverage, Frozen, Modality, Size
+from qsens.config.pairs import DEFAULT_GRANULARITY
 from qsens.errors import UserError
 
 PLAN_VERSION = 1
@@ -115,8 +116,10 @@ class Plan(Frozen):
         )
 
     def pair(self, cell: Cell) -> PairConfig:
-        """Return the pair of ``cell``."""
-        return next(pair for pair in self.config.quant_pair if pair.name == cell.pair)
+        """Return the pair of ``cell``, with the granularity of ``cell`` applied."""
+        pairs = {pair.name: pair for pair in self.config.quant_pair}
+        granularities = {entry.name: entry for entry in self.config.quant_granularity}
+        return pairs[cell.pair].with_granularity(granularities[cell.granularity])
 
     def lane_of(self, cell: Cell) -> list[Cell]:
         """Return the cells that one GPU computes together with ``cell``."""
@@ -160,6 +163,8 @@ def make_plan(
 ) -> Plan:
     """Lay out the grid of ``config`` and give every cell its identity.
 
+    A pair is left out at a granularity that makes no sense for it; `load_sweep` says so.
+
     Args:
         config: The sweep, paths absolute.
         roots: Where results go.
@@ -173,11 +178,16 @@ def make_plan(
     created = (now or datetime.now(UTC)).astimezone(UTC)
     stamp = created.strftime("%Y%m%dT%H%M%S") + f"{created.microsecond // 1000:03d}Z"
     cells = []
+    weights = {}
     axes = itertools.product(
         config.quant_pair, config.quant_granularity, config.coverage, config.dataset.size
     )
-    for pair, granularity, coverage, size in axes:
-        identity = _identity(config, pair, granularity, coverage, size, checkpoint, versions)
+    for own, granularity, coverage, size in axes:
+        if own.refusal(granularity) is not None:
+            continue
+        pair = own.with_granularity(granularity)
+        identity = _identity(config, pair, coverage, size, checkpoint, versions)
+        identity["granularity"] = granularity.name
         identity["samples"] = samples[size].digest
         if config.runner.force:
             identity["forced"] = stamp
@@ -192,6 +202,7 @@ def make_plan(
                 digest=digest_of(identity),
             )
         )
+        weights[cells[-1].cell] = f"{pair.weight} {pair.weight_quantizer.model_dump_json()}"
     digest = digest_of(
         {
             "cells": {cell.cell: cell.digest for cell in cells},
@@ -212,7 +223,7 @@ def make_plan(
         samples=dict(samples),
         versions=dict(versions),
         notices=list(notices),
-        cells=_into_lanes(cells, config, lanes),
+        cells=_into_lanes(cells, weights, lanes),
     )
 
 
@@ -241,7 +252,7 @@ def read_plan(path: Path) -> Plan:
 
 def cell_id(pair: str, granularity: str, size: str) -> str:
     """Return a cell's id; defaults are left out."""
-    parts = [pair, *([granularity] if granularity != "default" else []), size]
+    parts = [pair, *([granularity] if granularity != DEFAULT_GRANULARITY else []), size]
     return "-".join(parts)
 
 
@@ -275,7 +286,6 @@ def digest_of(value: Any) -> str:
 def _identity(
     config: SweepConfig,
     pair: PairConfig,
-    granularity: GranularityConfig,
     coverage: Coverage,
     size: Size,
     checkpoint: CheckpointIdentity,
@@ -299,7 +309,6 @@ def _identity(
         "max_calib_samples": dataset.max_calib_samples,
         "calib_seq_len": dataset.calib_seq_len,
         "pair": pair.model_dump(mode="json"),
-        "granularity": granularity.model_dump(mode="json"),
         "coverage": coverage,
         "method": autoquant.method,
         "effective_bits": autoquant.effective_bits,
@@ -311,12 +320,11 @@ def _identity(
     }
 
 
-def _into_lanes(cells: list[Cell], config: SweepConfig, lanes: int) -> list[Cell]:
+def _into_lanes(cells: list[Cell], weights: Mapping[str, str], lanes: int) -> list[Cell]:
     """Split by weight format, heaviest first to the lightest lane; list round-robin."""
-    weights = {pair.name: pair.weight for pair in config.quant_pair}
-    groups: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    groups: dict[str, list[Cell]] = defaultdict(list)
     for cell in cells:
-        groups[weights[cell.pair], cell.granularity].append(cell)
+        groups[weights[cell.cell]].append(cell)
     shares: list[list[Cell]] = [[] for _ in range(max(1, lanes))]
     for group in sorted(groups.values(), key=len, reverse=True):
         lightest = min(range(len(shares)), key=lambda lane: len(shares[lane]))

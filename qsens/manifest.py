@@ -180,9 +180,9 @@ class GroupSensitivity(Section):
     num_bits: float | None = None
     """Effective bits of the format, block scales included."""
     sensitivity: float | None = None
-    """``sum_i s_i / T_b(i)^2``: ModelOpt's number."""
+    """``gradient``: ``sum_i s_i / T_b(i)^2``, ModelOpt's number; ``kl_div``: nats, summed."""
     sensitivity_per_token: float | None = None
-    """``sum_i s_i / sum_i T_i``: comparable between batches and sizes."""
+    """``gradient``: ``sum_i s_i / sum_i T_i``; ``kl_div``: nats a real token."""
     relative_error: float | None = None
     """``||dY||^2 / ||Y||^2`` of the group's outputs over the real tokens scored."""
     size_cost: float | None = None

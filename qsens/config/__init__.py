@@ -8,12 +8,11 @@ from qsens.config.models import (
     AutoquantConfig,
     DagConfig,
     DatasetConfig,
-    GranularityConfig,
     ModelConfig,
-    PairConfig,
     RunnerConfig,
     SweepConfig,
 )
+from qsens.config.pairs import GranularityConfig, PairConfig
 from qsens.config.roots import Roots
 
 __all__ = [

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from qsens.config.models import SweepConfig
+from qsens.config.pairs import GranularityConfig, PairConfig
 from qsens.config.roots import Roots
 from qsens.errors import UserError
 
@@ -32,7 +33,8 @@ class Loaded:
 
     Attributes:
         config: The sweep.
-        notices: One line each: names taken from a path, experimental pairs.
+        notices: One line each: names taken from a path, experimental formats, granularities that
+            a pair is left out at.
     """
 
     config: SweepConfig
@@ -85,8 +87,9 @@ def load_sweep(
         roots: Where to look; from the environment when not given.
 
     Raises:
-        UserError: A key is unknown, a value is not allowed, or a file cannot be read. The message
-            names the key, what is allowed, and where the value came from.
+        UserError: A key is unknown, a value is not allowed, a file cannot be read, or a granularity
+            makes no sense for any of the pairs. The message names the key, what is allowed, and
+            where the value came from.
     """
     roots = roots or Roots.from_environment()
     given = _parse(overrides)
@@ -118,6 +121,7 @@ def load_sweep(
         for pair in config.quant_pair
         if pair.experimental
     ]
+    notices += _granularity_notices(config, chosen["quant_granularity"][1], roots)
     return Loaded(config, tuple(notices))
 
 
@@ -280,6 +284,47 @@ def _validate(tree: Any, sources: _Sources) -> SweepConfig:
         where=f"{key or 'sweep'} ({sources.of(key)})",
         remedy="`qsens plan --keys` lists every key with its default, unit and allowed values.",
     )
+
+
+def _granularity_notices(config: SweepConfig, origin: str, roots: Roots) -> list[str]:
+    """Say what is left out of the grid; refuse a granularity that makes sense for no pair."""
+    notices = []
+    for granularity in config.quant_granularity:
+        reasons: dict[str, list[str]] = {}
+        for pair in config.quant_pair:
+            reason = pair.refusal(granularity)
+            if reason is not None:
+                reasons.setdefault(reason, []).append(pair.name)
+                notices.append(f"{pair.name} is left out at {granularity.name}: {reason}")
+            elif pair.with_granularity(granularity).experimental and not pair.experimental:
+                notices.append(
+                    f"{pair.name} at {granularity.name} is experimental: nobody is known to "
+                    "deploy it"
+                )
+        if sum(map(len, reasons.values())) == len(config.quant_pair):
+            said = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
+            allowed = ", ".join(_accepted(config.quant_pair, roots))
+            raise UserError(
+                f"{granularity.name} makes no sense for any pair of the sweep: {said}",
+                where=f"quant_granularity ({origin})",
+                remedy=f"Leave {granularity.name} out; allowed with these pairs: {allowed}.",
+            )
+    return notices
+
+
+def _accepted(pairs: Sequence[PairConfig], roots: Roots) -> list[str]:
+    """Return the granularities that make sense for at least one of ``pairs``."""
+    accepted = []
+    for name in choices("quant_granularity", roots):
+        section, _ = _read("quant_granularity", name, roots, where="quant_granularity")
+        section.pop(_HERE)
+        try:
+            granularity = GranularityConfig.model_validate({"name": name, **section})
+        except ValidationError:  # its own error, whenever it is chosen
+            continue
+        if any(pair.refusal(granularity) is None for pair in pairs):
+            accepted.append(name)
+    return accepted
 
 
 def _siblings(location: Sequence[int | str]) -> list[str]:

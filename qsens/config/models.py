@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from qsens.config.base import Frozen as Frozen
+from qsens.config.base import Name as Name
+from qsens.config.pairs import GranularityConfig, PairConfig
 
 Size = Literal["small", "medium", "large"]
 SIZES: tuple[Size, ...] = ("small", "medium", "large")
 Coverage = Literal["lm_only"]
 Modality = Literal["text"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=120)]
-
-
-class Frozen(BaseModel):
-    """Base of all configuration models: immutable, and no unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
 
 
 class ModelConfig(Frozen):
@@ -96,100 +91,12 @@ class DatasetConfig(Frozen):
         return min(self.sizes[size], self.max_calib_samples or self.sizes[size])
 
 
-class QuantizerConfig(Frozen):
-    """A ModelOpt quantizer's ``cfg``: how one tensor is fake-quantized."""
-
-    num_bits: int | tuple[int, int]
-    """Bits of an integer format, or (exponent, mantissa) bits of a float format."""
-    axis: int | tuple[int, ...] | None = None
-    """Axes that keep their own maximum; none means one maximum for the whole tensor."""
-    block_sizes: dict[str, int | str | tuple[int, int] | None] | None = None
-    """ModelOpt's block sizes, keyed by axis, with ``type`` and ``scale_bits``."""
-    type: Literal["static", "dynamic"] = "static"
-    """Whether the maximum comes from calibration or from the tensor itself."""
-
-    def needs_calibration(self) -> bool:
-        """Return whether its maximum comes from calibration rather than from the tensor."""
-        blocks = self.block_sizes or {}
-        # The scale over NVFP4's own block scales is calibrated; MX formats have none.
-        if blocks.get("type") == "dynamic":
-            return blocks.get("scale_bits") == (4, 3)
-        return self.type == "static"
-
-    def modelopt(self) -> dict[str, Any]:
-        """Return the mapping that ModelOpt takes: axes of blocks are ints again."""
-        cfg: dict[str, Any] = {"num_bits": self.num_bits}
-        if self.block_sizes is None:
-            cfg["axis"] = self.axis
-        else:
-            cfg["block_sizes"] = {
-                int(key) if key.lstrip("-").isdigit() else key: value
-                for key, value in self.block_sizes.items()
-            }
-        if self.type == "dynamic":
-            cfg["type"] = "dynamic"
-        return cfg
-
-
-class PairConfig(Frozen):
-    """A weight format with an activation format; files under ``configs/quant_pair/``."""
-
-    name: Name
-    """Name of the pair, ``w<weight>_a<activation>``; equal to the file's name."""
-    weight: Name
-    """Weight format, as directories show it."""
-    activation: Name
-    """Activation format, as directories show it; ``fp16`` stands for not quantized."""
-    format: str
-    """Name of the format in manifests: ModelOpt's preset where it is one."""
-    weight_quantizer: QuantizerConfig
-    """How weights are fake-quantized."""
-    input_quantizer: QuantizerConfig | None = None
-    """How inputs are fake-quantized; none leaves them alone."""
-    algorithm: Literal["max"] | None = "max"
-    """ModelOpt's calibration algorithm; none where nothing needs calibration."""
-    effective_bits: float = Field(gt=0, le=16)
-    """Bits a weight costs, block scales included."""
-    experimental: bool = False
-    """Set for pairs that nobody is known to deploy; reports say so."""
-    scheme: str = "{pair}_autoquant_lm"
-    """Name of the scheme; ``{pair}``, ``{model}``, ``{short_name}`` are filled in."""
-    run_dir: str = "{model}_autoquant_{pair}_lm_{size}"
-    """Name of the run directory; as ``scheme``, with ``{size}``."""
-
-    def quant_cfg(self) -> list[dict[str, Any]]:
-        """Return ModelOpt's ``quant_cfg`` list for this pair, the effective bits stated."""
-        weight = {**self.weight_quantizer.modelopt(), "effective_bits": self.effective_bits}
-        entries: list[dict[str, Any]] = [
-            {"quantizer_name": "*", "enable": False},
-            {"quantizer_name": "*weight_quantizer", "cfg": weight},
-        ]
-        if self.input_quantizer is not None:
-            cfg = self.input_quantizer.modelopt()
-            entries.append({"quantizer_name": "*input_quantizer", "cfg": cfg})
-        return entries
-
-    def modelopt(self) -> dict[str, Any]:
-        """Return the ModelOpt configuration in full, as ``mtq.auto_quantize`` takes it."""
-        return {"quant_cfg": self.quant_cfg(), "algorithm": self.algorithm}
-
-
-class GranularityConfig(Frozen):
-    """An overlay on a pair's quantizers; files under ``configs/quant_granularity/``."""
-
-    name: Name = "default"
-    """Name of the granularity; equal to the file's name."""
-    weight_quantizer: dict[str, Any] = Field(default_factory=dict)
-    """Keys that replace those of the pair's weight quantizer."""
-    input_quantizer: dict[str, Any] = Field(default_factory=dict)
-    """Keys that replace those of the pair's input quantizer."""
-
-
 class AutoquantConfig(Frozen):
     """How layers are scored."""
 
-    method: Literal["gradient"] = "gradient"
-    """The score: ``gradient`` is ModelOpt's."""
+    method: Literal["gradient", "kl_div"] = "gradient"
+    """The score: ``gradient``, ModelOpt's proxy; ``kl_div``, the true KL divergence of one group
+    quantized at a time, far slower."""
     engine: Literal["fused", "modelopt"] = "fused"
     """What computes it: ``fused``, all cells in one pass; ``modelopt``, the reference: one
     ``mtq.auto_quantize`` a cell."""

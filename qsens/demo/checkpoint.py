@@ -1,4 +1,4 @@
-"""A tiny Qwen3-VL checkpoint whose language model is really trained, in a minute on two CPU cores.
+"""A tiny Qwen3-VL checkpoint whose language model is really trained, in a minute on one CPU core.
 
 Layers differ in what they contribute only once they have learnt something, so random weights would
 give a sweep nothing to find. The vision tower runs but keeps its random weights: captions alone do
@@ -107,7 +107,7 @@ class Recipe:
     vision_intermediate_size: int = 256
     vision_patch: int = 16
     initializer_range: float = 0.08
-    train_sentences: int = 6000
+    train_sentences: int = 7000
     held_out_sentences: int = 256
     training: Training = field(default_factory=Training)
 

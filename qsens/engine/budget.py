@@ -18,6 +18,8 @@ GIB = 1 << 30
 # What is left to the allocator's own waste and to what the estimate does not see.
 _SHARE_OF_FREE = 0.8
 _LEAST_TOKENS = 64
+# Work on a weight is shared by the tokens of a wave: more than this saves little.
+_WAVE_TOKENS = 4 * BATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Budget:
 
     Attributes:
         limit: Bytes above the weights that the pass may take.
-        max_tokens: Tokens of a batch at most, padding included.
+        max_tokens: Tokens in flight at most, padding included.
         predicted: Bytes above the weights that it is expected to take.
     """
 
@@ -60,8 +62,8 @@ def plan_budget(
     fixed, per_token = _footprint(
         model, groups, candidates, size=size, weight_chunk=weight_chunk, head_rows=head_rows
     )
-    fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token)) if per_token else BATCH_TOKENS
-    tokens = min(BATCH_TOKENS, fitting)
+    fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
+    tokens = min(_WAVE_TOKENS, fitting)
     return Budget(limit=limit, max_tokens=tokens, predicted=int(fixed + tokens * per_token))
 
 
@@ -105,16 +107,18 @@ def _footprint(
             if module is head:
                 continue
             out, into = weight.shape[0], weight[0].numel()
-            # Kept by autograd inside one recomputed layer: inputs, outputs and what lies between.
-            inside[group.depth] = inside.get(group.depth, 0.0) + 3 * size * (into + out)
-            # Quantized inputs, rows of input, output and gradient, the change and its square.
-            widest = max(widest, into * size * (1 + inputs) + out * (4 * size + 12))
+            # One layer at a time: what autograd keeps while it runs again, and the rows taken.
+            inside[group.depth] = inside.get(group.depth, 0.0) + 4 * size * (into + out)
+            # Quantized inputs, joined rows, the change and what its product is made of.
+            widest = max(widest, into * size * (2 + inputs) + out * (4 * size + 4))
     layers = len({group.depth for group in groups if group.depth is not None})
     hidden, vocabulary = head.weight.shape[1], head.weight.shape[0]
     chunk = min(largest, weight_chunk)
-    fixed = largest * size + chunk * 3 * 4 + head_rows * vocabulary * 3 * 4
-    at_head = vocabulary * 2 * size + hidden * size * (2 + inputs)
-    per_token = layers * hidden * size + max(max(inside.values(), default=0.0) + widest, at_head)
+    fixed = largest * size + chunk * 3 * 4 + head_rows * vocabulary * (3 * 4 + 2 * size)
+    at_head = hidden * size * (3 + inputs)
+    per_token = layers * hidden * size * 1.1 + max(
+        max(inside.values(), default=0.0) + widest, at_head
+    )
     return fixed, per_token
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import ModelPass
-from qsens.engine.samples import Samples, padded_batches
+from qsens.engine.samples import Batch, Samples, padded_batches
 from qsens.engine.scores import Progress, silent
 
 Maxima = dict[str, torch.Tensor]
@@ -28,8 +28,9 @@ def calibrate(
     groups: Sequence[Group],
     *,
     snapshots: Sequence[int],
-    boundaries: Sequence[int],
+    boundaries: Sequence[int] = (),
     max_tokens: int | None = None,
+    batches: Sequence[Batch] | None = None,
     progress: Progress = silent,
 ) -> dict[int, Maxima]:
     """Return the maxima over the first ``n`` samples, for every ``n`` in ``snapshots``.
@@ -41,6 +42,7 @@ def calibrate(
         snapshots: Sample counts to stop at.
         boundaries: Sample counts that no batch crosses; the snapshots are added.
         max_tokens: Tokens of a batch at most, padding included.
+        batches: Batches to run instead of the engine's own, such as those of the other engine.
         progress: Called as batches go through.
     """
     modules = {
@@ -53,17 +55,12 @@ def calibrate(
     running = {name: torch.zeros((), device=device) for name in modules}
     run = ModelPass(model, modules)
     last = max(snapshots)
-    batches = [
-        batch
-        for batch in padded_batches(
+    if batches is None:
+        batches = padded_batches(
             samples, boundaries=[*boundaries, *snapshots], max_tokens=max_tokens
         )
-        if batch.first < last
-    ]
+    batches = [batch for batch in batches if batch.first < last]
     real: torch.Tensor
-
-    def tap(name: str, module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
-        keep(name, x)
 
     def keep(name: str, x: torch.Tensor) -> None:
         # Padding is set to 0, which no maximum of magnitudes notices; inf and NaN pass through.
@@ -72,7 +69,7 @@ def calibrate(
         running[name] = torch.maximum(running[name], largest)
 
     found: dict[int, Maxima] = {}
-    with run.tapped(tap):
+    with run.watched(keep):
         for index, batch in enumerate(batches):
             for count in snapshots:
                 if count <= batch.first and count not in found:

@@ -38,6 +38,7 @@ def score_cell(
     sizes: Sequence[int],
     scored: int,
     batch_size: int,
+    method: str = "gradient",
     progress: Progress = silent,
 ) -> CellScores:
     """Calibrate and score one cell.
@@ -50,6 +51,7 @@ def score_cell(
         sizes: Sample counts that no batch crosses: those of the data set's sizes.
         scored: The score uses the first ``scored`` samples.
         batch_size: Samples of a nominal batch, and of a batch at most.
+        method: ``gradient`` or ``kl_div``.
         progress: Called as batches go through.
     """
     device = next(model.parameters()).device
@@ -72,11 +74,12 @@ def score_cell(
             quantization_formats=[on_cpu(pair.modelopt()) if on_a_cpu else pair.modelopt()],
             data_loader=batches,
             forward_step=steps.forward,
-            loss_func=steps.loss,
+            loss_func=steps.loss if method == "gradient" else None,
             disabled_layers=list(disabled),
             num_calib_steps=len(batches),
             num_score_steps=score_steps,
             verbose=False,
+            method=method,
         )
     ended = time.monotonic()
 
@@ -91,7 +94,7 @@ def score_cell(
         raise RuntimeError(f"ModelOpt grouped otherwise: {sorted(set(found) ^ set(expected))[:5]}")
     calibrated = steps.calibrated or started
     return CellScores(
-        groups=tuple(_score(group, hparams[group.name]) for group in groups),
+        groups=tuple(_score(group, hparams[group.name], method) for group in groups),
         module_types={
             name: type(model.get_submodule(name)).__name__
             for group in groups
@@ -124,7 +127,8 @@ class _Steps:
         self.calibrated: float | None = None
 
     def forward(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        if not torch.is_grad_enabled():
+        scoring = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+        if not scoring:
             self.forwards += 1
             self.progress("calibrate", min(self.forwards, self.calib_steps), self.calib_steps)
         elif self.calibrated is None:
@@ -151,12 +155,13 @@ class _Steps:
         return ((losses * mask).sum(dim=1) * weights).sum()
 
 
-def _score(group: Group, hparam: QuantRecipeHparam) -> GroupScore:
+def _score(group: Group, hparam: QuantRecipeHparam, method: str) -> GroupScore:
     if not group.covered:
         return GroupScore(group, "disabled", "outside the coverage")
     recipe = _recipe(hparam)
     # get_score() turns a missing score into 0 and the search clamps; both would hide something.
-    values = [hparam._importance_dict[recipe][module] for module in hparam.score_modules]
+    modules = hparam.score_modules if method == "gradient" else hparam.score_modules[:1]
+    values = [hparam._importance_dict[recipe][module] for module in modules]
     if any(value is None for value in values):
         return GroupScore(group, "no_gradient", "no gradient reached it")
     score = math.fsum(float(value) for value in values)

@@ -26,8 +26,10 @@ class GroupScore:
         group: The group.
         status: Whether it was scored, and if not, why not.
         reason: The same in words, where it was not.
-        sensitivity: ``sum_i s_i / T_b(i)^2``, in squared nats; none unless scored.
-        sensitivity_per_token: ``sum_i s_i / sum_i T_i``; none where the engine cannot tell.
+        sensitivity: Method ``gradient``: ``sum_i s_i / T_b(i)^2``; ``kl_div``: the divergence
+            summed over all real tokens, in nats. None unless scored.
+        sensitivity_per_token: ``gradient``: ``sum_i s_i / sum_i T_i``; ``kl_div``: nats a real
+            token. None where the engine cannot tell.
         relative_error: ``||dY||^2 / ||Y||^2``, summed over members; none where not measured.
     """
 
@@ -37,6 +39,33 @@ class GroupScore:
     sensitivity: float | None = None
     sensitivity_per_token: float | None = None
     relative_error: float | None = None
+
+
+@dataclass(frozen=True)
+class PassScores:
+    """What one pass over the samples found, for all its candidates.
+
+    Attributes:
+        groups: The covered groups, in model order.
+        per_sample: ``(groups, candidates, samples)``, float64 on the CPU; 0 where a candidate does
+            not score a sample. Method ``gradient``: ``s_i``; ``kl_div``: nats.
+        error: ``||dY||^2 / ||Y||^2`` over the real tokens scored, ``(groups, candidates)``; none
+            where it is not measured.
+        reached: Whether a gradient reached every member of each group.
+        failures: Why a candidate could not be computed, by group and candidate index.
+        loss: Summed loss of each sample, in nats.
+        seconds: What the pass took.
+        padding_share: Padded tokens over all tokens, 0 to 1.
+    """
+
+    groups: tuple[Group, ...]
+    per_sample: torch.Tensor
+    error: torch.Tensor | None
+    reached: tuple[bool, ...]
+    failures: Mapping[tuple[int, int], str]
+    loss: torch.Tensor
+    seconds: float
+    padding_share: float
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,9 @@ def fake_quantize(x: Tensor, cfg: Mapping[str, Any], amax: Tensor | None = None)
       infinities, its MX and NVFP4 kernels saturate both, and its calibrator raises on either.
     - For a maximum with several dimensions above 1 (a scale per token of ``(batch, tokens,
       channels)``, batch and tokens above 1) ModelOpt leaves its kernels for eager code, where the
-      E4M3 scale is ``1 / amax * 448``, off by a unit in the last place now and then. Here a token's
-      numbers do not depend on the shape of its batch.
+      E4M3 scale is ``1 / amax * 448``, off by a unit in the last place now and then, and an integer
+      format's amax of just 2^-24 gives zeros. Here a token's numbers do not depend on the shape of
+      its batch.
     - float64 is computed in float32, which ModelOpt's MX and NVFP4 kernels refuse.
 
     A last dimension that does not divide into blocks is taken as if filled up with zeros, as in

@@ -24,10 +24,11 @@ from qsens.engine.calibrate import calibrate as run_calibration
 from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.captions import read_captions
 from qsens.engine.checkpoint import device_name, load_model, load_tokenizer, resolve_device
+from qsens.engine.divergence import diverge
 from qsens.engine.groups import find_groups
 from qsens.engine.quantizer import needs_fallback
-from qsens.engine.samples import Samples, nominal_labels, tokenize
-from qsens.engine.scores import CellScores, GroupScore, Progress
+from qsens.engine.samples import Samples, equal_length_batches, nominal_labels, tokenize
+from qsens.engine.scores import CellScores, GroupScore, PassScores, Progress
 from qsens.errors import QsensError, UserError
 from qsens.grid import Cell, Plan, calibration_digest
 from qsens.manifest import Dataset, dump_json
@@ -92,6 +93,7 @@ def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
         sizes=list(config.dataset.sizes.values()),
         scored=plan.samples_scored(cell),
         batch_size=config.autoquant.batch_size,
+        method=config.autoquant.method,
         progress=progress,
     )
     _write(store, cell, scores, loaded)
@@ -132,7 +134,8 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
         budget.limit / GIB,
     )
     before = reset_peak(loaded.device)
-    found = fused.score(
+    measure = fused.score if config.autoquant.method == "gradient" else diverge
+    found = measure(
         model,
         samples,
         groups,
@@ -160,6 +163,57 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
             continue
         _write(store, cell, scores, loaded, timings, memory)
     return failed
+
+
+def both_engines(
+    store: Store, cell: Cell, progress: Progress
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Score ``cell`` by the fused engine and by ModelOpt, on the same batches.
+
+    Returns:
+        Sensitivities by group name, ours and ModelOpt's, and the seconds of each engine's
+        calibration and score together.
+    """
+    plan = store.plan
+    config = plan.config
+    loaded = _load(plan, cell, progress)
+    model, samples = loaded.model, loaded.samples
+    groups = find_groups(model, config.model.vision_patterns)
+    scored, batch_size = plan.samples_scored(cell), config.autoquant.batch_size
+    sizes = list(config.dataset.sizes.values())
+    request = _request(plan, cell)
+    candidates = distinct([request])
+    started = time.monotonic()
+    maxima: dict[int, Maxima] = {}
+    batches = equal_length_batches(samples, boundaries=[*sizes, scored], batch_size=batch_size)
+    if candidates.snapshots():
+        maxima = run_calibration(
+            model, samples, groups, snapshots=candidates.snapshots(), batches=batches
+        )
+    found = fused.score(model, samples, groups, candidates, maxima, batches=batches)
+    seconds = {"fused": time.monotonic() - started}
+    ours = _cell_scores(plan, cell, request, groups, candidates, found, loaded, maxima)
+    started = time.monotonic()
+    theirs = reference.score_cell(
+        model,
+        samples,
+        plan.pair(cell),
+        disabled=config.model.vision_patterns,
+        sizes=sizes,
+        scored=scored,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    seconds["modelopt"] = time.monotonic() - started
+    return _by_name(ours), _by_name(theirs), seconds
+
+
+def _by_name(scores: CellScores) -> dict[str, float]:
+    return {
+        entry.group.name: entry.sensitivity
+        for entry in scores.groups
+        if entry.sensitivity is not None
+    }
 
 
 def _load(plan: Plan, cell: Cell, progress: Progress) -> _Loaded:
@@ -223,7 +277,7 @@ def _cell_scores(
     request: Request,
     groups: Sequence[Any],
     candidates: Candidates,
-    found: fused.FusedScores,
+    found: PassScores,
     loaded: _Loaded,
     maxima: Mapping[int, Maxima],
 ) -> CellScores:
@@ -236,8 +290,12 @@ def _cell_scores(
         nominal_labels(loaded.samples, scored=scored, batch_size=plan.config.autoquant.batch_size),
         dtype=torch.float64,
     ).clamp_min(1)
-    sensitivity = (per_sample / nominal.square()).sum(dim=1)
-    per_token = per_sample.sum(dim=1) / max(1, sum(labels))
+    if plan.config.autoquant.method == "gradient":
+        sensitivity = (per_sample / nominal.square()).sum(dim=1)
+        per_token = per_sample.sum(dim=1) / max(1, sum(labels))
+    else:
+        sensitivity = per_sample.sum(dim=1)
+        per_token = sensitivity / loaded.samples.tokens(scored)
     at = {group.name: position for position, group in enumerate(found.groups)}
     entries = []
     for group in groups:
@@ -261,7 +319,9 @@ def _cell_scores(
                     "scored",
                     sensitivity=float(sensitivity[position]),
                     sensitivity_per_token=float(per_token[position]),
-                    relative_error=float(found.error[position, index]),
+                    relative_error=None
+                    if found.error is None
+                    else float(found.error[position, index]),
                 )
             )
     snapshot = candidates.inputs[candidates.pairs[index][1]].snapshot

@@ -39,7 +39,9 @@ def test_identity_follows_content(checkpoint: Path) -> None:
     assert first.architecture == "Some"
     assert first.weight_bytes == (checkpoint / "model.safetensors").stat().st_size
     assert identify(checkpoint) == first
-    write_safetensors(checkpoint / "model.safetensors", {"a": ([2, 3], b"abcdeX"), "b": ([1], b"g")})
+    write_safetensors(
+        checkpoint / "model.safetensors", {"a": ([2, 3], b"abcdeX"), "b": ([1], b"g")}
+    )
     changed = identify(checkpoint)
     assert changed.digest != first.digest
     assert changed.tokenizer_digest == first.tokenizer_digest
@@ -73,7 +75,10 @@ def test_shards_are_followed(checkpoint: Path) -> None:
     write_safetensors(checkpoint / "m-2.safetensors", {"c": ([1], b"h")})
     index = {"weight_map": {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert [file.name for file in weight_files(checkpoint)] == ["m-1.safetensors", "m-2.safetensors"]
+    assert [file.name for file in weight_files(checkpoint)] == [
+        "m-1.safetensors",
+        "m-2.safetensors",
+    ]
     (checkpoint / "m-2.safetensors").unlink()
     with pytest.raises(UserError, match="1 of 2 weight files are missing, first m-2"):
         weight_files(checkpoint)

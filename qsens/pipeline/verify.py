@@ -1,0 +1,51 @@
+"""The same cell by both engines on the same batches. Imports torch when it runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qsens.analysis.agreement import agreement
+from qsens.grid import Plan
+from qsens.manifest import dump_json
+from qsens.pipeline.cell import Progress
+from qsens.store import Store, write_text
+
+# What reordered sums cost: in bfloat16 the rounding of every output is part of the number.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 1e-2}
+
+
+def verify(
+    plan: Plan, cell_id: str, *, tolerance: float | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Score a cell by the fused engine and by ModelOpt, and compare.
+
+    Args:
+        plan: The plan.
+        cell_id: The cell.
+        tolerance: Largest relative difference allowed; by data type when not given.
+        progress: Called with a phase, steps done, and steps in all.
+
+    Returns:
+        ``{cell, agrees, tolerance, largest, median, spearman, worst, only_in_one, seconds, path}``;
+        the same is stored at ``path``.
+
+    Raises:
+        UserError: The cell cannot be computed.
+    """
+    from qsens.pipeline.compute import both_engines
+
+    store, cell = Store(plan), plan.cell(cell_id)
+    ours, theirs, seconds = both_engines(store, cell, progress or (lambda *_: None))
+    compared = agreement(ours, theirs)
+    allowed = tolerance if tolerance is not None else TOLERANCE[plan.config.model.dtype]
+    path = plan.results / ".verified" / f"{cell.digest}.json"
+    result = {
+        "cell": cell.cell,
+        "agrees": compared.largest <= allowed and not compared.only_in_one,
+        "tolerance": allowed,
+        **compared.as_dict(),
+        "seconds": seconds,
+        "path": str(path),
+    }
+    write_text(path, dump_json(result))
+    return result

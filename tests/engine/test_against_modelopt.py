@@ -1,0 +1,232 @@
+"""Both engines against a plain ``mtq.auto_quantize`` that shares no code with the project.
+
+The demo checkpoint, its own captions, fp32 on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from qsens.demo.checkpoint import DemoResult
+
+BATCH = 8
+SAMPLES = 16
+
+
+@pytest.fixture(scope="module")
+def captions(request: pytest.FixtureRequest) -> list[str]:
+    path = request.config.rootpath / "configs/dataset/demo/captions_small.txt"
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture(scope="module")
+def token_ids(demo_checkpoint: DemoResult, captions: list[str]) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint.directory)
+    return [tokenizer(caption)["input_ids"] for caption in captions]
+
+
+@pytest.fixture(scope="module")
+def batches(token_ids: list[list[int]]) -> list[dict[str, torch.Tensor]]:
+    """Batches of one length each, up to eight samples, shortest first; with each sample's 1/T_b."""
+    labels = [len(ids) - 1 for ids in token_ids]
+    totals = [sum(labels[start : start + BATCH]) for start in range(0, SAMPLES, BATCH)]
+    by_length = defaultdict(list)
+    for index, ids in enumerate(token_ids):
+        by_length[len(ids)].append(index)
+    found = []
+    for length in sorted(by_length):
+        indices = by_length[length]
+        for start in range(0, len(indices), BATCH):
+            chosen = indices[start : start + BATCH]
+            found.append(
+                {
+                    "input_ids": torch.tensor([token_ids[index] for index in chosen]),
+                    "weights": torch.tensor([1 / totals[index // BATCH] for index in chosen]),
+                }
+            )
+    return found
+
+
+def auto_quantize(
+    directory: Any, config: dict[str, Any], batches: list[dict[str, torch.Tensor]]
+) -> dict[str, float]:
+    """Return ModelOpt's score of every group that is not in the vision tower."""
+    import modelopt.torch.quantization as mtq
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+
+    def loss(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits, labels = output.logits[:, :-1].float(), batch["input_ids"][:, 1:]
+        each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return (each.sum(dim=1) * batch["weights"]).sum()
+
+    _, state = mtq.auto_quantize(
+        model,
+        constraints={
+            "effective_bits": 8.0,
+            "cost": {"excluded_module_name_patterns": ["*visual*"]},
+        },
+        quantization_formats=[config],
+        data_loader=batches,
+        forward_step=lambda model, batch: model(input_ids=batch["input_ids"]),
+        loss_func=loss,
+        disabled_layers=["*visual*"],
+        num_calib_steps=len(batches),
+        num_score_steps=len(batches),
+        verbose=False,
+    )
+    return {
+        name.removesuffix(".quant_recipe"): stats["scores"][0]
+        for name, stats in state["candidate_stats"].items()
+        if "visual" not in name
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(
+    demo_checkpoint: DemoResult, batches: list[dict[str, torch.Tensor]]
+) -> dict[str, dict[str, float]]:
+    import modelopt.torch.quantization as mtq
+
+    presets = {
+        "wfp8_afp8": mtq.FP8_DEFAULT_CFG,
+        "wint8_aint8": mtq.INT8_DEFAULT_CFG,
+        "wint8_afp16": mtq.INT8_WEIGHT_ONLY_CFG,
+    }
+    return {
+        pair: auto_quantize(demo_checkpoint.directory, config, batches)
+        for pair, config in presets.items()
+    }
+
+
+def run_sweep(
+    directory: Any, tmp_path: Any, engine: str, pairs: str, sizes: str = "small", *more: str
+) -> dict[str, dict[str, float]]:
+    """Return the sensitivities of a sweep through the product, by cell and group."""
+    from qsens.config import Roots
+    from qsens.manifest import read_manifest
+    from qsens.pipeline.plan import plan_sweep
+    from qsens.pipeline.sweep import run_sweep as sweep
+
+    roots = Roots.from_environment()
+    roots = Roots(root=roots.root, results=tmp_path, configs=roots.configs)
+    plan = plan_sweep(
+        "single",
+        [
+            f"model.path={directory}",
+            f"quant_pair={pairs}",
+            f"dataset.size={sizes}",
+            f"autoquant.engine={engine}",
+            "autoquant.device=cpu",
+            *more,
+        ],
+        roots=roots,
+    )
+    published, errors = sweep(plan)
+    assert errors == []
+    assert published["complete"]
+    found = {}
+    for cell in published["cells"]:
+        manifest = read_manifest(tmp_path.__class__(cell["manifest"]))
+        found[cell["cell"]] = {
+            name.removesuffix(".quant_recipe"): row.sensitivity
+            for name, row in manifest.layer_sensitivity.items()
+            if row.status == "scored"
+        }
+    return found
+
+
+def largest_difference(ours: dict[str, float], theirs: dict[str, float]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(abs(ours[name] / theirs[name] - 1) for name in ours)
+
+
+def test_reference_engine_equals_a_plain_call(
+    demo_checkpoint: DemoResult, plain: dict[str, dict[str, float]], tmp_path: Any
+) -> None:
+    found = run_sweep(demo_checkpoint.directory, tmp_path, "modelopt", "wfp8_afp8,wint8_aint8")
+    assert len(found["wfp8_afp8-small"]) == 5 * 4 + 1
+    assert largest_difference(found["wfp8_afp8-small"], plain["wfp8_afp8"]) < 1e-5
+    assert largest_difference(found["wint8_aint8-small"], plain["wint8_aint8"]) < 1e-5
+
+
+def test_fused_engine_equals_plain_calls(
+    demo_checkpoint: DemoResult, plain: dict[str, dict[str, float]], tmp_path: Any
+) -> None:
+    """Its own batches regroup sums, which moves fp32 scores: median 1e-4, largest 5e-3 allowed."""
+    found = run_sweep(demo_checkpoint.directory, tmp_path, "fused", ",".join(plain))
+    for pair, theirs in plain.items():
+        ours = found[f"{pair}-small"]
+        assert largest_difference(ours, theirs) < 5e-3
+        differences = sorted(abs(ours[name] / theirs[name] - 1) for name in ours)
+        assert differences[len(differences) // 2] < 1e-4
+        assert sorted(ours, key=ours.__getitem__) == sorted(theirs, key=theirs.__getitem__)
+
+
+def test_verify_agrees_on_the_same_batches(demo_checkpoint: DemoResult, tmp_path: Any) -> None:
+    """All seven pairs, one format a call, identical batch tensors: 1e-3 for every group."""
+    from qsens.config import Roots
+    from qsens.pipeline.plan import plan_sweep
+    from qsens.pipeline.verify import verify
+
+    roots = Roots.from_environment()
+    roots = Roots(root=roots.root, results=tmp_path, configs=roots.configs)
+    seven = "wfp4_afp8,wfp4_afp16,wfp8_afp8,wfp8_afp16,wint8_afp16,wint8_afp8,wint8_aint8"
+    plan = plan_sweep(
+        "single",
+        [f"model.path={demo_checkpoint.directory}", f"quant_pair={seven}", "autoquant.device=cpu"],
+        roots=roots,
+    )
+    for cell in plan.cells:
+        result = verify(plan, cell.cell)
+        assert result["agrees"], result
+        assert result["largest"] < 1e-3
+        assert result["spearman"] == pytest.approx(1.0)
+        assert result["only_in_one"] == ()
+    assert not verify(plan, "wfp8_afp8-small", tolerance=0.0)["agrees"]
+
+
+def test_one_pass_equals_one_call_each_and_half_the_memory(
+    demo_checkpoint: DemoResult, tmp_path: Any
+) -> None:
+    """Results depend on neither the grid nor the budget: 1e-6."""
+    pairs, sizes = "wfp4_afp8,wfp8_afp8,wint8_aint8,wint8_afp16", "small,medium"
+    together = run_sweep(
+        demo_checkpoint.directory,
+        tmp_path / "all",
+        "fused",
+        pairs,
+        sizes,
+        "autoquant.score_size=96",
+    )
+    for index, cell in enumerate(["wint8_aint8-small", "wfp8_afp8-medium", "wfp4_afp8-medium"]):
+        pair, size = cell.split("-")
+        alone = run_sweep(
+            demo_checkpoint.directory,
+            tmp_path / str(index),
+            "fused",
+            pair,
+            size,
+            "autoquant.score_size=96",
+        )
+        assert largest_difference(alone[cell], together[cell]) < 1e-6
+    tight = run_sweep(
+        demo_checkpoint.directory,
+        tmp_path / "tight",
+        "fused",
+        pairs,
+        sizes,
+        "autoquant.score_size=96",
+        "autoquant.memory_budget_gb=0.01",
+    )
+    for cell, scores in together.items():
+        assert largest_difference(tight[cell], scores) < 1e-6
