@@ -98,7 +98,7 @@ class Recipe:
     vocab_size: int = 1024
     hidden_size: int = 128
     intermediate_size: int = 384
-    layers: int = 5
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64

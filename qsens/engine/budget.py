@@ -108,7 +108,7 @@ def _footprint(
                 continue
             out, into = weight.shape[0], weight[0].numel()
             # One layer at a time: what autograd keeps while it runs again, and the rows taken.
-            inside[group.depth] = inside.get(group.depth, 0.0) + 4 * size * (into + out)
+            inside[group.depth] = inside.get(group.depth, 0.0) + 2.5 * size * (into + out)
             # Quantized inputs, joined rows, the change and what its product is made of.
             widest = max(widest, into * size * (2 + inputs) + out * (4 * size + 4))
     layers = len({group.depth for group in groups if group.depth is not None})

@@ -60,12 +60,19 @@ def calibrate(
             samples, boundaries=[*boundaries, *snapshots], max_tokens=max_tokens
         )
     batches = [batch for batch in batches if batch.first < last]
-    real: torch.Tensor
+    real: torch.Tensor | None = None
+    # Held, so that no other tensor can take its place in memory while it is compared with.
+    last: tuple[str, torch.Tensor] | None = None
 
     def keep(name: str, x: torch.Tensor) -> None:
-        # Padding is set to 0, which no maximum of magnitudes notices; inf and NaN pass through.
-        low, high = x.masked_fill(~real, 0).aminmax()
-        largest = torch.maximum(-low, high).float()
+        nonlocal last
+        if last is not None and last[1] is x:
+            running[name] = running[last[0]]  # q, k and v read one input
+            return
+        last = name, x
+        rows = x.flatten(0, -2)
+        rows = rows if real is None else rows[real]
+        largest = torch.linalg.vector_norm(rows, ord=torch.inf, dtype=torch.float32)
         running[name] = torch.maximum(running[name], largest)
 
     found: dict[int, Maxima] = {}
@@ -75,7 +82,8 @@ def calibrate(
                 if count <= batch.first and count not in found:
                     found[count] = dict(running)
             moved = batch.to(device)
-            real = moved.attention_mask.bool().unsqueeze(-1)
+            whole = bool(batch.attention_mask.all())
+            real = None if whole else moved.attention_mask.flatten().nonzero()[:, 0]
             hidden = run.hidden(moved)
             for name, module in modules.items():
                 if module is run.head:

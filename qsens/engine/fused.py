@@ -95,21 +95,51 @@ class _Tokens:
     """The rows of a wave: whose they are, and which candidates score them.
 
     Attributes:
-        starts: Where each sample's rows start, and the number of rows, ``(samples + 1,)``.
+        places: Rows of each sample, filled up with the number of rows, ``(samples, longest)``.
+        rows: Number of rows.
         order: Index of each sample, in the order of its rows, ``(samples,)``.
-        heads: How many samples the first so many rows are.
         active: By weight format: ``(input, candidate, rows)``; a candidate scores the first rows.
+        counts: Rows that each candidate scores, ``(candidates,)``.
     """
 
-    starts: torch.Tensor
+    places: torch.Tensor
+    rows: int
     order: torch.Tensor
-    heads: Mapping[int, int]
-    active: dict[int, list[tuple[int, int, int]]]
+    active: Mapping[int, list[tuple[int, int, int]]]
+    counts: torch.Tensor
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the sum of each sample's rows over the first ``len(values)`` rows."""
-        ends = self.starts[: self.heads[len(values)] + 1]
-        return torch.segment_reduce(values, "sum", offsets=ends, initial=0.0, unsafe=True)
+        """Return ``(..., samples)``: each sample's sum over its rows of ``(..., rows)``."""
+        padded = F.pad(values, (0, 1))
+        return padded[..., self.places].double().sum(dim=-1)
+
+
+class _Ledger:
+    """The norms of a module's rows, by candidate; what is not computed stays 0.
+
+    Attributes:
+        scores: ``|G * dY|`` of each row, ``(candidates, rows)``, float32.
+        errors: ``|dY|`` of each row, same shape.
+    """
+
+    def __init__(self, candidates: int, rows: int, device: torch.device) -> None:
+        self.scores = torch.zeros(candidates, rows, device=device)
+        self.errors = torch.zeros(candidates, rows, device=device)
+
+    def clear(self) -> None:
+        self.scores.zero_()
+        self.errors.zero_()
+
+    def enter(self, candidate: int, at: slice, change: torch.Tensor, slopes: torch.Tensor) -> None:
+        """Take the norms of rows ``at``; ``change`` is used up.
+
+        A product in bfloat16 keeps float32's range and errs by 2^-9 without bias, which a sum of
+        many squares does not show; float16 would lose small products.
+        """
+        _row_norms(change, self.errors[candidate, at])
+        if change.dtype == torch.float16:
+            change = change.float()
+        _row_norms(change.mul_(slopes), self.scores[candidate, at])
 
 
 class _Pass:
@@ -149,6 +179,7 @@ class _Pass:
         with torch.no_grad():
             slopes = self._head(flights)
             tokens = self._tokens(batches, labels=False)
+            ledger = _Ledger(len(self.candidates.pairs), tokens.rows, self.device)
             for layer in self.run.backward(flights, slopes):
                 joined: dict[int, torch.Tensor] = {}
                 quantized: dict[tuple[int, int], torch.Tensor] = {}
@@ -165,6 +196,7 @@ class _Pass:
                             _cat([part.slopes for part in parts]),
                         ),
                         tokens,
+                        ledger,
                         quantized,
                     )
                     parts.clear()
@@ -174,13 +206,12 @@ class _Pass:
         name: str,
         rows: Rows,
         tokens: _Tokens,
+        ledger: _Ledger,
         quantized: dict[tuple[int, int], torch.Tensor],
     ) -> None:
         """Score every candidate on one module."""
-        self.seen.add(name)
-        module, group = self.linears[name], self.group_of[name]
-        bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
-        norms = _row_norms(rows.outputs).double().square_().cumsum(0)
+        bias: torch.Tensor | None = self.linears[name].bias  # type: ignore[assignment]
+        ledger.clear()
         for weight_index, active in tokens.active.items():
             weight = self._weight(name, weight_index, active)
             if weight is None:
@@ -189,15 +220,19 @@ class _Pass:
                 inputs = self._input(name, rows.inputs, entry, candidate, count, quantized)
                 if inputs is None:
                     continue
-                change = F.linear(inputs, weight, bias).sub_(rows.outputs[:count])
-                error = _row_norms(change).double().square_().sum()
-                self._keep(
-                    group,
-                    candidate,
-                    _weighted(change, rows.slopes[:count]),
-                    torch.stack([error, norms[count - 1]]),
-                    tokens,
-                )
+                at = slice(0, count)
+                change = F.linear(inputs, weight, bias).sub_(rows.outputs[at])
+                ledger.enter(candidate, at, change, rows.slopes[at])
+        self._book(name, ledger, _row_norms(rows.outputs), tokens)
+
+    def _book(self, name: str, ledger: _Ledger, norms: torch.Tensor, tokens: _Tokens) -> None:
+        """Add a module's norms to its group's sums, sample by sample and in a fixed order."""
+        self.seen.add(name)
+        group = self.group_of[name]
+        self.scores[group].index_add_(1, tokens.order, tokens.sums(ledger.scores.square_()))
+        totals = F.pad(norms.double().square_().cumsum(0), (1, 0))
+        self.squares[group, :, 0] += ledger.errors.double().square_().sum(dim=1)
+        self.squares[group, :, 1] += totals[tokens.counts]
 
     def _head(self, flights: Sequence[Flight]) -> list[torch.Tensor]:
         """Score the head in chunks of rows; return the gradient at its input, by batch.
@@ -241,54 +276,27 @@ class _Pass:
         self, name: str, rows: torch.Tensor, labels: torch.Tensor, tokens: _Tokens
     ) -> None:
         """Score every candidate on the head; its logits are made again for each weight format."""
-        self.seen.add(name)
-        head, group = self.run.head, self.group_of[name]
+        head = self.run.head
+        ledger = _Ledger(len(self.candidates.pairs), tokens.rows, self.device)
+        norms = torch.empty(tokens.rows, device=self.device)
+        quantized: dict[tuple[int, int], torch.Tensor] = {}
         for weight_index, active in tokens.active.items():
             weight = self._weight(name, weight_index, active)
             if weight is None:
                 continue
-            quantized: dict[tuple[int, int], torch.Tensor] = {}
-            inputs = {
-                candidate: self._input(name, rows, entry, candidate, count, quantized)
-                for entry, candidate, count in active
-            }
-            found = {
-                candidate: torch.empty(count, dtype=torch.float64, device=self.device)
-                for _, candidate, count in active
-            }
-            squares = torch.zeros(len(self.candidates.pairs), 2, dtype=torch.float64).to(
-                rows.device
-            )
-            for at in _chunks(len(rows), HEAD_ROWS):
+            for at in _chunks(tokens.rows, HEAD_ROWS):
                 logits = F.linear(rows[at], head.weight, head.bias)
                 slopes, _ = _cross_entropy(logits, labels[at])
-                norms = _row_norms(logits).double().square_()
-                for _, candidate, count in active:
-                    given = inputs[candidate]
-                    if given is None or at.start >= count:
-                        continue
+                _row_norms(logits, norms[at])
+                for entry, candidate, count in active:
+                    inputs = self._input(name, rows, entry, candidate, count, quantized)
                     part = slice(at.start, min(at.stop, count))
+                    if inputs is None or part.start >= part.stop:
+                        continue
                     length = part.stop - part.start
-                    change = F.linear(given[part], weight, head.bias).sub_(logits[:length])
-                    squares[candidate, 0] += _row_norms(change).double().square_().sum()
-                    squares[candidate, 1] += norms[:length].sum()
-                    found[candidate][part] = _weighted(change, slopes[:length])
-            for candidate, values in found.items():
-                if inputs[candidate] is not None:
-                    self._keep(group, candidate, values, squares[candidate], tokens)
-
-    def _keep(
-        self,
-        group: int,
-        candidate: int,
-        values: torch.Tensor,
-        squares: torch.Tensor,
-        tokens: _Tokens,
-    ) -> None:
-        """Add the scores of the first rows to their samples, in a fixed order."""
-        sums = tokens.sums(values)
-        self.scores[group, candidate, tokens.order[: len(sums)]] += sums
-        self.squares[group, candidate] += squares
+                    change = F.linear(inputs[part], weight, head.bias).sub_(logits[:length])
+                    ledger.enter(candidate, part, change, slopes[:length])
+        self._book(name, ledger, norms, tokens)
 
     def _tokens(self, batches: Sequence[Batch], *, labels: bool) -> _Tokens:
         """Lay out the rows of a wave: real tokens, or those with a label."""
@@ -303,15 +311,22 @@ class _Pass:
             ]
             if sum(mine):
                 active.setdefault(weight, []).append((entry, index, sum(mine)))
-        starts = torch.tensor([0, *(length for part in lengths for length in part)]).cumsum(0)
-        order = torch.tensor([index for batch in batches for index in batch.samples])
-        rows = itertools.accumulate(counts, initial=0)
-        samples = itertools.accumulate((len(part) for part in lengths), initial=0)
+        total = sum(counts)
+        flat = [length for part in lengths for length in part]
+        starts = itertools.accumulate(flat, initial=0)
+        places = torch.full((len(flat), max(flat)), total)
+        for row, (start, length) in enumerate(zip(starts, flat, strict=False)):
+            places[row, :length] = torch.arange(start, start + length)
+        scored = [0] * len(self.candidates.pairs)
+        for found in active.values():
+            for _, candidate, count in found:
+                scored[candidate] = count
         return _Tokens(
-            starts.to(self.device),
-            order.to(self.device),
-            dict(zip(rows, samples, strict=True)),
-            active,
+            places=places.to(self.device),
+            rows=total,
+            order=torch.tensor([i for batch in batches for i in batch.samples]).to(self.device),
+            active=active,
+            counts=torch.tensor(scored).to(self.device),
         )
 
     def _weight(
@@ -377,19 +392,8 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     return slopes.to(logits.dtype), losses
 
 
-def _weighted(change: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
-    """Return ``sum((G * dY)^2)`` of each row, float64; ``change`` is used up.
-
-    A product in bfloat16 keeps float32's range and errs by 2^-9 without bias, which a sum of many
-    squares does not show; float16 would lose small products.
-    """
-    if change.dtype == torch.float16:
-        change = change.float()
-    return _row_norms(change.mul_(slopes)).double().square_()
-
-
-def _row_norms(tensor: torch.Tensor) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32)
+def _row_norms(tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32, out=out)
     return norms
 
 

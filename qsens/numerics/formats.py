@@ -39,6 +39,10 @@ _FLOATS = {(2, 1): E2M1, (3, 2): E3M2, (4, 3): E4M3}
 _MX_SIZES = (8, 16, 32)
 
 
+#: Formats read so far, by the text of their cfg: one is asked for thousands of times in a pass.
+_READ_BEFORE: dict[str, Format] = {}
+
+
 class Sharing(Enum):
     """Which values share a scale, and what scales are made of."""
 
@@ -175,3 +179,16 @@ def _unsupported(cfg: Mapping[str, Any], what: str) -> UserError:
         where=f"cfg {dict(cfg)!r}",
         remedy="Use a config that qsens.numerics.supports(), or ModelOpt's own TensorQuantizer.",
     )
+
+
+def format_of(cfg: Mapping[str, Any]) -> Format:
+    """Read a ``cfg``; see `Format.from_cfg`, which is asked once for each.
+
+    Raises:
+        UserError: The config is not one that is computed here.
+    """
+    key = repr(cfg)
+    found = _READ_BEFORE.get(key)
+    if found is None:
+        found = _READ_BEFORE[key] = Format.from_cfg(cfg)
+    return found

@@ -12,7 +12,7 @@ from torch import Tensor
 from qsens.errors import UserError
 from qsens.numerics.blocks import fake_mx, fake_nvfp4, from_blocks, to_blocks
 from qsens.numerics.floats import fake_e4m3
-from qsens.numerics.formats import Format, Sharing
+from qsens.numerics.formats import Format, Sharing, format_of
 from qsens.numerics.integers import Integer, fake_integer
 from qsens.numerics.scales import abs_max
 
@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def supports(cfg: Mapping[str, Any]) -> bool:
     """Say whether `fake_quantize` covers a quantizer's ``cfg``; if not, ModelOpt's own must do."""
     try:
-        Format.from_cfg(cfg)
+        format_of(cfg)
     except UserError:
         return False
     return True
@@ -37,7 +37,7 @@ def is_dynamic(cfg: Mapping[str, Any]) -> bool:
     Raises:
         UserError: The config is not one that `supports` covers.
     """
-    return Format.from_cfg(cfg).dynamic
+    return format_of(cfg).dynamic
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def compute_amax(x: Tensor, cfg: Mapping[str, Any]) -> Tensor | None:
     Raises:
         UserError: The config is not one that `supports` covers.
     """
-    fmt = Format.from_cfg(cfg)
+    fmt = format_of(cfg)
     return None if fmt.dynamic else _squeeze_single(_measure(x, fmt))
 
 
@@ -101,7 +101,7 @@ def fake_quantize(x: Tensor, cfg: Mapping[str, Any], amax: Tensor | None = None)
             or ``amax`` has the wrong number of values.
         ValueError: ``amax`` is given for a dynamic format, which has no use for it.
     """
-    fmt = Format.from_cfg(cfg)
+    fmt = format_of(cfg)
     if x.dtype not in _DTYPES:
         raise UserError(
             f"{x.dtype} cannot be quantized",
