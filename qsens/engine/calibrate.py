@@ -54,12 +54,12 @@ def calibrate(
     device = next(model.parameters()).device
     running = {name: torch.zeros((), device=device) for name in modules}
     run = ModelPass(model, modules)
-    last = max(snapshots)
+    end = max(snapshots)
     if batches is None:
         batches = padded_batches(
             samples, boundaries=[*boundaries, *snapshots], max_tokens=max_tokens
         )
-    batches = [batch for batch in batches if batch.first < last]
+    batches = [batch for batch in batches if batch.first < end]
     real: torch.Tensor | None = None
     # Held, so that no other tensor can take its place in memory while it is compared with.
     last: tuple[str, torch.Tensor] | None = None

@@ -58,7 +58,7 @@ def test_an_empty_file_is_refused(data: bytes, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nothing.txt"):
+    with pytest.raises(UserError, match=r"nothing\.txt"):
         read_captions(tmp_path / "nothing.txt")
 
 
