@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test check format clean
+.PHONY: help demo up test check format clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: $(VENV)/.ready ## Run the DAG on the demo checkpoint, end to end, and publish its reports
 	PYTHONPATH=plugins $(BIN)/python -m qsens_airflow.demo
+
+up: $(VENV)/.ready ## Start a local Airflow and say where it is; Ctrl-C ends it
+	PYTHONPATH=plugins $(BIN)/python -m qsens_airflow.up
 
 test: $(VENV)/.ready ## Run all tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup

@@ -1,0 +1,103 @@
+"""The DAG ``qsens_sweep``: plan, then every cell's calibration and score, then publish, then gate.
+
+What it can be given, and its settings, come from the configuration; see
+:mod:`qsens_airflow.settings` for the environment variables that choose the preset and the schedule.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+from airflow.sdk import TriggerRule, dag, task_group
+
+from qsens_airflow.operators import (
+    CalibrateOperator,
+    GateOperator,
+    PlanOperator,
+    PublishOperator,
+    ScoreOperator,
+)
+from qsens_airflow.params import dag_params
+from qsens_airflow.settings import DagSettings
+
+DOC = """
+### Which layers break when they are quantized?
+
+Sweeps precision pairs × calibration sizes over a checkpoint, and publishes manifests and reports.
+
+`plan` → one `cell` a pair and size: `calibrate` → `score` → `publish` → `gate`
+
+* **A run is green only if its grid is complete.** Cells fail alone; `publish` says PARTIAL for
+  what is missing, and `gate` turns the run red and lists every missing cell with its reason.
+* **Nothing is computed twice.** A cell whose result is there is done at once, unless `force`.
+* **Reports again:** a new run with `mode=report_only`, or clear `publish` of an old run. Neither
+  runs a GPU task.
+* Results must lie on storage that all workers share (`QSENS_RESULTS`).
+"""
+
+settings = DagSettings.from_environment()
+
+
+@dag(
+    dag_id="qsens_sweep",
+    description="Layer sensitivity to quantization: precision pairs × calibration sizes",
+    doc_md=DOC,
+    schedule=settings.schedule,
+    start_date=datetime(2025, 1, 1, tzinfo=UTC),
+    catchup=False,
+    max_active_runs=settings.dag.max_active_runs,
+    params=dag_params(settings.preset),
+    default_args={
+        "retries": settings.dag.retries,
+        "retry_delay": timedelta(minutes=1),
+        "execution_timeout": settings.execution_timeout(),
+    },
+    tags=["qsens", "quantization"],
+)
+def qsens_sweep() -> None:
+    """Lay out the DAG."""
+    plan = PlanOperator(
+        task_id="plan",
+        doc_md="Validates the params, writes `plan.json` and returns one entry a cell. "
+        "With `mode=report_only` it finds the plan of a published sweep and returns no cell.",
+    )
+
+    @task_group(group_id="cell")
+    def each_cell(cell: str, plan: str) -> None:
+        calibrate = CalibrateOperator(
+            task_id="calibrate",
+            cell=cell,
+            plan=plan,
+            map_index_template="{{ cell }}",
+            doc_md="Makes sure that the cell's calibration maxima are there.",
+            **settings.gpu_task(),
+        )
+        score = ScoreOperator(
+            task_id="score",
+            cell=cell,
+            plan=plan,
+            map_index_template="{{ cell }}",
+            doc_md="Makes sure that the cell's result is there: one score a layer.",
+            **settings.gpu_task(),
+        )
+        calibrate >> score
+
+    publish = PublishOperator(
+        task_id="publish",
+        # Not the XComArg: that raises, and is tried again, when `plan` has failed.
+        plan="{{ ti.xcom_pull(task_ids='plan', key='plan') or '' }}",
+        trigger_rule=TriggerRule.ALL_DONE,
+        doc_md="Copies results into the layout and writes the reports; computes nothing. "
+        "Clear this task alone to make the reports of an old run again.",
+    )
+    gate = GateOperator(
+        task_id="gate",
+        published=publish.output,
+        retries=0,
+        doc_md="Fails when cells are missing; its log lists each with its reason.",
+    )
+    each_cell.expand_kwargs(plan.output) >> publish >> gate
+    plan >> publish
+
+
+qsens_sweep()

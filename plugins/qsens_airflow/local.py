@@ -1,0 +1,293 @@
+"""A small, real Airflow on this machine: api-server, scheduler and dag-processor as children.
+
+SQLite and LocalExecutor, for the demo and the tests; it listens on a loopback port only, with
+secrets drawn anew at every start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+import psutil  # type: ignore[import-untyped]
+
+from qsens_airflow.rest import UNFINISHED, Client, TaskState
+
+DAG_ID = "qsens_sweep"
+_USER = "qsens"
+_START_SECONDS = 180
+_STOP_SECONDS = 10
+
+
+class Components:
+    """Airflow's processes; use it as a context manager.
+
+    Args:
+        home: ``AIRFLOW_HOME``: database, logs, passwords.
+        root: The checkout: ``dags/``, ``plugins/`` and the package itself.
+        environment: Variables for Airflow and its tasks, such as ``QSENS_RESULTS``.
+        slots: Tasks that run at once.
+    """
+
+    def __init__(
+        self, home: Path, *, root: Path, environment: Mapping[str, str], slots: int = 2
+    ) -> None:
+        self.home = home.resolve()
+        self._root = root.resolve()
+        self._password = secrets.token_urlsafe(24)
+        self._port = _free_port()
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._client: Client | None = None
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.environment = self._environment(environment, slots)
+
+    @property
+    def logs(self) -> Path:
+        """Directory of the logs, of components and tasks."""
+        return self.home / "logs"
+
+    @property
+    def client(self) -> Client:
+        """The REST API of the running Airflow."""
+        assert self._client is not None, "not started"
+        return self._client
+
+    def __enter__(self) -> Self:
+        """Make the database, start the components, and wait until the DAG can run."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._write_password()
+        try:
+            self._migrate()
+            self._start(
+                "api-server", "api-server", "--host", "127.0.0.1", "--port", str(self._port)
+            )
+            self._start("scheduler", "scheduler", "--skip-serve-logs")
+            self._start("dag-processor", "dag-processor")
+            self._wait("the components", self._healthy)
+            self._client = Client(self.url, DAG_ID, user=_USER, password=self._password)
+            self._wait(f"the DAG {DAG_ID}", self._client.is_parsed)
+            self._client.end_unfinished()
+            self._client.unpause()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop every process that was started."""
+        self.stop()
+
+    def wait(
+        self,
+        run_id: str,
+        *,
+        seconds: float,
+        changed: Callable[[TaskState], None] = lambda task: None,
+    ) -> str:
+        """Wait for the end of a run.
+
+        Args:
+            run_id: The run.
+            seconds: How long to wait at most.
+            changed: Called with every task whose state has changed.
+
+        Returns:
+            The state of the run.
+
+        Raises:
+            TimeoutError: The run has not ended in time.
+            RuntimeError: A component has ended.
+        """
+        seen: dict[tuple[str, int], str | None] = {}
+        end = time.monotonic() + seconds
+        while True:
+            state = self.client.state(run_id)
+            for task in self.client.tasks(run_id):
+                key = (task.task_id, task.map_index)
+                if task.state is not None and seen.get(key) != task.state:
+                    changed(task)
+                seen[key] = task.state
+            if state not in UNFINISHED:
+                return state
+            self._check()
+            if time.monotonic() > end:
+                raise TimeoutError(f"run {run_id} is still {state} after {seconds:.0f} s")
+            time.sleep(0.5)
+
+    def state_in_database(self, run_id: str) -> str | None:
+        """Return the state of a run as the database has it; needs no component."""
+        uri = f"{(self.home / 'airflow.db').as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as database:
+            row = database.execute(
+                "SELECT state FROM dag_run WHERE dag_id = ? AND run_id = ?", (DAG_ID, run_id)
+            ).fetchone()
+        return str(row[0]) if row else None
+
+    def task_log(self, run_id: str, task: TaskState) -> list[str]:
+        """Return the lines of the last try of a task, without their timestamps."""
+        directory = self.logs / f"dag_id={DAG_ID}" / f"run_id={run_id}" / f"task_id={task.task_id}"
+        if task.map_index >= 0:
+            directory /= f"map_index={task.map_index}"
+        attempts = sorted(directory.glob("attempt=*.log"), key=lambda path: path.stat().st_mtime)
+        return [] if not attempts else [_event(line) for line in _lines(attempts[-1])]
+
+    def stop(self) -> None:
+        """Stop every process that was started, and all that those have started."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        alive = [process for process in self._processes.values() if process.poll() is None]
+        # Tasks have process groups of their own, and outlive a scheduler that is killed.
+        family: set[psutil.Process] = set()
+        for process in alive:
+            process.terminate()
+        end = time.monotonic() + _STOP_SECONDS
+        while time.monotonic() < end:
+            family |= _descendants(alive)
+            if all(process.poll() is not None for process in alive):
+                break
+            time.sleep(0.1)
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        for process in alive:
+            process.kill()
+            process.wait()
+        self._processes.clear()
+
+    def _environment(self, given: Mapping[str, str], slots: int) -> dict[str, str]:
+        own = {key: value for key, value in os.environ.items() if not key.startswith("AIRFLOW__")}
+        path = os.pathsep.join(filter(None, [str(self._root), os.environ.get("PYTHONPATH")]))
+        settings = {
+            "CORE__EXECUTOR": "LocalExecutor",
+            "CORE__PARALLELISM": str(slots),
+            "CORE__LOAD_EXAMPLES": "false",
+            "CORE__DAGS_FOLDER": str(self._root / "dags"),
+            "CORE__PLUGINS_FOLDER": str(self._root / "plugins"),
+            "CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
+            "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{_USER}:admin",
+            "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(self._password_file),
+            "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}",
+            "API__BASE_URL": self.url,
+            "API__SECRET_KEY": secrets.token_urlsafe(32),
+            "API__MAXIMUM_PAGE_LIMIT": "1000",
+            "API_AUTH__JWT_SECRET": secrets.token_urlsafe(48),
+            "LOGGING__BASE_LOG_FOLDER": str(self.logs),
+            "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+            "DAG_PROCESSOR__PARSING_PROCESSES": "1",
+        }
+        airflow = {f"AIRFLOW__{key}": value for key, value in settings.items()}
+        return own | airflow | {"AIRFLOW_HOME": str(self.home), "PYTHONPATH": path} | dict(given)
+
+    @property
+    def _password_file(self) -> Path:
+        return self.home / "passwords.json"
+
+    def _write_password(self) -> None:
+        self._password_file.unlink(missing_ok=True)
+        self._password_file.touch(mode=0o600)
+        self._password_file.write_text(json.dumps({_USER: self._password}), encoding="utf-8")
+
+    def _start(self, name: str, *arguments: str) -> None:
+        with self._log(name).open("wb") as log:
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "airflow", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self.home,
+                # Ctrl-C is ours to pass on, in order.
+                start_new_session=True,
+            )
+
+    def _log(self, name: str) -> Path:
+        return self.logs / f"{name}.log"
+
+    def _wait(self, what: str, ready: Callable[[], bool]) -> None:
+        end = time.monotonic() + _START_SECONDS
+        while not ready():
+            self._check()
+            if time.monotonic() > end:
+                raise TimeoutError(f"waited {_START_SECONDS} s for {what}; logs: {self.logs}")
+            time.sleep(0.3)
+
+    def _check(self) -> None:
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                tail = "\n".join(_lines(self._log(name))[-30:])
+                raise RuntimeError(f"{name} ended with code {process.returncode}:\n{tail}")
+
+    def _migrate(self) -> None:
+        """Make the database, or bring an older one up to date."""
+        command = [sys.executable, "-m", "airflow", "db", "migrate"]
+        with self._log("db-migrate").open("wb") as log:
+            subprocess.run(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self.home,
+                check=True,
+            )
+
+    def _healthy(self) -> bool:
+        try:
+            health = httpx.get(f"{self.url}/api/v2/monitor/health", timeout=10).json()
+        except (httpx.TransportError, ValueError):
+            return False
+        parts = ("metadatabase", "scheduler", "dag_processor")
+        return all(health[part]["status"] == "healthy" for part in parts)
+
+
+def _descendants(processes: Iterable[subprocess.Popen[bytes]]) -> set[psutil.Process]:
+    found: set[psutil.Process] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= set(psutil.Process(process.pid).children(recursive=True))
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _event(line: str) -> str:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line
+    details = "".join(
+        f"\n  {error['exc_type']}: {error['exc_value']}" for error in entry.get("error_detail", [])
+    )
+    return f"{entry.get('event', '')}{details}"
+
+
+def stop_on_signals() -> None:
+    """Turn SIGTERM and SIGHUP into an exit, so that context managers stop what they started."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, frame: sys.exit(128 + received))

@@ -1,0 +1,60 @@
+"""What the DAG takes from configuration and from the environment when its file is parsed.
+
+Environment variables, not Airflow Variables: those would be a request to the API at every parse.
+
+| variable | meaning | default |
+| --- | --- | --- |
+| ``QSENS_PRESET`` | sweep preset that the DAG runs, and takes its own settings from | ``nightly`` |
+| ``QSENS_SCHEDULE`` | cron expression in UTC, or ``none`` for manual triggers only | the preset's |
+| ``QSENS_QUEUE`` | Celery queue of ``calibrate`` and ``score`` | the executor's default |
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+from qsens.config import DagConfig, load_sweep
+
+
+@dataclass(frozen=True)
+class DagSettings:
+    """How the DAG is laid out.
+
+    Attributes:
+        preset: Name of the sweep preset that a run uses when its params do not say otherwise.
+        schedule: Cron expression, UTC; none for manual triggers only.
+        queue: Queue of the tasks that need a GPU; none for the executor's default.
+        dag: The preset's own section for the DAG.
+    """
+
+    preset: str
+    schedule: str | None
+    queue: str | None
+    dag: DagConfig
+
+    @classmethod
+    def from_environment(cls) -> DagSettings:
+        """Read the settings.
+
+        Raises:
+            UserError: The preset does not exist or does not validate.
+        """
+        preset = os.environ.get("QSENS_PRESET") or "nightly"
+        dag = load_sweep(preset).config.dag
+        schedule = os.environ.get("QSENS_SCHEDULE") or dag.schedule
+        return cls(
+            preset=preset,
+            schedule=None if schedule == "none" else schedule,
+            queue=os.environ.get("QSENS_QUEUE") or None,
+            dag=dag,
+        )
+
+    def gpu_task(self) -> dict[str, str]:
+        """Return the operator arguments of tasks that take a GPU."""
+        return {"pool": self.dag.pool} | ({"queue": self.queue} if self.queue else {})
+
+    def execution_timeout(self) -> timedelta:
+        """Return the time limit of one task."""
+        return timedelta(minutes=self.dag.execution_timeout_minutes)

@@ -1,0 +1,218 @@
+"""The operators in real Airflow task runs, over real child processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
+from airflow.sdk import DAG, BaseOperator, TaskInstanceState
+
+from qsens_airflow.base import one_line
+from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator, ScoreOperator
+
+pytestmark = pytest.mark.usefixtures("airflow_database", "own_signals")
+
+Script = Callable[[str], Path]
+CELL = "wfp8_afp8-small"
+DONE = '{"cell": "wfp8_afp8-small", "status": "done", "computed": true}'
+ERROR = '{"error": "UserError", "what": "no such file", "where": "p.json", "remedy": "Make it."}'
+
+
+def run(operator: BaseOperator, conf: dict[str, Any] | None = None) -> Any:
+    """Run the operator's DAG in this process; return its task instance as the database has it."""
+    bag = DagBag(os.environ["AIRFLOW__CORE__DAGS_FOLDER"], bundle_name="dags-folder")
+    bag.bag_dag(operator.dag)
+    sync_bag_to_db(bag, "dags-folder", None)
+    dag_run = operator.dag.test(run_conf=conf)
+    (instance,) = dag_run.get_task_instances()
+    return instance
+
+
+def score(tmp_path: Path, **arguments: Any) -> ScoreOperator:
+    with DAG(f"dag_{tmp_path.name}", schedule=None):
+        return ScoreOperator(
+            task_id="score",
+            cell=CELL,
+            plan="p.json",
+            retries=arguments.pop("retries", 2),
+            retry_delay=timedelta(seconds=0),
+            map_index_template="{{ cell }}",
+            **arguments,
+        )
+
+
+def first_then_done(first: str) -> str:
+    """Return a shell body that does ``first`` at its first call and succeeds at the second."""
+    return f"echo run >> runs; [ $(wc -l < runs) -gt 1 ] && echo '{DONE}' && exit 0\n{first}"
+
+
+def runs(tmp_path: Path) -> int:
+    return len((tmp_path / "runs").read_text().splitlines())
+
+
+def test_runs_the_verb_in_the_interpreter_named_and_returns_its_json(
+    tmp_path: Path, python: Script
+) -> None:
+    python(f"echo \"$@\" > arguments; env > env; echo 'a library speaks'; echo '{DONE}'")
+    instance = run(score(tmp_path))
+    assert instance.state == TaskInstanceState.SUCCESS
+    assert (tmp_path / "arguments").read_text() == (
+        f"-m qsens score --json --plan p.json --cell {CELL}\n"
+    )
+    assert f"QSENS_RESULTS={tmp_path / 'results'}\n" in (tmp_path / "env").read_text()
+    assert instance.xcom_pull(task_ids="score") == {
+        "cell": CELL,
+        "status": "done",
+        "computed": True,
+    }
+    assert instance.rendered_map_index == "wfp8_afp8 · small"
+
+
+def test_every_line_of_stderr_reaches_the_task_log_as_it_comes(
+    tmp_path: Path, python: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python(f"echo 'load 1/2' >&2; echo 'load 2/2' >&2; echo '{DONE}'")
+    run(score(tmp_path))
+    printed = capsys.readouterr().out
+    assert printed.index("load 1/2") < printed.index("load 2/2")
+
+
+@pytest.mark.parametrize("code", [2, 3])
+def test_what_the_user_must_mend_is_not_tried_again(
+    tmp_path: Path, python: Script, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python(f"echo run >> runs; echo '{ERROR}'; exit {code}")
+    assert run(score(tmp_path)).state == TaskInstanceState.FAILED
+    assert runs(tmp_path) == 1
+    assert "p.json: no such file | Make it." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "first", [f"echo '{ERROR}'; exit 74", "exit 1", "kill -9 $$", "kill -15 $$", "echo '[]'"]
+)
+def test_what_may_pass_counts_as_a_try(tmp_path: Path, python: Script, first: str) -> None:
+    python(first_then_done(first))
+    instance = run(score(tmp_path))
+    assert instance.state == TaskInstanceState.SUCCESS
+    assert instance.try_number == 2
+    assert runs(tmp_path) == 2
+
+
+def test_a_signal_fails_the_task_when_no_try_is_left(tmp_path: Path, python: Script) -> None:
+    python("kill -9 $$")
+    assert run(score(tmp_path, retries=0)).state == TaskInstanceState.FAILED
+
+
+def test_try_again_gives_the_slot_back_and_costs_no_try(tmp_path: Path, python: Script) -> None:
+    python(first_then_done(f"echo '{ERROR}'; exit 75"))
+    started = time.monotonic()
+    instance = run(score(tmp_path, retries=0))
+    assert instance.state == TaskInstanceState.SUCCESS
+    assert instance.try_number == 1
+    assert runs(tmp_path) == 2
+    assert time.monotonic() - started >= 5
+
+
+def test_a_killed_task_leaves_no_process_within_five_seconds(
+    tmp_path: Path, python: Script
+) -> None:
+    # Neither the child nor what it started listens to SIGTERM.
+    python("trap '' TERM; (trap '' TERM; sleep 300) & echo $! > grandchild; echo $$ > child; wait")
+    killed = threading.Event()
+    gone: list[float] = []
+
+    def kill() -> None:
+        while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().strip():
+            time.sleep(0.05)
+        pids = [int((tmp_path / name).read_text()) for name in ("child", "grandchild")]
+        started = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        killed.set()
+        while any(psutil.pid_exists(pid) for pid in pids) and time.monotonic() - started < 60:
+            time.sleep(0.05)
+        gone.append(time.monotonic() - started)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    instance = run(score(tmp_path, retries=0))
+    thread.join()
+    assert killed.is_set()
+    assert instance.state == TaskInstanceState.FAILED
+    assert gone[0] < 5
+
+
+def test_a_task_that_runs_too_long_leaves_no_process(tmp_path: Path, python: Script) -> None:
+    python("echo $$ > child; exec sleep 300")
+    operator = score(tmp_path, retries=0, execution_timeout=timedelta(seconds=1))
+    assert run(operator).state == TaskInstanceState.FAILED
+    assert not psutil.pid_exists(int((tmp_path / "child").read_text()))
+
+
+def test_plan_refuses_a_param_that_the_dag_does_not_declare(
+    tmp_path: Path, python: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python("echo run >> runs")
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}):
+        operator = PlanOperator(task_id="plan", retries=2)
+    assert run(operator, {"quant_pairs": ["wfp8_afp8"]}).state == TaskInstanceState.FAILED
+    assert "param quant_pairs" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plan_returns_the_cells_in_order_and_where_the_plan_lies(
+    tmp_path: Path, python: Script
+) -> None:
+    made = '{"sweep_id": "s", "cells": [{"cell": "b-small", "done": true}, {"cell": "a-small"}]}'
+    python(f"echo \"$@\" > arguments; echo '{made}'")
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}):
+        operator = PlanOperator(task_id="plan")
+    instance = run(operator, {"size": ["medium", "small"], "overrides": "model.path='/a b/c'"})
+    path = instance.xcom_pull(task_ids="plan", key="plan")
+    assert instance.xcom_pull(task_ids="plan") == [
+        {"cell": "b-small", "plan": path},
+        {"cell": "a-small", "plan": path},
+    ]
+    assert Path(path).is_relative_to(tmp_path / "results" / ".plans")
+    assert (tmp_path / "arguments").read_text() == (
+        f"-m qsens plan --json --out {path} -- demo dataset.size=small,medium model.path=/a b/c\n"
+    )
+
+
+def test_publish_without_a_plan_says_so_and_is_not_tried_again(
+    tmp_path: Path, python: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python("echo run >> runs")
+    with DAG(f"dag_{tmp_path.name}", schedule=None):
+        operator = PublishOperator(task_id="publish", plan="", retries=2)
+    assert run(operator).state == TaskInstanceState.FAILED
+    assert "left no plan" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_the_gate_fails_for_an_incomplete_grid_and_lists_what_is_missing(
+    tmp_path: Path, complete: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = [] if complete else [{"cell": "wfp4_afp8-small", "reason": "does not divide"}]
+    published = {"sweep_id": "s", "index": "i", "complete": complete, "missing": missing}
+    with DAG(f"dag_{tmp_path.name}_{complete}", schedule=None):
+        operator = GateOperator(task_id="gate", published=published, retries=2)
+    state = run(operator).state
+    printed = capsys.readouterr().out
+    assert state == (TaskInstanceState.SUCCESS if complete else TaskInstanceState.FAILED)
+    assert ("wfp4_afp8-small: does not divide" in printed) is not complete
+
+
+def test_an_error_is_one_line_with_where_what_and_remedy() -> None:
+    error = {"error": "UserError", "what": "two\nlines", "where": "key (file)", "remedy": "Mend."}
+    assert one_line(error) == "key (file): two lines | Mend."
+    assert one_line({"what": "bare", "where": "", "remedy": ""}) == "bare"

@@ -1,0 +1,169 @@
+"""The DAG's params: generated from the configuration, validated, and read back into overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from airflow.sdk import Param
+from airflow.sdk.definitions.param import ParamsDict
+from airflow.sdk.exceptions import ParamValidationError
+
+from qsens.config import Roots, load_sweep
+from qsens.errors import UserError
+from qsens_airflow.params import SweepParams, dag_params
+from qsens_airflow.plans import plan_of_run, plan_of_sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS = ["wfp4_afp16", "wfp4_afp8", "wfp8_afp16", "wfp8_afp8"]
+PAIRS += ["wint8_afp16", "wint8_afp8", "wint8_aint8"]
+SWEEP = "20250102T030405678Z-0123abcd"
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QSENS_ROOT", str(ROOT))
+
+
+@pytest.fixture
+def params() -> dict[str, Param]:
+    return dag_params("nightly")
+
+
+def validated(params: dict[str, Param], conf: dict[str, Any]) -> dict[str, Any]:
+    """Do what Airflow does with the conf of a run."""
+    given = ParamsDict(params)
+    given.update(conf)
+    return given.validate()
+
+
+def test_defaults_are_valid_and_mean_the_preset(params: dict[str, Param]) -> None:
+    defaults = validated(params, {})
+    read = SweepParams.read(defaults)
+    assert (read.preset, read.mode, read.as_overrides()) == ("nightly", "full", [])
+
+
+def test_choices_are_those_of_the_configuration(params: dict[str, Param]) -> None:
+    assert set(params["quant_pair"].schema["items"]["enum"]) >= set(PAIRS)
+    assert params["quant_pair"].schema["examples"] == params["quant_pair"].schema["items"]["enum"]
+    assert params["size"].schema["items"]["enum"] == ["small", "medium", "large"]
+    assert {"demo", "nightly", "single"} <= set(params["preset"].schema["enum"])
+    assert None in params["model"].schema["enum"]
+    assert params["mode"].schema["enum"] == ["full", "report_only"]
+
+
+def test_a_file_of_the_users_own_becomes_a_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "quant_pair").mkdir()
+    (tmp_path / "quant_pair" / "wint4_afp16.yaml").write_text("name: wint4_afp16\n")
+    monkeypatch.setenv("QSENS_CONFIG_DIR", str(tmp_path))
+    assert "wint4_afp16" in dag_params("nightly")["quant_pair"].schema["items"]["enum"]
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"quant_pair": ["wfp8_afp8", "wint8_afp16"]},
+        {"size": ["small"], "model": "tiny_qwen3_vl"},
+        {"quant_granularity": ["default"], "force": True, "overrides": None},
+        {"mode": "report_only", "sweep_id": SWEEP},
+        {"sweep_id": ""},
+        {"preset": "demo", "overrides": "autoquant.score_size=64\ndataset.max_calib_samples=8"},
+    ],
+)
+def test_good_values_pass(params: dict[str, Param], conf: dict[str, Any]) -> None:
+    SweepParams.read(validated(params, conf))
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"quant_pair": ["wfp9_afp9"]},
+        {"quant_pair": "wfp8_afp8"},
+        {"quant_pair": ["wfp8_afp8", "wfp8_afp8"]},
+        {"size": ["tiny"]},
+        {"model": "llama"},
+        {"mode": "report"},
+        {"force": "yes"},
+        {"preset": None},
+        {"sweep_id": "../../etc"},
+    ],
+)
+def test_bad_values_are_refused_by_airflow_before_the_run(
+    params: dict[str, Param], conf: dict[str, Any]
+) -> None:
+    with pytest.raises(ParamValidationError):
+        validated(params, conf)
+
+
+def test_a_key_that_no_param_has_is_refused(params: dict[str, Param]) -> None:
+    # Airflow itself lets it pass.
+    with pytest.raises(UserError, match="quant_pairs"):
+        SweepParams.read(validated(params, {"quant_pairs": ["wfp8_afp8"]}))
+
+
+def test_params_become_overrides_that_the_configuration_takes() -> None:
+    read = SweepParams.read(
+        {
+            "preset": "nightly",
+            "model": "tiny_qwen3_vl",
+            "quant_pair": ["wint8_afp16", "wfp8_afp8"],
+            "size": ["large", "small"],
+            "force": True,
+            "overrides": "dataset=demo\n autoquant.score_size=64 'model.path=/a b/c'",
+        }
+    )
+    config = load_sweep(read.preset, read.as_overrides()).config
+    assert [pair.name for pair in config.quant_pair] == ["wint8_afp16", "wfp8_afp8"]
+    assert config.dataset.size == ("small", "large")
+    assert config.dataset.name == "demo_captions"
+    assert config.autoquant.score_size == 64
+    assert config.runner.force
+    assert config.model.path == Path("/a b/c")
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({"overrides": "quant_pair=wfp8_afp8"}, "param quant_pair"),
+        ({"overrides": "runner.report_only=true"}, "param mode"),
+        ({"overrides": "model.path='/a"}, "quotes"),
+        ({"mode": "report_only", "size": ["small"]}, "param size"),
+        ({"mode": "report_only", "force": True}, "param force"),
+        ({"sweep_id": SWEEP}, "param sweep_id"),
+        ({"sweep_id": "../x"}, "param sweep_id"),
+    ],
+)
+def test_contradictions_are_refused(given: dict[str, Any], names: str) -> None:
+    with pytest.raises(UserError, match=names):
+        SweepParams.read({"preset": "nightly"} | given).as_overrides()
+
+
+def test_the_plan_of_a_run_stays_below_the_results(tmp_path: Path) -> None:
+    roots = Roots(root=tmp_path, results=tmp_path / "results", configs=())
+    ids = ["manual__2025-01-01T00:00:00+00:00", "manual__2025-01-01T00_00_00_00_00", "..", "a/../b"]
+    found = [plan_of_run(roots, run_id) for run_id in ids]
+    assert len(set(found)) == len(ids)
+    for path in found:
+        assert path.parent.parent == tmp_path / "results" / ".plans"
+        assert ".." not in path.parts
+
+
+def test_report_only_takes_the_newest_published_sweep_or_the_one_named(tmp_path: Path) -> None:
+    roots = Roots(root=ROOT, results=tmp_path, configs=(ROOT / "configs",))
+    config = load_sweep("demo", roots=roots).config
+    sweeps = tmp_path / "models" / "tiny_qwen3_vl" / "layer-analysis" / "sweeps"
+    with pytest.raises(UserError, match="tiny_qwen3_vl"):
+        plan_of_sweep(config, roots, None)
+    for name in (SWEEP, "20250103T030405678Z-0123abcd", "20250104T030405678Z-broken"):
+        (sweeps / name).mkdir(parents=True)
+    for name in (SWEEP, "20250103T030405678Z-0123abcd"):
+        (sweeps / name / "plan.json").write_text("{}")
+    newest = sweeps / "20250103T030405678Z-0123abcd" / "plan.json"
+    assert plan_of_sweep(config, roots, None) == newest
+    assert plan_of_sweep(config, roots, "") == newest
+    assert plan_of_sweep(config, roots, SWEEP) == sweeps / SWEEP / "plan.json"
+    with pytest.raises(UserError, match="20250109"):
+        plan_of_sweep(config, roots, "20250109T030405678Z-0123abcd")

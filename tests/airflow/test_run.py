@@ -1,0 +1,180 @@
+"""The DAG under a real scheduler, with real tasks, on the demo checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qsens_airflow.local import Components
+from qsens_airflow.rest import TaskState
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 400
+# A linear layer's weight has no third dimension: this pair fails when it is scored.
+BROKEN = """
+name: wint8_broken
+weight: int8
+activation: fp16
+format: INT8_BROKEN
+weight_quantizer: {num_bits: 8, axis: 2}
+effective_bits: 8.0
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    run_id: str
+    state: str
+    tasks: list[TaskState]
+
+    def states(self) -> dict[str, str | None]:
+        return {task.name: task.state for task in self.tasks}
+
+    def task(self, name: str) -> TaskState:
+        (found,) = [task for task in self.tasks if task.name == name]
+        return found
+
+
+@dataclass(frozen=True)
+class House:
+    """Airflow, and the root that its runs read from and write to."""
+
+    airflow: Components
+    root: Path
+
+    def run(self, **conf: Any) -> Run:
+        return self.end(self.airflow.client.trigger({"preset": "demo"} | conf))
+
+    def end(self, run_id: str) -> Run:
+        state = self.airflow.wait(run_id, seconds=SECONDS)
+        assert self.airflow.state_in_database(run_id) == state
+        return Run(run_id, state, self.airflow.client.tasks(run_id))
+
+    def published(self, run: Run) -> dict[str, Any]:
+        value = self.airflow.client.returned(run.run_id, "publish")
+        assert isinstance(value, dict)
+        return value
+
+    def files(self, run: Run) -> dict[Path, bytes]:
+        """Return every file that a run has published: its sweep's and its cells'."""
+        sweep = Path(self.published(run)["index"]).parent
+        files = [path for path in sweep.rglob("*") if path.is_file()]
+        model = sweep.parents[1]
+        files += [path for path in model.glob("weight-*/**/*") if path.is_file()]
+        return {path: path.read_bytes() for path in sorted(files)}
+
+
+@pytest.fixture(scope="module")
+def house(demo_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    root = tmp_path_factory.mktemp("house")
+    checkpoint = root / "models" / "tiny_qwen3_vl" / "checkpoints" / "tiny-qwen3-vl"
+    shutil.copytree(demo_checkpoint.directory, checkpoint)
+    pair = root / "configs" / "quant_pair" / "wint8_broken.yaml"
+    pair.parent.mkdir(parents=True)
+    pair.write_text(BROKEN, encoding="utf-8")
+    environment = {
+        "QSENS_ROOT": str(root),
+        "QSENS_RESULTS": str(root),
+        "QSENS_PRESET": "demo",
+        "QSENS_SCHEDULE": "none",
+        "OMP_NUM_THREADS": "1",
+    }
+    with Components(root / ".airflow", root=ROOT, environment=environment) as airflow:
+        yield House(airflow, root)
+
+
+@pytest.fixture(scope="module")
+def green(house: House) -> Run:
+    return house.run(quant_pair=["wfp8_afp8", "wint8_afp16"], size=["small"])
+
+
+def test_a_complete_grid_is_green(house: House, green: Run) -> None:
+    assert green.state == "success"
+    assert green.states() == dict.fromkeys(
+        [
+            "plan",
+            "cell.calibrate [wfp8_afp8 · small]",
+            "cell.calibrate [wint8_afp16 · small]",
+            "cell.score [wfp8_afp8 · small]",
+            "cell.score [wint8_afp16 · small]",
+            "publish",
+            "gate",
+        ],
+        "success",
+    )
+    published = house.published(green)
+    assert published["complete"] is True
+    assert published["missing"] == []
+    index = Path(published["index"])
+    assert index.is_relative_to(house.root)
+    assert "wint8_afp16" in index.read_text(encoding="utf-8")
+    manifests = sorted(path.name for path in house.files(green) if "manifest" in path.name)
+    assert manifests == [
+        "wfp8_afp8_autoquant_lm_quant_manifest.json",
+        "wint8_afp16_autoquant_lm_quant_manifest.json",
+    ]
+
+
+def test_report_only_makes_the_same_reports_without_a_gpu_task(house: House, green: Run) -> None:
+    before = house.files(green)
+    lost = [path for path in before if path.suffix in (".md", ".html")]
+    assert lost
+    for path in lost:
+        path.unlink()
+    run = house.run(mode="report_only")
+    assert run.state == "success"
+    assert run.states() == {
+        "plan": "success",
+        "cell.calibrate": "skipped",
+        "cell.score": "skipped",
+        "publish": "success",
+        "gate": "success",
+    }
+    assert [run.task(f"cell.{name}").tries for name in ("calibrate", "score")] == [0, 0]
+    assert house.published(run)["sweep_id"] == house.published(green)["sweep_id"]
+    assert house.files(green) == before
+
+
+def test_a_cell_that_fails_fails_alone_and_the_run_is_red(house: House, green: Run) -> None:
+    run = house.run(quant_pair=["wint8_broken", "wint8_afp8"], size=["small"])
+    assert run.state == "failed"
+    broken = run.task("cell.score [wint8_broken · small]")
+    # Nothing that the user must mend is tried again.
+    assert (broken.state, broken.tries) == ("failed", 1)
+    assert {name: state for name, state in run.states().items() if state != "success"} == {
+        broken.name: "failed",
+        "gate": "failed",
+    }
+    published = house.published(run)
+    assert published["complete"] is False
+    assert [cell["cell"] for cell in published["missing"]] == ["wint8_broken-small"]
+    assert "PARTIAL" in Path(published["index"]).read_text(encoding="utf-8")
+    log = "\n".join(house.airflow.task_log(run.run_id, run.task("gate")))
+    assert f"wint8_broken-small: {published['missing'][0]['reason']}" in log
+
+
+def test_publish_alone_can_be_cleared_in_an_old_run(house: House, green: Run) -> None:
+    before = house.files(green)
+    lost = [path for path in before if path.name == "summary.md"]
+    for path in lost:
+        path.unlink()
+    house.airflow.client.clear(green.run_id, ["publish"])
+    run = house.end(green.run_id)
+    assert run.state == "success"
+    tries = {task.name: task.tries for task in run.tasks}
+    assert tries == {task.name: 1 for task in green.tasks} | {"publish": 2}
+    assert house.files(green) == before
+
+
+def test_a_run_with_a_param_that_does_not_exist_fails_in_plan(house: House) -> None:
+    run = house.run(quant_pairs=["wfp8_afp8"])
+    assert run.state == "failed"
+    assert (run.task("plan").state, run.task("plan").tries) == ("failed", 1)
+    log = "\n".join(house.airflow.task_log(run.run_id, run.task("plan")))
+    assert "param quant_pairs" in log
+    assert (run.task("publish").state, run.task("publish").tries) == ("failed", 1)
