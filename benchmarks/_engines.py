@@ -43,6 +43,7 @@ class FusedRun:
         measured: Seconds and memory.
         scores: By cell, by group.
         candidates: Distinct candidates.
+        calibrated: Samples that calibration ran over; 0 where none is needed.
         work: The products that no engine can do without.
         padding_share: Padded tokens over all tokens of the scoring pass.
     """
@@ -50,6 +51,7 @@ class FusedRun:
     measured: Measured
     scores: Scores
     candidates: int
+    calibrated: int
     work: Work
     padding_share: float
 
@@ -119,6 +121,7 @@ def run_fused(load: Workload, cells: Sequence[Cell], *, samples: Samples | None 
         measured=measured,
         scores=scores,
         candidates=len(candidates.pairs),
+        calibrated=max(snapshots, default=0),
         work=_work(load, samples, groups, candidates),
         padding_share=found.padding_share,
     )

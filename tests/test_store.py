@@ -71,7 +71,7 @@ def test_a_failed_directory_leaves_nothing(tmp_path: Path) -> None:
             (directory / "manifest.json").write_text("{}")
             raise ValueError
 
-    with pytest.raises(ValueError, match="^$"):
+    with pytest.raises(ValueError, match=r"^$"):
         fail()
     assert list(tmp_path.iterdir()) == []
 

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from qsens.config import Roots
-from qsens_airflow.local import Components, stop_on_signals
+from qsens_airflow.entry import run
+from qsens_airflow.local import Components
 from qsens_airflow.rest import TaskState
 
 _RUN_SECONDS = 780
@@ -22,7 +23,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 def main() -> int:
     """Run the demo; return its exit code."""
-    stop_on_signals()
     started = time.monotonic()
 
     def say(text: str) -> None:
@@ -39,10 +39,14 @@ def main() -> int:
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)),
     }
     airflow = Components(roots.root / ".airflow", root=_ROOT, environment=environment)
-    say("demo checkpoint and Airflow's database")
-    subprocess.run(
-        [sys.executable, "-m", "qsens", "demo-model"], env=airflow.environment, check=True
+    say("demo checkpoint")
+    built = subprocess.run(
+        [sys.executable, "-m", "qsens", "demo-model"],
+        env=airflow.environment | {"OMP_NUM_THREADS": str(os.cpu_count() or 1)},
+        check=False,
     )
+    if built.returncode:
+        return built.returncode
     say(f"starting Airflow at {airflow.url}; logs: {airflow.logs}")
     with airflow:
         run_id = airflow.client.trigger({"preset": "demo"})
@@ -52,7 +56,11 @@ def main() -> int:
             if task.state not in ("scheduled", "queued"):
                 say(f"{task.name}: {task.state}")
 
-        state = airflow.wait(run_id, seconds=_RUN_SECONDS, changed=changed)
+        try:
+            state = airflow.wait(run_id, seconds=_RUN_SECONDS, changed=changed)
+        except TimeoutError as error:
+            say(str(error))
+            return 1
         if state == "success":
             index = airflow.client.returned(run_id, "publish")["index"]
         else:
@@ -68,4 +76,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -7,8 +7,8 @@ secrets drawn anew at every start.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
-import os
 import secrets
 import signal
 import socket
@@ -23,13 +23,16 @@ from typing import Self
 
 import httpx
 import psutil  # type: ignore[import-untyped]
+from filelock import FileLock, Timeout
 
+from qsens.errors import TryAgain
+from qsens_airflow.environment import environment_of
 from qsens_airflow.rest import UNFINISHED, Client, TaskState
 
 DAG_ID = "qsens_sweep"
-_USER = "qsens"
 _START_SECONDS = 180
 _STOP_SECONDS = 10
+_PR_SET_PDEATHSIG = 1
 
 
 class Components:
@@ -40,19 +43,35 @@ class Components:
         root: The checkout: ``dags/``, ``plugins/`` and the package itself.
         environment: Variables for Airflow and its tasks, such as ``QSENS_RESULTS``.
         slots: Tasks that run at once.
+
+    Attributes:
+        home: ``AIRFLOW_HOME``.
+        url: Address of the UI and the REST API.
+        user: Name of the one user.
+        password_file: JSON file with the password of every user; it dies with the start after.
+        environment: Variables of the components, and of the tasks that they start.
     """
 
     def __init__(
         self, home: Path, *, root: Path, environment: Mapping[str, str], slots: int = 2
     ) -> None:
         self.home = home.resolve()
-        self._root = root.resolve()
+        self.user = "qsens"
+        self.password_file = self.home / "passwords.json"
         self._password = secrets.token_urlsafe(24)
         self._port = _free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._client: Client | None = None
         self.url = f"http://127.0.0.1:{self._port}"
-        self.environment = self._environment(environment, slots)
+        self.environment = environment_of(
+            self.home,
+            root.resolve(),
+            url=self.url,
+            user=self.user,
+            password_file=self.password_file,
+            slots=slots,
+        ) | dict(environment)
+        self._lock = FileLock(self.home / "running.lock", timeout=0)
 
     @property
     def logs(self) -> Path:
@@ -68,8 +87,16 @@ class Components:
     def __enter__(self) -> Self:
         """Make the database, start the components, and wait until the DAG can run."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        self._write_password()
         try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise TryAgain(
+                "an Airflow is running there already",
+                where=str(self.home),
+                remedy="Stop it first: `make demo` and `make up` share one.",
+            ) from error
+        try:
+            self._write_password()
             self._migrate()
             self._start(
                 "api-server", "api-server", "--host", "127.0.0.1", "--port", str(self._port)
@@ -77,10 +104,9 @@ class Components:
             self._start("scheduler", "scheduler", "--skip-serve-logs")
             self._start("dag-processor", "dag-processor")
             self._wait("the components", self._healthy)
-            self._client = Client(self.url, DAG_ID, user=_USER, password=self._password)
+            self._client = Client(self.url, DAG_ID, user=self.user, password=self._password)
             self._wait(f"the DAG {DAG_ID}", self._client.is_parsed)
             self._client.end_unfinished()
-            self._client.unpause()
         except BaseException:
             self.stop()
             raise
@@ -172,39 +198,12 @@ class Components:
             process.kill()
             process.wait()
         self._processes.clear()
-
-    def _environment(self, given: Mapping[str, str], slots: int) -> dict[str, str]:
-        own = {key: value for key, value in os.environ.items() if not key.startswith("AIRFLOW__")}
-        path = os.pathsep.join(filter(None, [str(self._root), os.environ.get("PYTHONPATH")]))
-        settings = {
-            "CORE__EXECUTOR": "LocalExecutor",
-            "CORE__PARALLELISM": str(slots),
-            "CORE__LOAD_EXAMPLES": "false",
-            "CORE__DAGS_FOLDER": str(self._root / "dags"),
-            "CORE__PLUGINS_FOLDER": str(self._root / "plugins"),
-            "CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
-            "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{_USER}:admin",
-            "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(self._password_file),
-            "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self.home / 'airflow.db'}",
-            "API__BASE_URL": self.url,
-            "API__SECRET_KEY": secrets.token_urlsafe(32),
-            "API__MAXIMUM_PAGE_LIMIT": "1000",
-            "API_AUTH__JWT_SECRET": secrets.token_urlsafe(48),
-            "LOGGING__BASE_LOG_FOLDER": str(self.logs),
-            "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
-            "DAG_PROCESSOR__PARSING_PROCESSES": "1",
-        }
-        airflow = {f"AIRFLOW__{key}": value for key, value in settings.items()}
-        return own | airflow | {"AIRFLOW_HOME": str(self.home), "PYTHONPATH": path} | dict(given)
-
-    @property
-    def _password_file(self) -> Path:
-        return self.home / "passwords.json"
+        self._lock.release()
 
     def _write_password(self) -> None:
-        self._password_file.unlink(missing_ok=True)
-        self._password_file.touch(mode=0o600)
-        self._password_file.write_text(json.dumps({_USER: self._password}), encoding="utf-8")
+        self.password_file.unlink(missing_ok=True)
+        self.password_file.touch(mode=0o600)
+        self.password_file.write_text(json.dumps({self.user: self._password}), encoding="utf-8")
 
     def _start(self, name: str, *arguments: str) -> None:
         with self._log(name).open("wb") as log:
@@ -217,6 +216,7 @@ class Components:
                 cwd=self.home,
                 # Ctrl-C is ours to pass on, in order.
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     def _log(self, name: str) -> Path:
@@ -266,6 +266,12 @@ def _descendants(processes: Iterable[subprocess.Popen[bytes]]) -> set[psutil.Pro
     return found
 
 
+def _end_with_parent() -> None:
+    """Have the kernel stop this process when its parent is killed; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -285,9 +291,3 @@ def _event(line: str) -> str:
         f"\n  {error['exc_type']}: {error['exc_value']}" for error in entry.get("error_detail", [])
     )
     return f"{entry.get('event', '')}{details}"
-
-
-def stop_on_signals() -> None:
-    """Turn SIGTERM and SIGHUP into an exit, so that context managers stop what they started."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, frame: sys.exit(128 + received))

@@ -65,12 +65,9 @@ class Client:
             raise RuntimeError(errors[0]["stack_trace"])
         return self._http.get(self._dag).status_code == httpx.codes.OK
 
-    def unpause(self) -> None:
-        """Let runs of the DAG start."""
-        self._call("PATCH", self._dag, {"is_paused": False})
-
     def trigger(self, conf: Mapping[str, Any]) -> str:
-        """Start a run with params; return its id."""
+        """Let the DAG run if it is paused, start a run with params, and return its id."""
+        self._call("PATCH", self._dag, {"is_paused": False})
         body = {"logical_date": None, "conf": dict(conf)}
         return str(self._call("POST", f"{self._dag}/dagRuns", body)["dag_run_id"])
 

@@ -7,6 +7,7 @@ Environment variables, not Airflow Variables: those would be a request to the AP
 | ``QSENS_PRESET`` | sweep preset that the DAG runs, and takes its own settings from | ``nightly`` |
 | ``QSENS_SCHEDULE`` | cron expression in UTC, or ``none`` for manual triggers only | the preset's |
 | ``QSENS_QUEUE`` | Celery queue of ``calibrate`` and ``score`` | the executor's default |
+| ``QSENS_POOL`` | Airflow pool of ``calibrate`` and ``score``; it must exist | the preset's |
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ class DagSettings:
         preset: Name of the sweep preset that a run uses when its params do not say otherwise.
         schedule: Cron expression, UTC; none for manual triggers only.
         queue: Queue of the tasks that need a GPU; none for the executor's default.
+        pool: Pool of the tasks that need a GPU.
         dag: The preset's own section for the DAG.
     """
 
     preset: str
     schedule: str | None
     queue: str | None
+    pool: str
     dag: DagConfig
 
     @classmethod
@@ -48,12 +51,13 @@ class DagSettings:
             preset=preset,
             schedule=None if schedule == "none" else schedule,
             queue=os.environ.get("QSENS_QUEUE") or None,
+            pool=os.environ.get("QSENS_POOL") or dag.pool,
             dag=dag,
         )
 
     def gpu_task(self) -> dict[str, str]:
         """Return the operator arguments of tasks that take a GPU."""
-        return {"pool": self.dag.pool} | ({"queue": self.queue} if self.queue else {})
+        return {"pool": self.pool} | ({"queue": self.queue} if self.queue else {})
 
     def execution_timeout(self) -> timedelta:
         """Return the time limit of one task."""

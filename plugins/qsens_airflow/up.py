@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 from qsens.config import Roots
-from qsens_airflow.local import Components, stop_on_signals
+from qsens_airflow.entry import run
+from qsens_airflow.local import Components
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
     """Start the components and wait for a signal."""
-    stop_on_signals()
     os.environ.setdefault("QSENS_ROOT", str(_ROOT))
     roots = Roots.from_environment()
     environment = {"QSENS_ROOT": str(roots.root), "QSENS_RESULTS": str(roots.results)}
@@ -29,4 +28,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

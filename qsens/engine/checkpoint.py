@@ -66,7 +66,17 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
         local_files_only=True,
         trust_remote_code=config.trust_remote_code,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
     )
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, held, wanted = mismatched[0]
+        raise UserError(
+            f"{len(mismatched)} weights have another shape than config.json says, the first is "
+            f"{name}: {tuple(held)} where {tuple(wanted)} is said",
+            where=f"model.path = {config.path}",
+            remedy="Get the weights and the config.json of one and the same checkpoint.",
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(

@@ -43,7 +43,7 @@ def diverge(
 
     ``p`` is the model's distribution of the next token, ``q`` that of the model with one group
     quantized; the divergences are summed over a sample's real tokens. The arguments are those of
-    :func:`qsens.engine.fused.score`; so is the result, but for ``error``, which is not measured.
+    :func:`qsens.engine.fused.score`; so is the result, but for ``errors``, which are not measured.
     """
     started = time.monotonic()
     covered = tuple(group for group in groups if group.covered)
@@ -58,6 +58,7 @@ def diverge(
     found = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
     losses = torch.zeros(scored, dtype=torch.float64)
     failures: dict[tuple[int, int], str] = {}
+    ran: set[str] = set()
     layers = _Layers(model)
     with layers.recording():
         for done, batch in enumerate(batches):
@@ -68,7 +69,7 @@ def diverge(
                 for weight, active in candidates.active(batch.first).items():
                     for entry, candidate in active:
                         try:
-                            with _perturbed(model, group, candidates, weight, entry, maxima):
+                            with _perturbed(model, group, candidates, weight, entry, maxima, ran):
                                 changed = layers.run(moved, behind=group.members)
                         except (torch.OutOfMemoryError, MemoryError):
                             raise
@@ -84,8 +85,9 @@ def diverge(
     return PassScores(
         groups=covered,
         per_sample=found,
-        error=None,
-        reached=(True,) * len(covered),
+        errors=None,
+        norms=None,
+        reached=tuple(all(name in ran for name in group.members) for group in covered),
         failures=failures,
         loss=losses,
         seconds=time.monotonic() - started,
@@ -169,8 +171,9 @@ def _perturbed(
     weight: int,
     entry: int,
     maxima: Mapping[int, Maxima],
+    ran: set[str],
 ) -> Iterator[None]:
-    """Quantize the members of ``group`` while the context lasts."""
+    """Quantize the members of ``group`` while the context lasts; note in ``ran`` which ran."""
     with ExitStack() as stack:
         for name in group.members:
             module = model.get_submodule(name)
@@ -183,6 +186,8 @@ def _perturbed(
             )
             module.forward = _linear(quantized, module.bias, chosen.cfg, amax)  # type: ignore
             stack.callback(delattr, module, "forward")
+            hook = module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
+            stack.callback(hook.remove)
         yield
 
 

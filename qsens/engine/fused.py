@@ -23,6 +23,7 @@ from torch import nn
 
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
+from qsens.engine.change import change_norms
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import Flight, ModelPass, Rows
 from qsens.engine.quantizer import quantize, quantize_weight
@@ -77,11 +78,11 @@ def score(
             progress("score", done, len(batches))
     tokens = sum(batch.attention_mask.numel() for batch in batches)
     real = sum(int(batch.attention_mask.sum()) for batch in batches)
-    squares = work.squares.cpu()
     return PassScores(
         groups=covered,
         per_sample=work.scores.cpu(),
-        error=squares[..., 0] / squares[..., 1].clamp_min(torch.finfo(torch.float64).tiny),
+        errors=work.errors.cpu(),
+        norms=work.norms.cpu(),
         reached=tuple(all(name in work.seen for name in group.members) for group in covered),
         failures=work.failures,
         loss=work.loss.cpu(),
@@ -99,14 +100,12 @@ class _Tokens:
         rows: Number of rows.
         order: Index of each sample, in the order of its rows, ``(samples,)``.
         active: By weight format: ``(input, candidate, rows)``; a candidate scores the first rows.
-        counts: Rows that each candidate scores, ``(candidates,)``.
     """
 
     places: torch.Tensor
     rows: int
     order: torch.Tensor
     active: Mapping[int, list[tuple[int, int, int]]]
-    counts: torch.Tensor
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:
         """Return ``(..., samples)``: each sample's sum over its rows of ``(..., rows)``."""
@@ -130,16 +129,17 @@ class _Ledger:
         self.scores.zero_()
         self.errors.zero_()
 
-    def enter(self, candidate: int, at: slice, change: torch.Tensor, slopes: torch.Tensor) -> None:
-        """Take the norms of rows ``at``; ``change`` is used up.
-
-        A product in bfloat16 keeps float32's range and errs by 2^-9 without bias, which a sum of
-        many squares does not show; float16 would lose small products.
-        """
-        _row_norms(change, self.errors[candidate, at])
-        if change.dtype == torch.float16:
-            change = change.float()
-        _row_norms(change.mul_(slopes), self.scores[candidate, at])
+    def enter(
+        self,
+        candidate: int,
+        at: slice,
+        changed: torch.Tensor,
+        outputs: torch.Tensor,
+        slopes: torch.Tensor,
+    ) -> None:
+        """Take the norms of rows ``at``; ``changed`` is used up."""
+        errors, scores = self.errors[candidate, at], self.scores[candidate, at]
+        change_norms(changed, outputs, slopes, errors=errors, scores=scores)
 
 
 class _Pass:
@@ -167,7 +167,8 @@ class _Pass:
         )
         shape = (len(groups), len(candidates.pairs))
         self.scores = torch.zeros(*shape, scored, dtype=torch.float64, device=self.device)
-        self.squares = torch.zeros(*shape, 2, dtype=torch.float64, device=self.device)
+        self.errors = torch.zeros_like(self.scores)
+        self.norms = torch.zeros(len(groups), scored, dtype=torch.float64, device=self.device)
         self.loss = torch.zeros(scored, dtype=torch.float64, device=self.device)
         self.seen: set[str] = set()
         self.failures: dict[tuple[int, int], str] = {}
@@ -221,8 +222,8 @@ class _Pass:
                 if inputs is None:
                     continue
                 at = slice(0, count)
-                change = F.linear(inputs, weight, bias).sub_(rows.outputs[at])
-                ledger.enter(candidate, at, change, rows.slopes[at])
+                changed = F.linear(inputs, weight, bias)
+                ledger.enter(candidate, at, changed, rows.outputs[at], rows.slopes[at])
         self._book(name, ledger, _row_norms(rows.outputs), tokens)
 
     def _book(self, name: str, ledger: _Ledger, norms: torch.Tensor, tokens: _Tokens) -> None:
@@ -230,9 +231,9 @@ class _Pass:
         self.seen.add(name)
         group = self.group_of[name]
         self.scores[group].index_add_(1, tokens.order, tokens.sums(ledger.scores.square_()))
-        totals = F.pad(norms.double().square_().cumsum(0), (1, 0))
-        self.squares[group, :, 0] += ledger.errors.double().square_().sum(dim=1)
-        self.squares[group, :, 1] += totals[tokens.counts]
+        errors = tokens.sums(ledger.errors.double().square_())
+        self.errors[group].index_add_(1, tokens.order, errors)
+        self.norms[group].index_add_(0, tokens.order, tokens.sums(norms.double().square_()))
 
     def _head(self, flights: Sequence[Flight]) -> list[torch.Tensor]:
         """Score the head in chunks of rows; return the gradient at its input, by batch.
@@ -294,8 +295,8 @@ class _Pass:
                     if inputs is None or part.start >= part.stop:
                         continue
                     length = part.stop - part.start
-                    change = F.linear(inputs[part], weight, head.bias).sub_(logits[:length])
-                    ledger.enter(candidate, part, change, slopes[:length])
+                    changed = F.linear(inputs[part], weight, head.bias)
+                    ledger.enter(candidate, part, changed, logits[:length], slopes[:length])
         self._book(name, ledger, norms, tokens)
 
     def _tokens(self, batches: Sequence[Batch], *, labels: bool) -> _Tokens:
@@ -317,16 +318,11 @@ class _Pass:
         places = torch.full((len(flat), max(flat)), total)
         for row, (start, length) in enumerate(zip(starts, flat, strict=False)):
             places[row, :length] = torch.arange(start, start + length)
-        scored = [0] * len(self.candidates.pairs)
-        for found in active.values():
-            for _, candidate, count in found:
-                scored[candidate] = count
         return _Tokens(
             places=places.to(self.device),
             rows=total,
             order=torch.tensor([i for batch in batches for i in batch.samples]).to(self.device),
             active=active,
-            counts=torch.tensor(scored).to(self.device),
         )
 
     def _weight(

@@ -26,6 +26,7 @@ from qsens.engine.groups import Group, find_groups
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches, nominal_labels
 from qsens.engine.scores import CellScores, GroupScore, Progress, silent
+from qsens.errors import UserError
 from qsens.manifest import GROUP_SUFFIX
 
 
@@ -63,7 +64,7 @@ def score_cell(
     steps = _Steps(device, nominal, progress, len(batches), score_steps)
 
     started = time.monotonic()
-    with _quiet(), torch.enable_grad():
+    with _quiet(), _refusal(), torch.enable_grad():
         mtq.auto_quantize(
             model,
             constraints={
@@ -195,8 +196,27 @@ def _recipe(hparam: QuantRecipeHparam) -> QuantRecipe:
 
 
 @contextlib.contextmanager
+def _refusal() -> Iterator[None]:
+    """ModelOpt asserts that maxima are finite, and its solver takes finite scores alone."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, AssertionError) and type(error).__name__ != "PulpError":
+            raise
+        raise UserError(
+            f"ModelOpt refuses it: {_first_line(error)}",
+            where="autoquant.engine=modelopt",
+            remedy="autoquant.engine=fused names the groups and samples that are not finite.",
+        ) from error
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep ModelOpt's bars and hints off stdout, which belongs to the command's JSON."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -49,9 +49,11 @@ class PassScores:
         groups: The covered groups, in model order.
         per_sample: ``(groups, candidates, samples)``, float64 on the CPU; 0 where a candidate does
             not score a sample. Method ``gradient``: ``s_i``; ``kl_div``: nats.
-        error: ``||dY||^2 / ||Y||^2`` over the real tokens scored, ``(groups, candidates)``; none
+        errors: ``||dY||^2`` over the real tokens of each sample, shaped as ``per_sample``; none
             where it is not measured.
-        reached: Whether a gradient reached every member of each group.
+        norms: ``||Y||^2`` of the same tokens, ``(groups, samples)``; none where it is not measured.
+        reached: Whether a gradient reached every member of each group; ``kl_div``: whether every
+            member ran.
         failures: Why a candidate could not be computed, by group and candidate index.
         loss: Summed loss of each sample, in nats.
         seconds: What the pass took.
@@ -60,12 +62,21 @@ class PassScores:
 
     groups: tuple[Group, ...]
     per_sample: torch.Tensor
-    error: torch.Tensor | None
+    errors: torch.Tensor | None
+    norms: torch.Tensor | None
     reached: tuple[bool, ...]
     failures: Mapping[tuple[int, int], str]
     loss: torch.Tensor
     seconds: float
     padding_share: float
+
+    def relative_errors(self, candidate: int, scored: int) -> torch.Tensor | None:
+        """Return ``||dY||^2 / ||Y||^2`` of each group over the first samples, where measured."""
+        if self.errors is None or self.norms is None:
+            return None
+        norms = self.norms[:, :scored].sum(dim=1)
+        tiny = torch.finfo(norms.dtype).tiny
+        return self.errors[:, candidate, :scored].sum(dim=1) / norms.clamp_min(tiny)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class _Loaded:
     seconds: float
 
 
+@torch.inference_mode(False)
 def calibrate_sizes(store: Store, cell: Cell, progress: Progress) -> None:
     """Compute the maxima of every size of the plan that has none yet, in one run."""
     plan = store.plan
@@ -80,11 +81,15 @@ def calibrate_sizes(store: Store, cell: Cell, progress: Progress) -> None:
                 save_file(found[count], temporary, metadata={"samples": str(count)})
 
 
+@torch.inference_mode(False)
 def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
     """Compute one cell by ModelOpt's ``auto_quantize``."""
     plan = store.plan
     config = plan.config
     loaded = _load(plan, cell, progress)
+    refused = _without_labels(plan, cell, loaded.samples)
+    if refused is not None:
+        raise refused
     scores = reference.score_cell(
         loaded.model,
         loaded.samples,
@@ -99,6 +104,7 @@ def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
     _write(store, cell, scores, loaded)
 
 
+@torch.inference_mode(False)
 def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict[str, QsensError]:
     """Compute all ``cells`` in one pass, and write each one's result.
 
@@ -151,6 +157,11 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
     memory = {"predicted": budget.predicted / GIB, "peak": taken / GIB}
     failed: dict[str, QsensError] = {}
     for cell, request in zip(cells, requests, strict=True):
+        refused = _without_labels(plan, cell, samples)
+        if refused is not None:
+            failed[cell.cell] = refused
+            keep_failure(store, cell, refused)
+            continue
         scores = _cell_scores(plan, cell, request, groups, candidates, found, loaded, maxima)
         reasons = [entry.reason for entry in scores.groups if entry.status == "failed"]
         if reasons and len(reasons) == len(found.groups):
@@ -165,6 +176,7 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
     return failed
 
 
+@torch.inference_mode(False)
 def both_engines(
     store: Store, cell: Cell, progress: Progress
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
@@ -242,6 +254,18 @@ def _request(plan: Plan, cell: Cell) -> Request:
     )
 
 
+def _without_labels(plan: Plan, cell: Cell, samples: Samples) -> UserError | None:
+    """Refuse a gradient of nothing: its zeros would not be measured."""
+    scored = plan.samples_scored(cell)
+    if plan.config.autoquant.method != "gradient" or any(samples.labels(scored)):
+        return None
+    return UserError(
+        f"none of its {scored} samples has a second token: there is nothing to predict",
+        where=f"{cell.cell}: captions file {plan.samples[cell.size].path}",
+        remedy="Use longer captions.",
+    )
+
+
 def _maxima(
     store: Store,
     cells: Sequence[Cell],
@@ -293,9 +317,12 @@ def _cell_scores(
     if plan.config.autoquant.method == "gradient":
         sensitivity = (per_sample / nominal.square()).sum(dim=1)
         per_token = per_sample.sum(dim=1) / max(1, sum(labels))
+        unreached = "no gradient reached it"
     else:
         sensitivity = per_sample.sum(dim=1)
         per_token = sensitivity / loaded.samples.tokens(scored)
+        unreached = "no sample ran through it"
+    errors = found.relative_errors(index, scored)
     at = {group.name: position for position, group in enumerate(found.groups)}
     entries = []
     for group in groups:
@@ -306,7 +333,7 @@ def _cell_scores(
         if (position, index) in found.failures:
             entries.append(GroupScore(group, "failed", found.failures[position, index]))
         elif not found.reached[position]:
-            entries.append(GroupScore(group, "no_gradient", "no gradient reached it"))
+            entries.append(GroupScore(group, "no_gradient", unreached))
         elif not bool(per_sample[position].isfinite().all()):
             first = int((~per_sample[position].isfinite()).nonzero()[0, 0])
             entries.append(
@@ -319,9 +346,7 @@ def _cell_scores(
                     "scored",
                     sensitivity=float(sensitivity[position]),
                     sensitivity_per_token=float(per_token[position]),
-                    relative_error=None
-                    if found.error is None
-                    else float(found.error[position, index]),
+                    relative_error=None if errors is None else float(errors[position]),
                 )
             )
     snapshot = candidates.inputs[candidates.pairs[index][1]].snapshot

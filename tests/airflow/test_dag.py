@@ -38,7 +38,7 @@ print(json.dumps({"seconds": seconds, "heavy": heavy, "dag": data,
 def load(**environment: str) -> DagBag:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QSENS_ROOT", str(ROOT))
-        for name in ("QSENS_PRESET", "QSENS_SCHEDULE", "QSENS_QUEUE"):
+        for name in ("QSENS_PRESET", "QSENS_SCHEDULE", "QSENS_QUEUE", "QSENS_POOL"):
             patch.delenv(name, raising=False)
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -131,6 +131,10 @@ def test_settings_come_from_the_preset_and_the_environment(
     # What needs no GPU takes no GPU slot.
     assert {weekly.get_task(name).pool for name in ("plan", "publish", "gate")} == {"default_pool"}
     assert {weekly.get_task(name).queue for name in ("plan", "publish")} == {"default"}
+
+
+def test_the_pool_can_be_chosen_without_a_preset() -> None:
+    assert load(QSENS_POOL="gpu").dags["qsens_sweep"].get_task("cell.score").pool == "gpu"
 
 
 @pytest.mark.parametrize(("given", "schedule"), [("none", None), ("30 1 * * *", "30 1 * * *")])

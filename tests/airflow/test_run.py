@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,13 @@ from typing import Any
 
 import pytest
 
+from qsens.grid import read_plan
+from qsens.store import Store
 from qsens_airflow.local import Components
 from qsens_airflow.rest import TaskState
+
+# One Airflow serves all of these.
+pytestmark = pytest.mark.xdist_group("airflow-run")
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400
@@ -156,6 +163,34 @@ def test_a_cell_that_fails_fails_alone_and_the_run_is_red(house: House, green: R
     assert "PARTIAL" in Path(published["index"]).read_text(encoding="utf-8")
     log = "\n".join(house.airflow.task_log(run.run_id, run.task("gate")))
     assert f"wint8_broken-small: {published['missing'][0]['reason']}" in log
+
+
+def test_a_cell_that_is_computed_elsewhere_gives_its_slot_back_and_comes_again(
+    house: House, tmp_path: Path
+) -> None:
+    pair = {"quant_pair": ["wint4_afp16"], "size": ["small"]}
+    subprocess.run(
+        [sys.executable, "-m", "qsens", "plan", "demo", "--out", str(tmp_path / "plan.json")]
+        + ["quant_pair=wint4_afp16", "dataset.size=small"],
+        env=house.airflow.environment,
+        check=True,
+    )
+    plan = read_plan(tmp_path / "plan.json")
+    lock = Store(plan).lock(plan.cells[0])
+    seen: list[str | None] = []
+
+    def changed(task: TaskState) -> None:
+        if task.task_id == "cell.score":
+            seen.append(task.state)
+            if task.state == "up_for_reschedule":
+                lock.release()
+
+    lock.acquire()
+    run_id = house.airflow.client.trigger({"preset": "demo"} | pair)
+    assert house.airflow.wait(run_id, seconds=SECONDS, changed=changed) == "success"
+    assert "up_for_reschedule" in seen
+    score = house.end(run_id).task("cell.score [wint4_afp16 · small]")
+    assert (score.state, score.tries) == ("success", 1)
 
 
 def test_publish_alone_can_be_cleared_in_an_old_run(house: House, green: Run) -> None:
