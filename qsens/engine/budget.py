@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ GIB = 1 << 30
 _SHARE_OF_FREE = 0.8
 _LEAST_TOKENS = 64
 # Work on a weight is shared by the tokens of a wave: more than this saves little.
-_WAVE_TOKENS = 4 * BATCH_TOKENS
+_WAVE_TOKENS = 2 * BATCH_TOKENS
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def _footprint(
 ) -> tuple[float, float]:
     """Return the bytes of a pass that do not depend on tokens, and those of a token."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    inputs = len(candidates.inputs)
+    of_weight = Counter(weight for weight, _ in candidates.pairs)
+    most = max(of_weight.values())
     inside: dict[int | None, float] = {}
     widest = largest = 0.0
     for group in groups:
@@ -109,13 +111,14 @@ def _footprint(
             out, into = weight.shape[0], weight[0].numel()
             # One layer at a time: what autograd keeps while it runs again, and the rows taken.
             inside[group.depth] = inside.get(group.depth, 0.0) + 2.5 * size * (into + out)
-            # Quantized inputs, joined rows, the change and what its product is made of.
-            widest = max(widest, into * size * (2 + inputs) + out * (4 * size + 4))
+            # Quantized inputs, also stacked for two kinds of weights; the rows; one product.
+            stacked = 2 * len(candidates.inputs) + most
+            widest = max(widest, into * size * (1 + stacked) + out * size * (2 + most))
     layers = len({group.depth for group in groups if group.depth is not None})
     hidden, vocabulary = head.weight.shape[1], head.weight.shape[0]
     chunk = min(largest, weight_chunk)
     fixed = largest * size + chunk * 3 * 4 + head_rows * vocabulary * (3 * 4 + 2 * size)
-    at_head = hidden * size * (3 + inputs)
+    at_head = hidden * size * (3 + most)
     per_token = layers * hidden * size * 1.1 + max(
         max(inside.values(), default=0.0) + widest, at_head
     )

@@ -7,6 +7,7 @@ and where Triton is missing, plain torch does the same in four passes.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def change_norms(
     changed: torch.Tensor,
     outputs: torch.Tensor,
     slopes: torch.Tensor,
+    source: torch.Tensor | None,
     *,
     errors: torch.Tensor,
     scores: torch.Tensor,
@@ -34,14 +36,28 @@ def change_norms(
 
     Args:
         changed: Outputs of the quantized module, ``(rows, channels)``.
-        outputs: Outputs of the module, same shape and dtype.
-        slopes: Gradient ``G`` at the outputs, same shape and dtype.
+        outputs: Outputs of the module, same dtype.
+        slopes: Gradient ``G`` at the outputs, same shape and dtype as ``outputs``.
+        source: The row of ``outputs`` that each row of ``changed`` belongs to: ascending runs from
+            0, int32, ``(rows,)``. Without, row for row.
         errors: Receives ``|dY|``, ``(rows,)``, float32.
         scores: Receives ``|G * dY|``, ``(rows,)``, float32.
     """
     if triton is not None and changed.is_cuda:
-        _launch(changed, outputs, slopes, errors, scores)
+        _launch(changed, outputs, slopes, source, errors, scores)
         return
+    for run in _runs(source, len(changed)):
+        length = run.stop - run.start
+        _norms(changed[run], outputs[:length], slopes[:length], errors[run], scores[run])
+
+
+def _norms(
+    changed: torch.Tensor,
+    outputs: torch.Tensor,
+    slopes: torch.Tensor,
+    errors: torch.Tensor,
+    scores: torch.Tensor,
+) -> None:
     change = changed.sub_(outputs)
     torch.linalg.vector_norm(change, dim=-1, dtype=torch.float32, out=errors)
     # bfloat16 keeps float32's range, and its rounding has no bias that a sum of many squares
@@ -51,15 +67,23 @@ def change_norms(
     torch.linalg.vector_norm(change.mul_(slopes), dim=-1, dtype=torch.float32, out=scores)
 
 
+def _runs(source: torch.Tensor | None, rows: int) -> list[slice]:
+    if source is None:
+        return [slice(0, rows)]
+    starts = [*(source == 0).nonzero()[:, 0].tolist(), rows]
+    return [slice(start, stop) for start, stop in itertools.pairwise(starts)]
+
+
 def _launch(
     changed: torch.Tensor,
     outputs: torch.Tensor,
     slopes: torch.Tensor,
+    source: torch.Tensor | None,
     errors: torch.Tensor,
     scores: torch.Tensor,
 ) -> None:
     rows, channels = changed.shape
-    arguments: tuple[Any, ...] = (changed, outputs, slopes, errors, scores, channels)
+    arguments: tuple[Any, ...] = (changed, outputs, slopes, source, errors, scores, channels)
     strides = (changed.stride(0), outputs.stride(0), slopes.stride(0))
     with torch.cuda.device(changed.device):
         _kernel[(rows,)](*arguments, *strides, BLOCK=_BLOCK, num_warps=4)
@@ -72,6 +96,7 @@ if triton is not None:
         changed,
         outputs,
         slopes,
+        source,
         errors,
         scores,
         channels,
@@ -81,14 +106,17 @@ if triton is not None:
         BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
+        origin = row
+        if source is not None:
+            origin = tl.load(source + row).to(tl.int64)
         error = tl.zeros((BLOCK,), dtype=tl.float32)
         score = tl.zeros((BLOCK,), dtype=tl.float32)
         for start in range(0, channels, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < channels
             new = tl.load(changed + row * changed_stride + column, mask=inside, other=0.0)
-            old = tl.load(outputs + row * outputs_stride + column, mask=inside, other=0.0)
-            slope = tl.load(slopes + row * slopes_stride + column, mask=inside, other=0.0)
+            old = tl.load(outputs + origin * outputs_stride + column, mask=inside, other=0.0)
+            slope = tl.load(slopes + origin * slopes_stride + column, mask=inside, other=0.0)
             change = (new.to(tl.float32) - old.to(tl.float32)).to(new.dtype).to(tl.float32)
             product = change * slope.to(tl.float32)
             error += change * change

@@ -12,10 +12,9 @@ bfloat16 the rounding of the outputs is part of the number.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
 from qsens.engine.change import change_norms
 from qsens.engine.groups import Group
+from qsens.engine.layout import Layout, Ledger, Sums, lay_out
 from qsens.engine.model_pass import Flight, ModelPass, Rows
 from qsens.engine.quantizer import quantize, quantize_weight
 from qsens.engine.samples import Batch, Samples, padded_batches
@@ -81,65 +81,29 @@ def score(
     return PassScores(
         groups=covered,
         per_sample=work.scores.cpu(),
-        errors=work.errors.cpu(),
-        norms=work.norms.cpu(),
+        errors=work.errors,
+        norms=work.norms,
         reached=tuple(all(name in work.seen for name in group.members) for group in covered),
         failures=work.failures,
-        loss=work.loss.cpu(),
+        loss=work.loss,
         seconds=time.monotonic() - started,
         padding_share=1 - real / tokens,
     )
 
 
 @dataclass(frozen=True)
-class _Tokens:
-    """The rows of a wave: whose they are, and which candidates score them.
+class _Stacks:
+    """One input of one or more modules, quantized.
 
     Attributes:
-        places: Rows of each sample, filled up with the number of rows, ``(samples, longest)``.
-        rows: Number of rows.
-        order: Index of each sample, in the order of its rows, ``(samples,)``.
-        active: By weight format: ``(input, candidate, rows)``; a candidate scores the first rows.
+        rows: The input's rows.
+        quantized: Its first rows, by input format and count.
+        joined: Several of these behind one another, by what they are.
     """
 
-    places: torch.Tensor
-    rows: int
-    order: torch.Tensor
-    active: Mapping[int, list[tuple[int, int, int]]]
-
-    def sums(self, values: torch.Tensor) -> torch.Tensor:
-        """Return ``(..., samples)``: each sample's sum over its rows of ``(..., rows)``."""
-        padded = F.pad(values, (0, 1))
-        return padded[..., self.places].double().sum(dim=-1)
-
-
-class _Ledger:
-    """The norms of a module's rows, by candidate; what is not computed stays 0.
-
-    Attributes:
-        scores: ``|G * dY|`` of each row, ``(candidates, rows)``, float32.
-        errors: ``|dY|`` of each row, same shape.
-    """
-
-    def __init__(self, candidates: int, rows: int, device: torch.device) -> None:
-        self.scores = torch.zeros(candidates, rows, device=device)
-        self.errors = torch.zeros(candidates, rows, device=device)
-
-    def clear(self) -> None:
-        self.scores.zero_()
-        self.errors.zero_()
-
-    def enter(
-        self,
-        candidate: int,
-        at: slice,
-        changed: torch.Tensor,
-        outputs: torch.Tensor,
-        slopes: torch.Tensor,
-    ) -> None:
-        """Take the norms of rows ``at``; ``changed`` is used up."""
-        errors, scores = self.errors[candidate, at], self.scores[candidate, at]
-        change_norms(changed, outputs, slopes, errors=errors, scores=scores)
+    rows: torch.Tensor
+    quantized: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    joined: dict[tuple[tuple[int, int], ...], torch.Tensor] = field(default_factory=dict)
 
 
 class _Pass:
@@ -166,76 +130,71 @@ class _Pass:
             (name for name, module in self.linears.items() if module is self.run.head), None
         )
         shape = (len(groups), len(candidates.pairs))
-        self.scores = torch.zeros(*shape, scored, dtype=torch.float64, device=self.device)
+        self.scores = torch.zeros(*shape, scored, dtype=torch.float64)
         self.errors = torch.zeros_like(self.scores)
-        self.norms = torch.zeros(len(groups), scored, dtype=torch.float64, device=self.device)
-        self.loss = torch.zeros(scored, dtype=torch.float64, device=self.device)
+        self.norms = torch.zeros(len(groups), scored, dtype=torch.float64)
+        self.loss = torch.zeros(scored, dtype=torch.float64)
         self.seen: set[str] = set()
         self.failures: dict[tuple[int, int], str] = {}
 
     def wave(self, batches: Sequence[Batch]) -> None:
         """Run a wave of batches forward and backward; score every module on the way."""
-        with torch.enable_grad():
-            flights = [self.run.forward(batch) for batch in batches]
+        flights = [self.run.forward(batch) for batch in batches]
         with torch.no_grad():
-            slopes = self._head(flights)
-            tokens = self._tokens(batches, labels=False)
-            ledger = _Ledger(len(self.candidates.pairs), tokens.rows, self.device)
+            slopes, found = self._head(flights)
+            layout = lay_out(batches, self.candidates, self.device, labels=False)
             for layer in self.run.backward(flights, slopes):
-                joined: dict[int, torch.Tensor] = {}
-                quantized: dict[tuple[int, int], torch.Tensor] = {}
-                for name, parts in layer.items():
-                    key = id(parts[0].inputs)  # one object where modules read one input
-                    if key not in joined:
-                        joined[key] = _cat([part.inputs for part in parts])
-                        quantized.clear()
-                    self._module(
-                        name,
-                        Rows(
-                            joined[key],
-                            _cat([part.outputs for part in parts]),
-                            _cat([part.slopes for part in parts]),
-                        ),
-                        tokens,
-                        ledger,
-                        quantized,
-                    )
-                    parts.clear()
+                if layer:
+                    found.append(self._layer(layer, layout))
+            # Read at the end of a wave: until here, nothing has waited for the device.
+            for sums in found:
+                self._book(sums, list(layout.order))
+
+    def _layer(self, layer: dict[str, list[Rows]], layout: Layout) -> Sums:
+        """Score every candidate on the modules of one layer."""
+        names = list(layer)
+        ledger = Ledger(len(names), layout, self.device)
+        read: int | None = None
+        for position, name in enumerate(names):
+            parts = layer.pop(name)
+            if id(parts[0].inputs) != read:  # q, k and v read one object: joined once
+                read = id(parts[0].inputs)
+                stacks = _Stacks(_cat([part.inputs for part in parts]))
+            rows = Rows(
+                stacks.rows,
+                _cat([part.outputs for part in parts]),
+                _cat([part.slopes for part in parts]),
+            )
+            self._module(name, rows, ledger, position, stacks)
+        return ledger.sums(names)
 
     def _module(
         self,
         name: str,
         rows: Rows,
-        tokens: _Tokens,
-        ledger: _Ledger,
-        quantized: dict[tuple[int, int], torch.Tensor],
+        ledger: Ledger,
+        position: int,
+        stacks: _Stacks,
     ) -> None:
-        """Score every candidate on one module."""
+        """Score every candidate on one module: one product a weight format."""
         bias: torch.Tensor | None = self.linears[name].bias  # type: ignore[assignment]
-        ledger.clear()
-        for weight_index, active in tokens.active.items():
+        ledger.norms[position] = _row_norms(rows.outputs)
+        for weight_index, (start, active) in ledger.layout.active.items():
             weight = self._weight(name, weight_index, active)
             if weight is None:
                 continue
-            for entry, candidate, count in active:
-                inputs = self._input(name, rows.inputs, entry, candidate, count, quantized)
-                if inputs is None:
-                    continue
-                at = slice(0, count)
-                changed = F.linear(inputs, weight, bias)
-                ledger.enter(candidate, at, changed, rows.outputs[at], rows.slopes[at])
-        self._book(name, ledger, _row_norms(rows.outputs), tokens)
+            stack = self._stack(name, active, stacks)
+            at = slice(start, start + len(stack))
+            change_norms(
+                F.linear(stack, weight, bias),
+                rows.outputs,
+                rows.slopes,
+                ledger.layout.source[weight_index],
+                errors=ledger.errors[position, at],
+                scores=ledger.scores[position, at],
+            )
 
-    def _book(self, name: str, ledger: _Ledger, norms: torch.Tensor, tokens: _Tokens) -> None:
-        """Add a module's norms to its group's sums, sample by sample and in a fixed order."""
-        self.seen.add(name)
-        group = self.group_of[name]
-        self.scores[group].index_add_(1, tokens.order, tokens.sums(ledger.scores.square_()))
-        errors = tokens.sums(ledger.errors.double().square_())
-        self.errors[group].index_add_(1, tokens.order, errors)
-        self.norms[group].index_add_(0, tokens.order, tokens.sums(norms.double().square_()))
-
-    def _head(self, flights: Sequence[Flight]) -> list[torch.Tensor]:
+    def _head(self, flights: Sequence[Flight]) -> tuple[list[torch.Tensor], list[Sums]]:
         """Score the head in chunks of rows; return the gradient at its input, by batch.
 
         The gradient of the summed cross-entropy at the logits is ``softmax - one_hot``.
@@ -258,10 +217,14 @@ class _Pass:
             logits = F.linear(rows[at], head.weight, head.bias)
             slopes, losses[at] = _cross_entropy(logits, labels[at])
             back[at] = slopes @ head.weight
-        tokens = self._tokens(batches, labels=True)
-        self.loss[tokens.order] += tokens.sums(losses)
-        if self.head_name is not None and len(rows):
-            self._score_head(self.head_name, rows, labels, tokens)
+        found = []
+        layout = lay_out(batches, self.candidates, self.device, labels=True)
+        if self.head_name is not None:
+            found.append(self._score_head(self.head_name, rows, labels, layout))
+        lengths = [(batch.attention_mask.sum(dim=1) - 1).tolist() for batch in batches]
+        parts = torch.split(losses.cpu(), [int(n) for part in lengths for n in part])
+        for sample, part in zip(layout.order, parts, strict=True):
+            self.loss[sample] = part.sum()
         gradients = []
         for flight, index, part in zip(
             flights, where, torch.split(back, [len(index) for index in where]), strict=True
@@ -271,59 +234,48 @@ class _Pass:
             inner[index] = part
             gradient[:, :-1] = inner.view(gradient[:, :-1].shape)
             gradients.append(gradient)
-        return gradients
+        return gradients, found
 
     def _score_head(
-        self, name: str, rows: torch.Tensor, labels: torch.Tensor, tokens: _Tokens
-    ) -> None:
+        self, name: str, rows: torch.Tensor, labels: torch.Tensor, layout: Layout
+    ) -> Sums:
         """Score every candidate on the head; its logits are made again for each weight format."""
         head = self.run.head
-        ledger = _Ledger(len(self.candidates.pairs), tokens.rows, self.device)
-        norms = torch.empty(tokens.rows, device=self.device)
-        quantized: dict[tuple[int, int], torch.Tensor] = {}
-        for weight_index, active in tokens.active.items():
+        ledger = Ledger(1, layout, self.device)
+        for weight_index, (start, active) in layout.active.items():
             weight = self._weight(name, weight_index, active)
             if weight is None:
                 continue
-            for at in _chunks(tokens.rows, HEAD_ROWS):
+            inputs = [self._input(name, rows, *item) for item in active]
+            for at in _chunks(layout.rows, HEAD_ROWS):
                 logits = F.linear(rows[at], head.weight, head.bias)
                 slopes, _ = _cross_entropy(logits, labels[at])
-                _row_norms(logits, norms[at])
-                for entry, candidate, count in active:
-                    inputs = self._input(name, rows, entry, candidate, count, quantized)
-                    part = slice(at.start, min(at.stop, count))
-                    if inputs is None or part.start >= part.stop:
-                        continue
-                    length = part.stop - part.start
-                    changed = F.linear(inputs[part], weight, head.bias)
-                    ledger.enter(candidate, part, changed, logits[:length], slopes[:length])
-        self._book(name, ledger, norms, tokens)
+                ledger.norms[0, at] = _row_norms(logits)
+                begin = start
+                for given, (_, _, count) in zip(inputs, active, strict=True):
+                    length = min(at.stop, count) - at.start
+                    if length > 0:
+                        mine = slice(begin + at.start, begin + at.start + length)
+                        change_norms(
+                            F.linear(given[at][:length], weight, head.bias),
+                            logits[:length],
+                            slopes[:length],
+                            None,
+                            errors=ledger.errors[0, mine],
+                            scores=ledger.scores[0, mine],
+                        )
+                    begin += count
+        return ledger.sums([name])
 
-    def _tokens(self, batches: Sequence[Batch], *, labels: bool) -> _Tokens:
-        """Lay out the rows of a wave: real tokens, or those with a label."""
-        lengths = [(batch.attention_mask.sum(dim=1) - int(labels)).tolist() for batch in batches]
-        counts = [int(sum(part)) for part in lengths]
-        active: dict[int, list[tuple[int, int, int]]] = {}
-        for index, (weight, entry) in enumerate(self.candidates.pairs):
-            mine = [
-                count
-                for batch, count in zip(batches, counts, strict=True)
-                if batch.first < self.candidates.scored[index]
-            ]
-            if sum(mine):
-                active.setdefault(weight, []).append((entry, index, sum(mine)))
-        total = sum(counts)
-        flat = [length for part in lengths for length in part]
-        starts = itertools.accumulate(flat, initial=0)
-        places = torch.full((len(flat), max(flat)), total)
-        for row, (start, length) in enumerate(zip(starts, flat, strict=False)):
-            places[row, :length] = torch.arange(start, start + length)
-        return _Tokens(
-            places=places.to(self.device),
-            rows=total,
-            order=torch.tensor([i for batch in batches for i in batch.samples]).to(self.device),
-            active=active,
-        )
+    def _book(self, sums: Sums, order: list[int]) -> None:
+        """Add modules to their groups, in a fixed order."""
+        found = (sums.scores.cpu(), sums.errors.cpu(), sums.norms.cpu())
+        for name, scores, errors, norms in zip(sums.names, *found, strict=True):
+            self.seen.add(name)
+            group = self.group_of[name]
+            self.scores[group][:, order] += scores
+            self.errors[group][:, order] += errors
+            self.norms[group][order] += norms
 
     def _weight(
         self, name: str, index: int, active: Sequence[tuple[int, int, int]]
@@ -335,26 +287,32 @@ class _Pass:
             self._fail(name, [candidate for _, candidate, _ in active], error)
             return None
 
+    def _stack(
+        self, name: str, active: Sequence[tuple[int, int, int]], stacks: _Stacks
+    ) -> torch.Tensor:
+        """Return the inputs of a weight format's candidates, behind one another."""
+        key = tuple((entry, count) for entry, _, count in active)
+        if key not in stacks.joined:
+            for entry, candidate, count in active:
+                if (entry, count) not in stacks.quantized:
+                    quantized = self._input(name, stacks.rows, entry, candidate, count)
+                    stacks.quantized[entry, count] = quantized
+            stacks.joined[key] = _cat([stacks.quantized[item] for item in key])
+        return stacks.joined[key]
+
     def _input(
-        self,
-        name: str,
-        rows: torch.Tensor,
-        index: int,
-        candidate: int,
-        count: int,
-        quantized: dict[tuple[int, int], torch.Tensor],
-    ) -> torch.Tensor | None:
+        self, name: str, rows: torch.Tensor, index: int, candidate: int, count: int
+    ) -> torch.Tensor:
+        """Return the first rows, quantized; where that fails, as they are, and never read."""
         entry = self.candidates.inputs[index]
         if entry.cfg is None:
             return rows[:count]
-        if (index, count) not in quantized:
+        try:
             amax = None if entry.snapshot is None else self.maxima[entry.snapshot][name]
-            try:
-                quantized[index, count] = quantize(rows[:count], entry.cfg, amax)
-            except Exception as error:
-                self._fail(name, [candidate], error)
-                return None
-        return quantized[index, count]
+            return quantize(rows[:count], entry.cfg, amax)
+        except Exception as error:
+            self._fail(name, [candidate], error)
+            return rows[:count]
 
     def _fail(self, name: str, candidates: Sequence[int], error: Exception) -> None:
         """Note why a candidate has no score here; the rest of the pass goes on."""
@@ -388,8 +346,8 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     return slopes.to(logits.dtype), losses
 
 
-def _row_norms(tensor: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32, out=out)
+def _row_norms(tensor: torch.Tensor) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32)
     return norms
 
 

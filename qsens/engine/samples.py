@@ -18,7 +18,7 @@ import torch
 from qsens.errors import UserError
 
 # Enough for matrix products to be efficient, few enough for their results to stay small.
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,133 @@
+"""Where the rows of a wave lie, and the norms that are kept of them. Needs torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from qsens.engine.candidates import Candidates
+from qsens.engine.samples import Batch
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the rows of a wave lie, once for each candidate that scores them.
+
+    A candidate scores the first rows of a wave. The candidates of one weight format lie behind one
+    another, so that one product serves them all.
+
+    Attributes:
+        rows: Rows of the wave.
+        total: Rows over all candidates.
+        active: By weight format: where its rows start, and its ``(input, candidate, rows)``.
+        source: By weight format: the row of the wave that each of its rows is, int32.
+        own: Where each sample's rows lie in the wave, filled up with ``rows``,
+            ``(samples, longest)``.
+        places: Where each sample's rows lie for each candidate, filled up with ``total``,
+            ``(candidates, samples, longest)``.
+        order: Index of each sample, in the order of its rows.
+    """
+
+    rows: int
+    total: int
+    active: Mapping[int, tuple[int, list[tuple[int, int, int]]]]
+    source: Mapping[int, torch.Tensor]
+    own: torch.Tensor
+    places: torch.Tensor
+    order: tuple[int, ...]
+
+
+def lay_out(
+    batches: Sequence[Batch], candidates: Candidates, device: torch.device, *, labels: bool
+) -> Layout:
+    """Lay out the real tokens of ``batches``, or those that have a label."""
+    lengths = [(batch.attention_mask.sum(dim=1) - int(labels)).tolist() for batch in batches]
+    flat = [length for part in lengths for length in part]
+    rows = sum(flat)
+    starts = list(itertools.accumulate(flat, initial=0))
+    own = torch.full((len(flat), max(flat)), rows)
+    for sample, (start, length) in enumerate(zip(starts, flat, strict=False)):
+        own[sample, :length] = torch.arange(start, start + length)
+
+    active: dict[int, tuple[int, list[tuple[int, int, int]]]] = {}
+    offsets: dict[int, int] = {}
+    counts = [0] * len(candidates.pairs)
+    total = 0
+    by_weight = sorted((pair, index) for index, pair in enumerate(candidates.pairs))
+    for (weight, entry), index in by_weight:
+        count = sum(
+            sum(part)
+            for batch, part in zip(batches, lengths, strict=True)
+            if batch.first < candidates.scored[index]
+        )
+        if count:
+            active.setdefault(weight, (total, []))[1].append((entry, index, count))
+            offsets[index], counts[index] = total, count
+            total += count
+    places = torch.full((len(candidates.pairs), *own.shape), total)
+    for index, offset in offsets.items():
+        places[index] = torch.where(own < counts[index], own + offset, total)
+    source = {
+        weight: torch.cat([torch.arange(count, dtype=torch.int32) for _, _, count in entries])
+        for weight, (_, entries) in active.items()
+    }
+    return Layout(
+        rows=rows,
+        total=total,
+        active=active,
+        source={weight: index.to(device) for weight, index in source.items()},
+        own=own.to(device),
+        places=places.to(device),
+        order=tuple(index for batch in batches for index in batch.samples),
+    )
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a wave found for some modules, on its device; float64.
+
+    Attributes:
+        names: The modules.
+        scores: ``(modules, candidates, samples)``.
+        errors: ``(modules, candidates, samples)``.
+        norms: ``(modules, samples)``.
+    """
+
+    names: list[str]
+    scores: torch.Tensor
+    errors: torch.Tensor
+    norms: torch.Tensor
+
+
+class Ledger:
+    """The norms of the rows of several modules, laid out by candidate.
+
+    Attributes:
+        scores: ``|G * dY|`` of each row, ``(modules, total)``, float32.
+        errors: ``|dY|`` of each row, same shape.
+        norms: ``|Y|`` of each row, ``(modules, rows)``.
+    """
+
+    def __init__(self, modules: int, layout: Layout, device: torch.device) -> None:
+        self.layout = layout
+        self.scores = torch.zeros(modules, layout.total, device=device)
+        self.errors = torch.zeros(modules, layout.total, device=device)
+        self.norms = torch.zeros(modules, layout.rows, device=device)
+
+    def sums(self, names: list[str]) -> Sums:
+        """Return the squares of each sample's rows, summed."""
+        return Sums(
+            names,
+            _square_sums(self.scores, self.layout.places),
+            _square_sums(self.errors, self.layout.places),
+            _square_sums(self.norms, self.layout.own),
+        )
+
+
+def _square_sums(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Return sums of squares of ``(modules, rows)`` over the last dimension of ``places``."""
+    return F.pad(values.square_(), (0, 1))[:, places].double().sum(dim=-1)
