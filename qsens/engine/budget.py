@@ -95,7 +95,13 @@ def _footprint(
 ) -> tuple[float, float]:
     """Return the bytes of a pass that do not depend on tokens, and those of a token."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    of_weight = Counter(weight for weight, _ in candidates.pairs)
+    # A candidate of a small size scores few of the tokens: counted as the share that it does.
+    share = [scored / max(candidates.scored) for scored in candidates.scored]
+    of_weight: Counter[int] = Counter()
+    of_input: dict[int, float] = {}
+    for (weight_index, entry), part in zip(candidates.pairs, share, strict=True):
+        of_weight[weight_index] += part  # type: ignore[assignment]
+        of_input[entry] = max(of_input.get(entry, 0.0), part)
     most = max(of_weight.values())
     inside: dict[int | None, float] = {}
     widest = largest = 0.0
@@ -110,9 +116,9 @@ def _footprint(
                 continue
             out, into = weight.shape[0], weight[0].numel()
             # One layer at a time: what autograd keeps while it runs again, and the rows taken.
-            inside[group.depth] = inside.get(group.depth, 0.0) + 2.5 * size * (into + out)
+            inside[group.depth] = inside.get(group.depth, 0.0) + 1.5 * size * (into + out)
             # Quantized inputs, also stacked for two kinds of weights; the rows; one product.
-            stacked = 2 * len(candidates.inputs) + most
+            stacked = 2 * sum(of_input.values()) + most
             widest = max(widest, into * size * (1 + stacked) + out * size * (2 + most))
     layers = len({group.depth for group in groups if group.depth is not None})
     hidden, vocabulary = head.weight.shape[1], head.weight.shape[0]

@@ -122,10 +122,7 @@ class _Pass:
         self.linears = {name: model.get_submodule(name) for name in self.group_of}
         self.run = ModelPass(model, self.linears)
         self.device = self.run.device
-        self.maxima = {
-            count: {name: value.to(self.device) for name, value in found.items()}
-            for count, found in maxima.items()
-        }
+        self.maxima = {count: _moved(found, self.device) for count, found in maxima.items()}
         self.head_name = next(
             (name for name, module in self.linears.items() if module is self.run.head), None
         )
@@ -147,8 +144,8 @@ class _Pass:
                 if layer:
                     found.append(self._layer(layer, layout))
             # Read at the end of a wave: until here, nothing has waited for the device.
-            for sums in found:
-                self._book(sums, list(layout.order))
+            if found:
+                self._book(found, list(layout.order))
 
     def _layer(self, layer: dict[str, list[Rows]], layout: Layout) -> Sums:
         """Score every candidate on the modules of one layer."""
@@ -267,10 +264,15 @@ class _Pass:
                     begin += count
         return ledger.sums([name])
 
-    def _book(self, sums: Sums, order: list[int]) -> None:
+    def _book(self, found: Sequence[Sums], order: list[int]) -> None:
         """Add modules to their groups, in a fixed order."""
-        found = (sums.scores.cpu(), sums.errors.cpu(), sums.norms.cpu())
-        for name, scores, errors, norms in zip(sums.names, *found, strict=True):
+        names = [name for sums in found for name in sums.names]
+        tables = (
+            torch.cat([sums.scores for sums in found]).cpu(),
+            torch.cat([sums.errors for sums in found]).cpu(),
+            torch.cat([sums.norms for sums in found]).cpu(),
+        )
+        for name, scores, errors, norms in zip(names, *tables, strict=True):
             self.seen.add(name)
             group = self.group_of[name]
             self.scores[group][:, order] += scores
@@ -321,6 +323,13 @@ class _Pass:
         for candidate in candidates:
             reason = f"{name}: {error}".splitlines()[0]
             self.failures.setdefault((self.group_of[name], candidate), reason)
+
+
+def _moved(maxima: Maxima, device: torch.device) -> Maxima:
+    """Move all maxima in one transfer."""
+    if not maxima:
+        return {}
+    return dict(zip(maxima, torch.stack(list(maxima.values())).to(device), strict=True))
 
 
 def _waves(batches: Sequence[Batch], max_tokens: int | None) -> Iterator[list[Batch]]:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForImageTextToText,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from qsens.config import Roots
 from qsens.errors import QsensError
@@ -128,6 +135,61 @@ def edit_weights(tensors: Tensors, edit: Callable[[Tensors], None]) -> None:
     edit(tensors)
     for name, tensor in tensors.items():
         tensors[name] = tensor.contiguous()
+
+
+def token_ids(checkpoint: Path, captions: Sequence[str]) -> list[list[int]]:
+    """Return what the tokenizer's file alone makes of ``captions``."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    return [tokenizer.encode(caption).ids for caption in captions]
+
+
+def by_hand(checkpoint: Path, ids: Sequence[Sequence[int]], batch_size: int) -> dict[str, float]:
+    """Return the sensitivities to INT8 weights with a scale a row, from the definition.
+
+    One sample at a time, so that there is no padding; ``dY`` is that of the weight's change, and
+    the weight is rounded here.
+    """
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model.requires_grad_(False)
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "visual" not in name
+    }
+    changes = {}
+    for name, module in modules.items():
+        scale = module.weight.abs().amax(dim=1, keepdim=True) / 127
+        scale = torch.where(scale == 0, 1.0, scale)
+        changes[name] = (module.weight / scale).round() * scale - module.weight
+    moved: Tensors = {}
+    outputs: Tensors = {}
+
+    def keep(name: str, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        output.retain_grad()
+        moved[name], outputs[name] = F.linear(args[0].detach(), changes[name]), output
+
+    for name, module in modules.items():
+        module.register_forward_hook(
+            lambda _, args, output, name=name: keep(name, args, output)  # type: ignore[misc]
+        )
+    model.get_input_embeddings().register_forward_hook(lambda _, args, out: out.requires_grad_())
+    labels = [max(0, len(row) - 1) for row in ids]
+    found: dict[str, float] = {}
+    for index, row in enumerate(ids):
+        if len(row) < 2:
+            continue
+        first = index - index % batch_size
+        tokens = torch.tensor([row])
+        logits = model(input_ids=tokens, use_cache=False).logits
+        F.cross_entropy(logits[0, :-1], tokens[0, 1:], reduction="sum").backward()
+        for name, output in outputs.items():
+            slope = output.grad
+            assert slope is not None
+            score = float((slope.double() * moved[name].double()).square().sum())
+            group = re.sub(r"[kv]_proj$", "q_proj", name).replace("up_proj", "gate_proj")
+            weight = sum(labels[first : first + batch_size]) ** 2
+            found[group] = found.get(group, 0.0) + score / weight
+    return found
 
 
 def write_captions(directory: Path, **files: Iterable[str] | bytes) -> str:
