@@ -16,7 +16,9 @@ from qsens.errors import AnswerIsNo, OutOfMemory, TryAgain, UserError
 from qsens_airflow.child import Child, Ended
 
 _FINAL = (UserError.exit_code, AnswerIsNo.exit_code)
-_LONGEST_PAUSE_SECONDS = 60
+# The executor reports a rescheduled task as ended some seconds later. If the task is queued again
+# by then, the scheduler takes it for lost, kills it and counts a try; so the pause is not short.
+PAUSE = timedelta(seconds=30)
 _WAIT_AT_MOST = timedelta(hours=6)
 
 
@@ -53,12 +55,10 @@ class QsensOperator(BaseOperator):
         if ended.code in _FINAL:
             return AirflowFailException(line)
         if ended.code == TryAgain.exit_code:
-            count = int(context.get("task_reschedule_count") or 0)
-            limit = self.execution_timeout or _WAIT_AT_MOST
-            if count * _LONGEST_PAUSE_SECONDS < limit.total_seconds():
-                pause = min(_LONGEST_PAUSE_SECONDS, 5 * 2 ** min(count, 8))
-                self.log.info("%s. Slot given back for %s s.", line, pause)
-                back = datetime.now(UTC) + timedelta(seconds=pause)
+            waited = int(context.get("task_reschedule_count") or 0) * PAUSE
+            if waited < (self.execution_timeout or _WAIT_AT_MOST):
+                self.log.info("%s | Slot given back for %s s.", line, PAUSE.seconds)
+                back = datetime.now(UTC) + PAUSE
                 return AirflowRescheduleException(back)  # type: ignore[no-untyped-call]
         if ended.code == OutOfMemory.exit_code:
             return AirflowException(f"Out of memory. {line}")

@@ -34,13 +34,15 @@ def environment_of(
         "CORE__EXECUTION_API_SERVER_URL": f"{url}/execution/",
         "CORE__SIMPLE_AUTH_MANAGER_USERS": f"{user}:admin",
         "CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(password_file),
-        "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}",
+        "DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}?timeout=60",
         "API__BASE_URL": url,
         "API__SECRET_KEY": secrets.token_urlsafe(32),
         "API__MAXIMUM_PAGE_LIMIT": "1000",
         "API_AUTH__JWT_SECRET": secrets.token_urlsafe(48),
         "LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
         "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+        # A slot may stay taken for as long as this after its task has ended.
+        "WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
         "DAG_PROCESSOR__PARSING_PROCESSES": "1",
     }
     airflow = {f"AIRFLOW__{key}": value for key, value in settings.items()}

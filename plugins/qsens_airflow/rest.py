@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 
 UNFINISHED = ("queued", "running")
+_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,10 @@ class Client:
     def trigger(self, conf: Mapping[str, Any]) -> str:
         """Let the DAG run if it is paused, start a run with params, and return its id."""
         self._call("PATCH", self._dag, {"is_paused": False})
-        body = {"logical_date": None, "conf": dict(conf)}
-        return str(self._call("POST", f"{self._dag}/dagRuns", body)["dag_run_id"])
+        run_id = f"manual__{datetime.now(UTC).isoformat()}"
+        body = {"dag_run_id": run_id, "logical_date": None, "conf": dict(conf)}
+        self._call("POST", f"{self._dag}/dagRuns", body)
+        return run_id
 
     def state(self, run_id: str) -> str:
         """Return the state of a run."""
@@ -116,7 +121,16 @@ class Client:
         return f"{self._dag}/dagRuns/{quote(run_id, safe='')}"
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        answer = self._http.request(method, path, json=body)
-        if answer.is_error:
+        """Send a request, again if the server failed: SQLite may be locked for a moment.
+
+        A request that is sent again has the same effect once: a second run of the same id is
+        refused as a conflict.
+        """
+        for attempt in range(_ATTEMPTS):
+            answer = self._http.request(method, path, json=body)
+            if not answer.is_server_error:
+                break
+            time.sleep(1)
+        if answer.is_error and not (attempt and answer.status_code == httpx.codes.CONFLICT):
             raise RuntimeError(f"{method} {path}: {answer.status_code}: {answer.text[:2000]}")
         return answer.json()

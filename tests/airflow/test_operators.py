@@ -16,6 +16,7 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
 from airflow.sdk import DAG, BaseOperator, TaskInstanceState
 
+from qsens_airflow import base
 from qsens_airflow.base import one_line
 from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator, ScoreOperator
 
@@ -112,14 +113,27 @@ def test_a_signal_fails_the_task_when_no_try_is_left(tmp_path: Path, python: Scr
     assert run(score(tmp_path, retries=0)).state == TaskInstanceState.FAILED
 
 
-def test_try_again_gives_the_slot_back_and_costs_no_try(tmp_path: Path, python: Script) -> None:
+def test_try_again_gives_the_slot_back_and_costs_no_try(
+    tmp_path: Path, python: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "PAUSE", timedelta(seconds=2))
     python(first_then_done(f"echo '{ERROR}'; exit 75"))
     started = time.monotonic()
     instance = run(score(tmp_path, retries=0))
     assert instance.state == TaskInstanceState.SUCCESS
     assert instance.try_number == 1
     assert runs(tmp_path) == 2
-    assert time.monotonic() - started >= 5
+    assert time.monotonic() - started >= 2
+
+
+def test_trying_again_ends_with_the_time_that_the_task_may_run(
+    tmp_path: Path, python: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "PAUSE", timedelta(seconds=1))
+    python(f"echo run >> runs; echo '{ERROR}'; exit 75")
+    operator = score(tmp_path, retries=0, execution_timeout=timedelta(seconds=2))
+    assert run(operator).state == TaskInstanceState.FAILED
+    assert runs(tmp_path) == 3
 
 
 def test_a_killed_task_leaves_no_process_within_five_seconds(

@@ -168,14 +168,14 @@ def test_a_cell_that_fails_fails_alone_and_the_run_is_red(house: House, green: R
 def test_a_cell_that_is_computed_elsewhere_gives_its_slot_back_and_comes_again(
     house: House, tmp_path: Path
 ) -> None:
-    pair = {"quant_pair": ["wint4_afp16"], "size": ["small"]}
+    overrides = ["quant_pair=wint4_afp16", "dataset.size=small"]
+    file = tmp_path / "plan.json"
     subprocess.run(
-        [sys.executable, "-m", "qsens", "plan", "demo", "--out", str(tmp_path / "plan.json")]
-        + ["quant_pair=wint4_afp16", "dataset.size=small"],
+        [sys.executable, "-m", "qsens", "plan", "--out", str(file), "demo", *overrides],
         env=house.airflow.environment,
         check=True,
     )
-    plan = read_plan(tmp_path / "plan.json")
+    plan = read_plan(file)
     lock = Store(plan).lock(plan.cells[0])
     seen: list[str | None] = []
 
@@ -186,7 +186,8 @@ def test_a_cell_that_is_computed_elsewhere_gives_its_slot_back_and_comes_again(
                 lock.release()
 
     lock.acquire()
-    run_id = house.airflow.client.trigger({"preset": "demo"} | pair)
+    conf = {"preset": "demo", "quant_pair": ["wint4_afp16"], "size": ["small"]}
+    run_id = house.airflow.client.trigger(conf)
     assert house.airflow.wait(run_id, seconds=SECONDS, changed=changed) == "success"
     assert "up_for_reschedule" in seen
     score = house.end(run_id).task("cell.score [wint4_afp16 · small]")
