@@ -126,11 +126,12 @@ class Client:
         A request that is sent again has the same effect once: a second run of the same id is
         refused as a conflict.
         """
-        for attempt in range(_ATTEMPTS):
-            answer = self._http.request(method, path, json=body)
-            if not answer.is_server_error:
-                break
+        again = 0
+        answer = self._http.request(method, path, json=body)
+        while answer.is_server_error and again < _ATTEMPTS - 1:
             time.sleep(1)
-        if answer.is_error and not (attempt and answer.status_code == httpx.codes.CONFLICT):
+            again += 1
+            answer = self._http.request(method, path, json=body)
+        if answer.is_error and not (again and answer.status_code == httpx.codes.CONFLICT):
             raise RuntimeError(f"{method} {path}: {answer.status_code}: {answer.text[:2000]}")
         return answer.json()
