@@ -6,7 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# Set WORKERS=1 to run tests one by one.
+# Set WORKERS=1 to run tests one by one. Each takes one thread: two of torch's pools on two cores
+# slow each other down tenfold.
 WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 
@@ -29,7 +30,7 @@ up: $(VENV)/.ready ## Start a local Airflow and say where it is; Ctrl-C ends it
 	PYTHONPATH=plugins $(BIN)/python -m qsens_airflow.up
 
 test: $(VENV)/.ready ## Run all tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 check: $(VENV)/.ready ## Lint, check formatting, types and layers
 	$(BIN)/ruff check .
