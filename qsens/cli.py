@@ -220,16 +220,19 @@ def demo_model(
 ) -> None:
     """Build and train the demo checkpoint, a tiny real Qwen3-VL."""
     from qsens.config import load_sweep
+    from qsens.demo.recipe import finished, recipe_digest
 
-    target = directory or load_sweep("demo").config.model.path
-    from qsens.demo.checkpoint import build
+    target = (directory or load_sweep("demo").config.model.path).resolve()
+    built = finished(target, recipe_digest(seed))
+    if built is None:
+        from qsens.demo.checkpoint import build
 
-    with ProgressLine(_stderr, cells=[]) as line:
-        built = build(
-            target,
-            seed=seed,
-            progress=lambda step, steps, loss: line.update("demo-model", "train", step, steps),
-        )
+        with ProgressLine(_stderr, cells=[]) as line:
+            built = build(
+                target,
+                seed=seed,
+                progress=lambda step, steps, loss: line.update("demo-model", "train", step, steps),
+            )
     described = {
         "directory": str(built.directory),
         "parameters": built.parameters,

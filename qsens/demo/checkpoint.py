@@ -7,14 +7,13 @@ not train it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,31 +27,22 @@ from transformers import (
 )
 
 from qsens.demo import training
-from qsens.demo.sentences import captions
-from qsens.demo.training import Progress, Training
+from qsens.demo.recipe import (
+    CHAT_TEMPLATE,
+    RECIPE,
+    RECORD,
+    SPECIAL_TOKENS,
+    DemoResult,
+    Recipe,
+    finished,
+    held_out_captions,
+    read_record,
+    recipe_digest,
+    training_captions,
+)
+from qsens.demo.training import Progress
 from qsens.errors import UserError
 
-SPECIAL_TOKENS: Final = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-CHAT_TEMPLATE: Final = """\
-{%- for message in messages -%}
-<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
-{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
-{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>\
-{% else %}{{ part.text }}{% endif %}{%- endfor %}{% endif %}<|im_end|>
-{% endfor -%}
-{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
-
-_RECORD: Final = "demo.json"
 _README: Final = """\
 # Demo checkpoint
 
@@ -67,76 +57,6 @@ A Qwen3-VL of {parameters:,} parameters (float32, tied head). Its language model
 It loads with `AutoModelForImageTextToText.from_pretrained` and `AutoTokenizer.from_pretrained`.
 It knows nothing but such captions, and serves to try things out.
 """
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that decides the weights, beside the seed and the captions.
-
-    Attributes:
-        version: Raised when code changes the weights but no number here does.
-        vocab_size: Tokens, special ones included.
-        hidden_size: Width of the language model and of the vision tower. Inputs and outputs of all
-            linear layers are multiples of 128, so that blocks of 32, 64 and 128 divide.
-        intermediate_size: Width inside the language model's MLPs.
-        layers: Decoder layers of the language model.
-        heads: Query heads of the language model.
-        kv_heads: Key and value heads, each shared by `heads / kv_heads` query heads.
-        head_dim: Width of a head of the language model.
-        vision_depth: Blocks of the vision tower; the first also feeds the decoder directly.
-        vision_heads: Heads of the vision tower.
-        vision_intermediate_size: Width inside the vision tower's MLPs.
-        vision_patch: Side of an image patch, in pixels.
-        initializer_range: Standard deviation of the weights before training; the usual 0.02 is
-            for wider models and learns half as fast here.
-        train_sentences: Captions to train on.
-        held_out_sentences: Captions that the loss is measured on.
-        training: How it is trained.
-    """
-
-    version: int = 1
-    vocab_size: int = 1024
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 64
-    vision_depth: int = 2
-    vision_heads: int = 4
-    vision_intermediate_size: int = 256
-    vision_patch: int = 16
-    initializer_range: float = 0.08
-    train_sentences: int = 7000
-    held_out_sentences: int = 256
-    training: Training = field(default_factory=Training)
-
-
-RECIPE: Final = Recipe()
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """A finished demo checkpoint.
-
-    Attributes:
-        directory: Where it is, absolute.
-        parameters: Stored parameters; the tied head counts once.
-        vocab_size: Tokens, special ones included.
-        train_sentences: Captions that it was trained on.
-        held_out_loss: Cross-entropy of the model on held-out captions, nats per token.
-        unigram_entropy: Cross-entropy, on the same tokens, of the frequencies of single tokens in
-            the training captions, nats per token: what a model scores that ignores context.
-        seconds: Wall time of the build that made it.
-    """
-
-    directory: Path
-    parameters: int
-    vocab_size: int
-    train_sentences: int
-    held_out_loss: float
-    unigram_entropy: float
-    seconds: float
 
 
 def build(directory: Path, *, seed: int = 0, progress: Progress | None = None) -> DemoResult:
@@ -158,9 +78,9 @@ def build(directory: Path, *, seed: int = 0, progress: Progress | None = None) -
     """
     directory = directory.resolve()
     digest = recipe_digest(seed)
-    finished = _finished(directory, digest)
-    if finished is not None:
-        return finished
+    found = finished(directory, digest)
+    if found is not None:
+        return found
     _refuse_foreign_files(directory)
     draft = directory.parent / f".{directory.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
@@ -173,42 +93,22 @@ def build(directory: Path, *, seed: int = 0, progress: Progress | None = None) -
         ) from error
     try:
         _write(draft, seed=seed, digest=digest, progress=progress)
-        result = _finished(directory, digest)
+        result = finished(directory, digest)
         if result is None:
             _move_into_place(draft, directory)
-            result = _finished(directory, digest)
+            result = finished(directory, digest)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     assert result is not None
     return result
 
 
-def recipe_digest(seed: int = 0) -> str:
-    """Return the hex digest of all that decides the weights: recipe, captions and seed."""
-    content = {
-        "recipe": asdict(RECIPE),
-        "seed": seed,
-        "special_tokens": SPECIAL_TOKENS,
-        "chat_template": CHAT_TEMPLATE,
-        "captions": _training_captions(RECIPE) + _held_out_captions(RECIPE),
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _training_captions(recipe: Recipe) -> list[str]:
-    return captions(recipe.train_sentences, seed=0, split="training")
-
-
-def _held_out_captions(recipe: Recipe) -> list[str]:
-    return captions(recipe.held_out_sentences, seed=0, split="held_out")
-
-
 def _write(directory: Path, *, seed: int, digest: str, progress: Progress | None) -> None:
     start = time.monotonic()
-    sentences = _training_captions(RECIPE)
+    sentences = training_captions(RECIPE)
     tokenizer = _train_tokenizer(sentences, RECIPE)
     seen = _token_ids(tokenizer, sentences)
-    unseen = _token_ids(tokenizer, _held_out_captions(RECIPE))
+    unseen = _token_ids(tokenizer, held_out_captions(RECIPE))
     model = _train_model(tokenizer, seen, RECIPE, seed=seed, progress=progress)
     figures = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -227,11 +127,11 @@ def _write(directory: Path, *, seed: int, digest: str, progress: Progress | None
         **figures,
         "recipe": asdict(RECIPE),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "files": sorted([*(path.name for path in directory.iterdir()), _RECORD]),
+        "files": sorted([*(path.name for path in directory.iterdir()), RECORD]),
     }
-    (directory / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     for path in directory.iterdir():
-        _publish(path, mode=(directory / _RECORD).stat().st_mode)
+        _publish(path, mode=(directory / RECORD).stat().st_mode)
 
 
 def _train_tokenizer(sentences: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFast:
@@ -345,30 +245,11 @@ def _save(model: Qwen3VLForConditionalGeneration, directory: Path) -> None:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _read_record(directory: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads((directory / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    ours = isinstance(record, dict) and record.keys() >= {"digest", "files"}
-    return record if ours else None
-
-
-def _finished(directory: Path, digest: str) -> DemoResult | None:
-    record = _read_record(directory)
-    if record is None or record["digest"] != digest:
-        return None
-    if not all((directory / name).is_file() for name in record["files"]):
-        return None
-    figures = [entry.name for entry in fields(DemoResult) if entry.name != "directory"]
-    return DemoResult(directory=directory, **{name: record[name] for name in figures})
-
-
 def _refuse_foreign_files(directory: Path) -> None:
     if not directory.exists():
         return
     if directory.is_dir():
-        ours = (_read_record(directory) or {"files": []})["files"]
+        ours = (read_record(directory) or {"files": []})["files"]
         foreign = sorted(path.name for path in directory.iterdir() if path.name not in ours)
         if not foreign:
             return

@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -21,33 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from qsens.demo.recipe import Training
+
 Progress = Callable[[int, int, float], None]
 """Called with the step, the number of steps and the loss in nats per token."""
 
 _NO_LABEL: Final = -100
 _BUCKET: Final = 16
 _MAX_GRAD_NORM: Final = 1.0
-
-
-@dataclass(frozen=True)
-class Training:
-    """Settings of AdamW.
-
-    Attributes:
-        batch_size: Sequences in a step.
-        epochs: Passes over the sequences.
-        learning_rate: The highest one.
-        betas: Decay of the two moments.
-        weight_decay: On all parameters.
-        warmup_steps: Steps over which the learning rate rises; it then falls to 0 as a cosine.
-    """
-
-    batch_size: int = 16
-    epochs: int = 1
-    learning_rate: float = 4e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.05
-    warmup_steps: int = 30
 
 
 @contextmanager

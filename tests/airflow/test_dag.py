@@ -13,9 +13,6 @@ from typing import Any
 import pytest
 from airflow.dag_processing.dagbag import DagBag
 
-# They share two fresh interpreters.
-pytestmark = pytest.mark.xdist_group("airflow-dag")
-
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "dags").glob("*.py"))
 

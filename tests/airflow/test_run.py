@@ -17,9 +17,6 @@ from qsens.store import Store
 from qsens_airflow.local import Components
 from qsens_airflow.rest import TaskState
 
-# One Airflow serves all of these.
-pytestmark = pytest.mark.xdist_group("airflow-run")
-
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400
 # A linear layer's weight has no third dimension: this pair fails when it is scored.

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from qsens.demo import checkpoint, training
+from qsens.demo import recipe as recipes
 from qsens.demo.checkpoint import DemoResult
 from qsens.demo.sentences import captions
 from qsens.errors import UserError
@@ -38,7 +39,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         held_out_sentences=20,
         training=training.Training(epochs=1),
     )
+    # The build reads it here, the digest there.
     monkeypatch.setattr(checkpoint, "RECIPE", recipe)
+    monkeypatch.setattr(recipes, "RECIPE", recipe)
 
 
 def header(directory: Path) -> dict[str, Any]:

@@ -248,6 +248,18 @@ def test_errors_are_json_too(place: Place) -> None:
     assert len(done.stderr.strip().splitlines()) == 2
 
 
+def test_a_demo_model_that_is_there_costs_no_torch(place: Place) -> None:
+    code = (
+        "import sys; from qsens.cli import app; "
+        f"app(['demo-model', {str(place.checkpoint)!r}], standalone_mode=False); "
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_doctor_lists_versions(place: Place) -> None:
     found = place.json("doctor")
     assert found["versions"]["torch"].startswith("2.")

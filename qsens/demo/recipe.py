@@ -1,0 +1,166 @@
+"""What decides the demo checkpoint, and the record of one that is finished. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+from qsens.demo.sentences import captions
+
+RECORD: Final = "demo.json"
+SPECIAL_TOKENS: Final = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE: Final = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content -%}
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>\
+{% else %}{{ part.text }}{% endif %}{%- endfor %}{% endif %}<|im_end|>
+{% endfor -%}
+{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of AdamW.
+
+    Attributes:
+        batch_size: Sequences in a step.
+        epochs: Passes over the sequences.
+        learning_rate: The highest one.
+        betas: Decay of the two moments.
+        weight_decay: On all parameters.
+        warmup_steps: Steps over which the learning rate rises; it then falls to 0 as a cosine.
+    """
+
+    batch_size: int = 16
+    epochs: int = 1
+    learning_rate: float = 4e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    warmup_steps: int = 30
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the weights, beside the seed and the captions.
+
+    Attributes:
+        version: Raised when code changes the weights but no number here does.
+        vocab_size: Tokens, special ones included.
+        hidden_size: Width of the language model and of the vision tower. Inputs and outputs of all
+            linear layers are multiples of 128, so that blocks of 32, 64 and 128 divide.
+        intermediate_size: Width inside the language model's MLPs.
+        layers: Decoder layers of the language model.
+        heads: Query heads of the language model.
+        kv_heads: Key and value heads, each shared by `heads / kv_heads` query heads.
+        head_dim: Width of a head of the language model.
+        vision_depth: Blocks of the vision tower; the first also feeds the decoder directly.
+        vision_heads: Heads of the vision tower.
+        vision_intermediate_size: Width inside the vision tower's MLPs.
+        vision_patch: Side of an image patch, in pixels.
+        initializer_range: Standard deviation of the weights before training; the usual 0.02 is
+            for wider models and learns half as fast here.
+        train_sentences: Captions to train on.
+        held_out_sentences: Captions that the loss is measured on.
+        training: How it is trained.
+    """
+
+    version: int = 1
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    vision_depth: int = 2
+    vision_heads: int = 4
+    vision_intermediate_size: int = 256
+    vision_patch: int = 16
+    initializer_range: float = 0.08
+    train_sentences: int = 7000
+    held_out_sentences: int = 256
+    training: Training = field(default_factory=Training)
+
+
+RECIPE: Final = Recipe()
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """A finished demo checkpoint.
+
+    Attributes:
+        directory: Where it is, absolute.
+        parameters: Stored parameters; the tied head counts once.
+        vocab_size: Tokens, special ones included.
+        train_sentences: Captions that it was trained on.
+        held_out_loss: Cross-entropy of the model on held-out captions, nats per token.
+        unigram_entropy: Cross-entropy, on the same tokens, of the frequencies of single tokens in
+            the training captions, nats per token: what a model scores that ignores context.
+        seconds: Wall time of the build that made it.
+    """
+
+    directory: Path
+    parameters: int
+    vocab_size: int
+    train_sentences: int
+    held_out_loss: float
+    unigram_entropy: float
+    seconds: float
+
+
+def recipe_digest(seed: int = 0) -> str:
+    """Return the hex digest of all that decides the weights: recipe, captions and seed."""
+    content = {
+        "recipe": asdict(RECIPE),
+        "seed": seed,
+        "special_tokens": SPECIAL_TOKENS,
+        "chat_template": CHAT_TEMPLATE,
+        "captions": training_captions(RECIPE) + held_out_captions(RECIPE),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def training_captions(recipe: Recipe) -> list[str]:
+    """Return the captions to train on."""
+    return captions(recipe.train_sentences, seed=0, split="training")
+
+
+def held_out_captions(recipe: Recipe) -> list[str]:
+    """Return the captions that the loss is measured on."""
+    return captions(recipe.held_out_sentences, seed=0, split="held_out")
+
+
+def read_record(directory: Path) -> dict[str, Any] | None:
+    """Return the record in ``directory``; none where it is no demo checkpoint."""
+    try:
+        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(record, dict) and record.keys() >= {"digest", "files"}
+    return record if ours else None
+
+
+def finished(directory: Path, digest: str) -> DemoResult | None:
+    """Return the figures of the checkpoint in ``directory`` if it is that of ``digest``."""
+    record = read_record(directory)
+    if record is None or record["digest"] != digest:
+        return None
+    if not all((directory / name).is_file() for name in record["files"]):
+        return None
+    figures = [entry.name for entry in fields(DemoResult) if entry.name != "directory"]
+    return DemoResult(directory=directory, **{name: record[name] for name in figures})
