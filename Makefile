@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo up test check format clean
+.PHONY: help demo up test check bench format clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -37,6 +37,11 @@ check: $(VENV)/.ready ## Lint, check formatting, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=plugins $(BIN)/lint-imports
+
+bench: $(VENV)/.ready ## Time both engines on SmolLM2-135M (about half an hour); writes .cache/bench.json
+	$(BIN)/python -m benchmarks.smollm2 .cache/smollm2
+	$(BIN)/python -m benchmarks.fused_vs_modelopt --model .cache/smollm2 --device cpu \
+		--pairs wfp8_afp8,wint8_aint8,wfp8_afp16,wint8_afp16 --json .cache/bench.json
 
 format: $(VENV)/.ready ## Format the code
 	$(BIN)/ruff check --fix .
