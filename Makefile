@@ -30,7 +30,7 @@ up: $(VENV)/.ready ## Start a local Airflow and say where it is; Ctrl-C ends it
 	PYTHONPATH=plugins $(BIN)/python -m qsens_airflow.up
 
 test: $(VENV)/.ready ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(VENV)/.ready ## Lint, check formatting, types and layers
 	$(BIN)/ruff check .

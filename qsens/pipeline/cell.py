@@ -52,13 +52,17 @@ def calibrate(
     digest = calibration_digest(plan, cell.size)
     if store.calibration(digest).is_file():
         return _outcome(store, cell, "done")
-    with held(store.calibration_lock(digest), where=f"calibration of {cell.cell}", wait=wait):
+    lock, where = store.calibration_lock(digest), f"calibration of {cell.cell}"
+    with ExitStack() as locks:
+        locks.enter_context(held(lock, where=where, wait=wait))
         computed = not store.calibration(digest).is_file()
         if computed:
+            # Before the heavy import: whoever comes meanwhile must find the locks taken.
+            sizes = [cell, *_lock_other_sizes(store, cell, locks)]
             from qsens.pipeline.compute import calibrate_sizes
 
             with _failure_is_kept(store, [cell]):
-                calibrate_sizes(store, cell, progress or _silent)
+                calibrate_sizes(store, sizes, progress or _silent)
     return _outcome(store, cell, "done", computed=computed, started=started)
 
 
@@ -92,9 +96,10 @@ def score(
             with _failure_is_kept(store, [cell]):
                 score_reference(store, cell, progress or _silent)
         else:
+            # Before the heavy import: whoever comes meanwhile must find the locks taken.
+            together = [cell, *_lock_others(store, cell, locks)]
             from qsens.pipeline.compute import score_fused
 
-            together = [cell, *_lock_others(store, cell, locks)]
             with _failure_is_kept(store, together):
                 failed = score_fused(store, together, progress or _silent)
             if cell.cell in failed:
@@ -125,6 +130,21 @@ def _lock_others(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
             if not store.is_done(other):
                 taken.append(other)
     return taken
+
+
+def _lock_other_sizes(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
+    """Take the sizes that have no calibrated maxima and that nobody else computes."""
+    taken = {calibration_digest(store.plan, cell.size): cell}
+    for other in store.plan.cells:
+        digest = calibration_digest(store.plan, other.size)
+        if digest in taken or store.calibration(digest).is_file():
+            continue
+        lock = store.calibration_lock(digest)
+        if try_lock(lock):
+            locks.callback(lock.release)
+            if not store.calibration(digest).is_file():
+                taken[digest] = other
+    return [other for other in taken.values() if other is not cell]
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,7 @@ from qsens.grid import Cell, Plan, calibration_digest
 from qsens.manifest import Dataset, dump_json
 from qsens.pipeline.cell import keep_failure
 from qsens.pipeline.result import build_manifest
-from qsens.store import MANIFEST, STATE, Store, try_lock, write_directory, write_file
+from qsens.store import MANIFEST, STATE, Store, write_directory, write_file
 
 log = logging.getLogger(__name__)
 
@@ -48,37 +47,22 @@ class _Loaded:
 
 
 @torch.inference_mode(False)
-def calibrate_sizes(store: Store, cell: Cell, progress: Progress) -> None:
-    """Compute the maxima of every size of the plan that has none yet, in one run."""
+def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> None:
+    """Compute the maxima of the sizes of ``cells`` in one run; each cell stands for its size."""
     plan = store.plan
-    with ExitStack() as locks:
-        pending: dict[int, str] = {}
-        for other in plan.cells:
-            digest = calibration_digest(plan, other.size)
-            if digest in pending.values() or store.calibration(digest).is_file():
-                continue
-            if other.size != cell.size:
-                lock = store.calibration_lock(digest)
-                if not try_lock(lock):
-                    continue
-                locks.callback(lock.release)
-            pending[plan.samples_used(other)] = digest
-        largest = max(
-            (c for c in plan.cells if plan.samples_used(c) in pending), key=plan.samples_used
-        )
-        loaded = _load(plan, largest, progress)
-        groups = find_groups(loaded.model, plan.config.model.vision_patterns)
-        found = run_calibration(
-            loaded.model,
-            loaded.samples,
-            groups,
-            snapshots=sorted(pending),
-            boundaries=list(plan.config.dataset.sizes.values()),
-            progress=progress,
-        )
-        for count, digest in pending.items():
-            with write_file(store.calibration(digest)) as temporary:
-                save_file(found[count], temporary, metadata={"samples": str(count)})
+    loaded = _load(plan, max(cells, key=plan.samples_used), progress)
+    found = run_calibration(
+        loaded.model,
+        loaded.samples,
+        find_groups(loaded.model, plan.config.model.vision_patterns),
+        snapshots=sorted({plan.samples_used(cell) for cell in cells}),
+        boundaries=list(plan.config.dataset.sizes.values()),
+        progress=progress,
+    )
+    for cell in cells:
+        count = plan.samples_used(cell)
+        with write_file(store.calibration(calibration_digest(plan, cell.size))) as temporary:
+            save_file(found[count], temporary, metadata={"samples": str(count)})
 
 
 @torch.inference_mode(False)
