@@ -243,7 +243,7 @@ class _Pass:
             weight = self._weight(name, weight_index, active)
             if weight is None:
                 continue
-            inputs = [self._input(name, rows, *item) for item in active]
+            inputs = [self._input(name, rows, entry, count) for entry, _, count in active]
             for at in _chunks(layout.rows, HEAD_ROWS):
                 logits = F.linear(rows[at], head.weight, head.bias)
                 slopes, _ = _cross_entropy(logits, labels[at])
@@ -295,17 +295,19 @@ class _Pass:
         """Return the inputs of a weight format's candidates, behind one another."""
         key = tuple((entry, count) for entry, _, count in active)
         if key not in stacks.joined:
-            for entry, candidate, count in active:
+            for entry, _, count in active:
                 if (entry, count) not in stacks.quantized:
-                    quantized = self._input(name, stacks.rows, entry, candidate, count)
+                    quantized = self._input(name, stacks.rows, entry, count)
                     stacks.quantized[entry, count] = quantized
             stacks.joined[key] = _cat([stacks.quantized[item] for item in key])
         return stacks.joined[key]
 
-    def _input(
-        self, name: str, rows: torch.Tensor, index: int, candidate: int, count: int
-    ) -> torch.Tensor:
-        """Return the first rows, quantized; where that fails, as they are, and never read."""
+    def _input(self, name: str, rows: torch.Tensor, index: int, count: int) -> torch.Tensor:
+        """Return the first rows, quantized.
+
+        Where that fails, every candidate of this input has failed here: the rows come back as they
+        are, for the product's shape alone.
+        """
         entry = self.candidates.inputs[index]
         if entry.cfg is None:
             return rows[:count]
@@ -313,7 +315,8 @@ class _Pass:
             amax = None if entry.snapshot is None else self.maxima[entry.snapshot][name]
             return quantize(rows[:count], entry.cfg, amax)
         except Exception as error:
-            self._fail(name, [candidate], error)
+            pairs = enumerate(self.candidates.pairs)
+            self._fail(name, [candidate for candidate, (_, of) in pairs if of == index], error)
             return rows[:count]
 
     def _fail(self, name: str, candidates: Sequence[int], error: Exception) -> None:

@@ -160,6 +160,27 @@ def test_every_format_scores_every_group_in_one_pass(samples: Samples) -> None:
     assert total("wint4_aint4+w_group64") < total("wint4_aint4+w_tensor")
 
 
+def test_an_input_that_cannot_be_quantized_fails_every_pair_that_reads_it(
+    samples: Samples,
+) -> None:
+    """Two weight formats share the input, and a third pair beside them goes on."""
+    good = PAIRS["wint8_aint8+default"]
+    unknown = good.input_quantizer.model_copy(update={"num_bits": (7, 7)})
+    cells = {
+        "a": good.model_copy(update={"input_quantizer": unknown}),
+        "b": PAIRS["wfp8_afp8+default"].model_copy(update={"input_quantizer": unknown}),
+        "c": good,
+    }
+    found, candidates, _ = one_pass(cells, samples)
+    failed = {candidate for _, candidate in found.failures}
+    assert failed == {candidates.of_cell["a"], candidates.of_cell["b"]}
+    assert len(found.failures) == 2 * len(found.groups)
+    alone, others, _ = one_pass({"c": good}, samples)
+    torch.testing.assert_close(
+        found.per_sample[:, candidates.of_cell["c"]], alone.per_sample[:, others.of_cell["c"]]
+    )
+
+
 @pytest.mark.parametrize("cell", [*PAIRS, *LAID_OVER])
 def test_both_sides_agree_on_what_is_calibrated(cell: str) -> None:
     inputs = {**PAIRS, **LAID_OVER}[cell].input_quantizer
