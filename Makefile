@@ -41,6 +41,7 @@ check: $(VENV)/.ready ## Lint, check formatting, types and layers
 bench: $(VENV)/.ready ## Time both engines on SmolLM2-135M (about half an hour); writes .cache/bench.json
 	$(BIN)/python -m benchmarks.smollm2 .cache/smollm2
 	$(BIN)/python -m benchmarks.fused_vs_modelopt --model .cache/smollm2 --device cpu \
+		--captions configs/dataset/demo/captions_large.txt \
 		--pairs wfp8_afp8,wint8_aint8,wfp8_afp16,wint8_afp16 --json .cache/bench.json
 
 format: $(VENV)/.ready ## Format the code
