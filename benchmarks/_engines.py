@@ -89,8 +89,6 @@ def run_fused(load: Workload, cells: Sequence[Cell], *, samples: Samples | None 
             groups,
             candidates,
             limit_gb=None,
-            weight_chunk=fused.WEIGHT_CHUNK,
-            head_rows=fused.HEAD_ROWS,
         )
         snapshots, maxima = candidates.snapshots(), {}
         if snapshots:

@@ -138,19 +138,14 @@ def try_lock(lock: FileLock) -> bool:
     return True
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``path`` whole or not at all: temporary file, fsync, rename.
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 with LF line ends, whole or not at all.
 
     Raises:
         TryAgain: The disk is full.
     """
     with write_file(path) as temporary:
-        temporary.write_bytes(data)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8 with LF line ends, whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+        temporary.write_bytes(text.encode("utf-8"))
 
 
 def copy_file(source: Path, target: Path) -> None:

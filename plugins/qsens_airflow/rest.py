@@ -50,7 +50,6 @@ class Client:
             "access_token"
         ]
         self._http.headers["Authorization"] = f"Bearer {token}"
-        self._dag_id = dag_id
         self._dag = f"/api/v2/dags/{dag_id}"
 
     def close(self) -> None:

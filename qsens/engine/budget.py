@@ -13,6 +13,8 @@ from torch import nn
 
 from qsens.engine.candidates import Candidates
 from qsens.engine.groups import Group
+from qsens.engine.model_pass import HEAD_ROWS
+from qsens.engine.quantizer import WEIGHT_CHUNK
 from qsens.engine.samples import BATCH_TOKENS
 
 GIB = 1 << 30
@@ -44,8 +46,6 @@ def plan_budget(
     candidates: Candidates,
     *,
     limit_gb: float | None,
-    weight_chunk: int,
-    head_rows: int,
 ) -> Budget:
     """Return how many tokens fit.
 
@@ -54,15 +54,11 @@ def plan_budget(
         groups: Its groups.
         candidates: What the pass computes.
         limit_gb: GiB above the weights; from what is free when not given.
-        weight_chunk: Elements of a weight quantized at once.
-        head_rows: Rows of the head's output held in float32 at once.
     """
     parameter = next(model.parameters())
     limit = int(limit_gb * GIB) if limit_gb else int(_free(parameter.device) * _SHARE_OF_FREE)
     size = parameter.element_size()
-    fixed, per_token = _footprint(
-        model, groups, candidates, size=size, weight_chunk=weight_chunk, head_rows=head_rows
-    )
+    fixed, per_token = _footprint(model, groups, candidates, size)
     fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
     tokens = min(_WAVE_TOKENS, fitting)
     return Budget(limit=limit, max_tokens=tokens, predicted=int(fixed + tokens * per_token))
@@ -88,10 +84,7 @@ def _footprint(
     model: nn.Module,
     groups: Sequence[Group],
     candidates: Candidates,
-    *,
     size: int,
-    weight_chunk: int,
-    head_rows: int,
 ) -> tuple[float, float]:
     """Return the bytes of a pass that do not depend on tokens, and those of a token."""
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -122,8 +115,8 @@ def _footprint(
             widest = max(widest, into * size * (1 + stacked) + out * size * (2 + most))
     layers = len({group.depth for group in groups if group.depth is not None})
     hidden, vocabulary = head.weight.shape[1], head.weight.shape[0]
-    chunk = min(largest, weight_chunk)
-    fixed = largest * size + chunk * 3 * 4 + head_rows * vocabulary * (3 * 4 + 2 * size)
+    chunk = min(largest, WEIGHT_CHUNK)
+    fixed = largest * size + chunk * 3 * 4 + HEAD_ROWS * vocabulary * (3 * 4 + 2 * size)
     at_head = hidden * size * (3 + most)
     per_token = layers * hidden * size * 1.1 + max(
         max(inside.values(), default=0.0) + widest, at_head

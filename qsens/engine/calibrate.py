@@ -56,9 +56,8 @@ def calibrate(
     run = ModelPass(model, modules)
     end = max(snapshots)
     if batches is None:
-        batches = padded_batches(
-            samples, boundaries=[*boundaries, *snapshots], max_tokens=max_tokens
-        )
+        cuts = [*boundaries, *snapshots]
+        batches = padded_batches(samples, end, boundaries=cuts, max_tokens=max_tokens)
     batches = [batch for batch in batches if batch.first < end]
     real: torch.Tensor | None = None
     # Held, so that no other tensor can take its place in memory while it is compared with.
@@ -81,10 +80,9 @@ def calibrate(
             for count in snapshots:
                 if count <= batch.first and count not in found:
                     found[count] = dict(running)
-            moved = batch.to(device)
-            whole = bool(batch.attention_mask.all())
-            real = None if whole else moved.attention_mask.flatten().nonzero()[:, 0]
-            hidden = run.hidden(moved)
+            real = batch.real_tokens()
+            real = None if real is None else real.to(device)
+            hidden = run.hidden(batch.to(device))
             for name, module in modules.items():
                 if module is run.head:
                     keep(name, hidden)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qsens.config import DatasetConfig
 from qsens.config.models import SIZES, Size
+from qsens.engine.files import digest_file
 from qsens.errors import UserError
 from qsens.grid import SamplesIdentity
 
@@ -65,8 +65,7 @@ def identify_samples(
         path = dataset.path(size)
         captions = read_captions(path)
         heads[size] = captions[: dataset.limit(size)]
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        found[size] = SamplesIdentity(path=path, digest=digest, available=len(captions))
+        found[size] = SamplesIdentity(path=path, digest=digest_file(path), available=len(captions))
         if len(captions) < dataset.asked(size):
             notices.append(
                 f"{path.name} holds {len(captions)} captions, fewer than the {dataset.asked(size)} "

@@ -14,17 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
 from qsens.engine.groups import Group
+from qsens.engine.model_pass import HEAD_ROWS, layers_of
 from qsens.engine.quantizer import quantize, quantize_weight
-from qsens.engine.samples import Batch, Samples, padded_batches
+from qsens.engine.samples import Batch, Samples, padded_batches, padding_share
 from qsens.engine.scores import PassScores, Progress, silent
-
-_WEIGHT_CHUNK = 1 << 26
-_ROWS = 512
 
 
 @torch.no_grad()
@@ -49,11 +46,7 @@ def diverge(
     covered = tuple(group for group in groups if group.covered)
     scored = min(max(candidates.scored), len(samples))
     cuts = [*boundaries, *candidates.scored]
-    batches = [
-        batch
-        for batch in padded_batches(samples, boundaries=cuts, max_tokens=max_tokens)
-        if batch.first < scored
-    ]
+    batches = padded_batches(samples, scored, boundaries=cuts, max_tokens=max_tokens)
     device = next(model.parameters()).device
     found = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
     losses = torch.zeros(scored, dtype=torch.float64)
@@ -80,8 +73,6 @@ def diverge(
                         per_sample = _divergence(reference, changed, moved.attention_mask)
                         found[position, candidate, list(batch.samples)] = per_sample.cpu()
             progress("score", done + 1, len(batches))
-    tokens = sum(batch.attention_mask.numel() for batch in batches)
-    real = sum(int(batch.attention_mask.sum()) for batch in batches)
     return PassScores(
         groups=covered,
         per_sample=found,
@@ -91,7 +82,7 @@ def diverge(
         failures=failures,
         loss=losses,
         seconds=time.monotonic() - started,
-        padding_share=1 - real / tokens,
+        padding_share=padding_share(batches),
     )
 
 
@@ -100,11 +91,7 @@ class _Layers:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.named = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, GradientCheckpointingLayer)
-        }
+        self.named = layers_of(model)
         self.order: list[str] = []
         self.outputs: dict[str, Any] = {}
         self.skip: frozenset[str] = frozenset()
@@ -182,7 +169,6 @@ def _perturbed(
             quantized = quantize_weight(
                 module.weight,  # type: ignore[arg-type]
                 candidates.weights[weight],
-                chunk=_WEIGHT_CHUNK,
             )
             module.forward = _linear(quantized, module.bias, chosen.cfg, amax)  # type: ignore
             stack.callback(delattr, module, "forward")
@@ -212,12 +198,12 @@ def _divergence(
     per_token = torch.zeros(attention_mask.shape, dtype=torch.float64, device=reference.device)
     where = attention_mask.bool().nonzero(as_tuple=True)
     values = torch.empty(len(where[0]), dtype=torch.float64, device=reference.device)
-    for start in range(0, len(values), _ROWS):
-        rows = tuple(index[start : start + _ROWS] for index in where)
+    for start in range(0, len(values), HEAD_ROWS):
+        rows = tuple(index[start : start + HEAD_ROWS] for index in where)
         # Small divergences are sums of differences near 0: float32 would drown them.
         p = torch.log_softmax(reference[rows].double(), dim=-1)
         q = torch.log_softmax(changed[rows].double(), dim=-1)
-        values[start : start + _ROWS] = (p.exp() * (p - q)).sum(dim=-1)
+        values[start : start + HEAD_ROWS] = (p.exp() * (p - q)).sum(dim=-1)
     per_token[where] = values
     return per_token.sum(dim=1)
 

@@ -25,15 +25,10 @@ from qsens.engine.candidates import Candidates
 from qsens.engine.change import change_norms
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Sums, lay_out
-from qsens.engine.model_pass import Flight, ModelPass, Rows
+from qsens.engine.model_pass import HEAD_ROWS, Flight, ModelPass, Rows
 from qsens.engine.quantizer import quantize, quantize_weight
-from qsens.engine.samples import Batch, Samples, padded_batches
+from qsens.engine.samples import Batch, Samples, padded_batches, padding_share
 from qsens.engine.scores import PassScores, Progress, silent
-
-# Elements of a weight that are quantized at once: bounds the temporaries of a large head.
-WEIGHT_CHUNK = 1 << 26
-# Rows of the head's output that are held in float32 at once.
-HEAD_ROWS = 512
 
 
 def score(
@@ -64,9 +59,8 @@ def score(
     covered = tuple(group for group in groups if group.covered)
     scored = min(max(candidates.scored), len(samples))
     if batches is None:
-        batches = padded_batches(
-            samples, boundaries=[*boundaries, *candidates.scored], max_tokens=max_tokens
-        )
+        cuts = [*boundaries, *candidates.scored]
+        batches = padded_batches(samples, scored, boundaries=cuts, max_tokens=max_tokens)
     batches = [batch for batch in batches if batch.first < scored]
     started = time.monotonic()
     work = _Pass(model, covered, candidates, maxima, scored)
@@ -76,18 +70,16 @@ def score(
             work.wave(wave)
             done += len(wave)
             progress("score", done, len(batches))
-    tokens = sum(batch.attention_mask.numel() for batch in batches)
-    real = sum(int(batch.attention_mask.sum()) for batch in batches)
     return PassScores(
         groups=covered,
-        per_sample=work.scores.cpu(),
+        per_sample=work.scores,
         errors=work.errors,
         norms=work.norms,
         reached=tuple(all(name in work.seen for name in group.members) for group in covered),
         failures=work.failures,
         loss=work.loss,
         seconds=time.monotonic() - started,
-        padding_share=1 - real / tokens,
+        padding_share=padding_share(batches),
     )
 
 
@@ -218,10 +210,7 @@ class _Pass:
         layout = lay_out(batches, self.candidates, self.device, labels=True)
         if self.head_name is not None:
             found.append(self._score_head(self.head_name, rows, labels, layout))
-        lengths = [(batch.attention_mask.sum(dim=1) - 1).tolist() for batch in batches]
-        parts = torch.split(losses.cpu(), [int(n) for part in lengths for n in part])
-        for sample, part in zip(layout.order, parts, strict=True):
-            self.loss[sample] = part.sum()
+        self.loss[list(layout.order)] = F.pad(losses, (0, 1))[layout.own].sum(dim=-1).cpu()
         gradients = []
         for flight, index, part in zip(
             flights, where, torch.split(back, [len(index) for index in where]), strict=True
@@ -284,7 +273,7 @@ class _Pass:
     ) -> torch.Tensor | None:
         try:
             weight: torch.Tensor = self.linears[name].weight  # type: ignore[assignment]
-            return quantize_weight(weight, self.candidates.weights[index], chunk=WEIGHT_CHUNK)
+            return quantize_weight(weight, self.candidates.weights[index])
         except Exception as error:
             self._fail(name, [candidate for _, candidate, _ in active], error)
             return None

@@ -19,10 +19,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qsens.engine.samples import Batch
 from qsens.errors import UserError
+
+# Rows of the head's output that are held at once in more than the model's own data type.
+HEAD_ROWS = 512
 
 Tap = Callable[[str, torch.Tensor], None]
 """Called with a module's name and its input."""
@@ -102,11 +106,7 @@ class ModelPass:
             )
         self.head: nn.Linear = head
         self.modules = {name: module for name, module in modules.items() if module is not head}
-        self._layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, GradientCheckpointingLayer)
-        }
+        self._layers = layers_of(model)
         self._flight: Flight | None = None
         self._found: dict[str, Rows] = {}
         self._inputs: dict[int, torch.Tensor] = {}
@@ -118,13 +118,8 @@ class ModelPass:
             module.register_forward_pre_hook(functools.partial(_pre_hook, tap, name))
             for name, module in self.modules.items()
         ]
-        self.head.forward = _identity  # type: ignore
-        try:
+        with self._without_head(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            del self.head.forward
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -136,14 +131,22 @@ class ModelPass:
         self._forwards = {name: layer.forward for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
             layer.forward = functools.partial(self._run_layer, name)
+        try:
+            with self._without_head(handles):
+                yield
+        finally:
+            for layer in self._layers.values():
+                del layer.forward
+
+    @contextmanager
+    def _without_head(self, handles: Sequence[RemovableHandle]) -> Iterator[None]:
+        """Keep the head out while the context lasts; then take the hooks away as well."""
         self.head.forward = _identity  # type: ignore
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for layer in self._layers.values():
-                del layer.forward
             del self.head.forward
 
     def hidden(self, batch: Batch) -> torch.Tensor:
@@ -156,9 +159,9 @@ class ModelPass:
 
     def forward(self, batch: Batch) -> Flight:
         """Run a batch forward; keep each layer's input and output."""
-        whole = bool(batch.attention_mask.all())
+        real = batch.real_tokens()
         moved = batch.to(self.device)
-        real = None if whole else moved.attention_mask.flatten().nonzero()[:, 0]
+        real = None if real is None else real.to(self.device)
         flight = Flight(moved, real)
         self._flight = flight
         with torch.enable_grad():
@@ -227,6 +230,15 @@ class ModelPass:
             found[name] = Rows(inputs[where], flight.rows(left), flight.rows(slope))
 
         output.register_hook(keep)  # type: ignore[no-untyped-call]
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that transformers can recompute, by name: decoder and vision layers."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    }
 
 
 def _first(result: Any) -> torch.Tensor:

@@ -13,6 +13,8 @@ import torch
 from qsens.numerics import compute_amax, fake_quantize, supports
 
 _BACKEND = "qsens"
+# Elements of a weight that are quantized at once: bounds the temporaries of a large head.
+WEIGHT_CHUNK = 1 << 26
 
 
 def quantize(
@@ -30,21 +32,20 @@ def quantize(
     return _modelopt(x, cfg, amax)
 
 
-def quantize_weight(weight: torch.Tensor, cfg: Mapping[str, Any], *, chunk: int) -> torch.Tensor:
-    """Fake-quantize a weight, ``chunk`` elements at a time: bounds what a large head takes.
+def quantize_weight(weight: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tensor:
+    """Fake-quantize a weight, ``WEIGHT_CHUNK`` elements at a time, in whole rows.
 
     Args:
         weight: ``(out, ...)``, any float dtype.
         cfg: A ModelOpt quantizer's ``cfg``.
-        chunk: Elements quantized at once, in whole rows.
     """
-    if weight.numel() <= chunk or not supports(cfg):
+    if weight.numel() <= WEIGHT_CHUNK or not supports(cfg):
         return quantize(weight, cfg)
     amax = compute_amax(weight, cfg)
     # Only a scale of the whole tensor sees beyond its rows.
     whole = amax if amax is not None and amax.numel() == 1 else None
     result = torch.empty_like(weight)
-    rows = max(1, chunk // weight[0].numel())
+    rows = max(1, WEIGHT_CHUNK // weight[0].numel())
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
         result[part] = fake_quantize(weight[part], cfg, whole)

@@ -69,6 +69,12 @@ class Batch:
         """Return the batch on ``device``."""
         return Batch(self.samples, self.input_ids.to(device), self.attention_mask.to(device))
 
+    def real_tokens(self) -> torch.Tensor | None:
+        """Return the indices of its real tokens, padding counted; none if nothing is padded."""
+        if bool(self.attention_mask.all()):
+            return None
+        return self.attention_mask.flatten().nonzero()[:, 0]
+
     def label_mask(self) -> torch.Tensor:
         """Return where the next token is a label, ``(samples, longest - 1)``, bool."""
         return self.attention_mask[:, 1:].bool()
@@ -129,20 +135,21 @@ def equal_length_batches(
 
 
 def padded_batches(
-    samples: Samples, *, boundaries: Iterable[int], max_tokens: int | None = None
+    samples: Samples, upto: int, *, boundaries: Iterable[int], max_tokens: int | None = None
 ) -> list[Batch]:
-    """Return batches of samples of similar length, padded on the right.
+    """Return batches of the first ``upto`` samples, of similar length, padded on the right.
 
     Which samples share a batch, and so how far each is padded, depends on the samples and the
     boundaries alone; a smaller ``max_tokens`` splits a batch into several of the same width.
 
     Args:
         samples: The samples.
+        upto: Samples to take, from the first.
         boundaries: Sample counts that no batch crosses.
         max_tokens: Tokens of a batch at most, padding included; one sample always goes through.
     """
     batches = []
-    for start, stop in segments(len(samples), boundaries):
+    for start, stop in segments(upto, boundaries):
         order = sorted(range(start, stop), key=lambda index: (len(samples.ids[index]), index))
         for together in _fill(samples, order):
             longest = len(samples.ids[together[-1]])
@@ -162,6 +169,12 @@ def _fill(samples: Samples, order: Sequence[int]) -> list[list[int]]:
             batches.append([])
         batches[-1].append(index)
     return [batch for batch in batches if batch]
+
+
+def padding_share(batches: Sequence[Batch]) -> float:
+    """Return the padded tokens of ``batches`` over all their tokens, 0 to 1."""
+    tokens = sum(batch.attention_mask.numel() for batch in batches)
+    return 1 - sum(int(batch.attention_mask.sum()) for batch in batches) / tokens
 
 
 def segments(count: int, boundaries: Iterable[int]) -> list[tuple[int, int]]:

@@ -10,7 +10,10 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from qsens.errors import OutOfMemory, QsensError
 from qsens.grid import Cell, Plan, calibration_digest
@@ -120,16 +123,11 @@ def failure_reason(store: Store, cell: Cell) -> str:
 
 def _lock_others(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
     """Take the cells of the lane that have no result and that nobody else computes."""
-    taken = []
-    for other in store.plan.lane_of(cell):
-        if other == cell or store.is_done(other):
-            continue
-        lock = store.lock(other)
-        if try_lock(lock):
-            locks.callback(lock.release)
-            if not store.is_done(other):
-                taken.append(other)
-    return taken
+    return [
+        other
+        for other in store.plan.lane_of(cell)
+        if other != cell and _take(store.lock(other), store.manifest(other), locks)
+    ]
 
 
 def _lock_other_sizes(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
@@ -137,14 +135,19 @@ def _lock_other_sizes(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
     taken = {calibration_digest(store.plan, cell.size): cell}
     for other in store.plan.cells:
         digest = calibration_digest(store.plan, other.size)
-        if digest in taken or store.calibration(digest).is_file():
-            continue
-        lock = store.calibration_lock(digest)
-        if try_lock(lock):
-            locks.callback(lock.release)
-            if not store.calibration(digest).is_file():
-                taken[digest] = other
+        if digest not in taken and _take(
+            store.calibration_lock(digest), store.calibration(digest), locks
+        ):
+            taken[digest] = other
     return [other for other in taken.values() if other is not cell]
+
+
+def _take(lock: FileLock, result: Path, locks: ExitStack) -> bool:
+    """Take ``lock`` if ``result`` is not there and nobody else computes it."""
+    if result.is_file() or not try_lock(lock):
+        return False
+    locks.callback(lock.release)
+    return not result.is_file()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 # Before the libraries that read it: their bars would tear the progress lines.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -24,7 +23,7 @@ from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.captions import read_captions
 from qsens.engine.checkpoint import device_name, load_model, load_tokenizer, resolve_device
 from qsens.engine.divergence import diverge
-from qsens.engine.groups import find_groups
+from qsens.engine.groups import Group, find_groups
 from qsens.engine.quantizer import needs_fallback
 from qsens.engine.samples import Samples, equal_length_batches, nominal_labels, tokenize
 from qsens.engine.scores import CellScores, GroupScore, PassScores, Progress
@@ -51,14 +50,9 @@ def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> 
     """Compute the maxima of the sizes of ``cells`` in one run; each cell stands for its size."""
     plan = store.plan
     loaded = _load(plan, max(cells, key=plan.samples_used), progress)
-    found = run_calibration(
-        loaded.model,
-        loaded.samples,
-        find_groups(loaded.model, plan.config.model.vision_patterns),
-        snapshots=sorted({plan.samples_used(cell) for cell in cells}),
-        boundaries=list(plan.config.dataset.sizes.values()),
-        progress=progress,
-    )
+    groups = find_groups(loaded.model, plan.config.model.vision_patterns)
+    counts = sorted({plan.samples_used(cell) for cell in cells})
+    found = _calibrate(plan, loaded, groups, counts, progress)
     for cell in cells:
         count = plan.samples_used(cell)
         with write_file(store.calibration(calibration_digest(plan, cell.size))) as temporary:
@@ -104,15 +98,13 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
     requests = [_request(plan, cell) for cell in cells]
     candidates = distinct(requests)
     started = time.monotonic()
-    maxima = _maxima(store, cells, candidates, loaded, progress)
+    maxima = _maxima(store, cells, candidates, groups, loaded, progress)
     calibrated = time.monotonic() - started
     budget = plan_budget(
         model,
         groups,
         candidates,
         limit_gb=config.autoquant.memory_budget_gb,
-        weight_chunk=fused.WEIGHT_CHUNK,
-        head_rows=fused.HEAD_ROWS,
     )
     log.info(
         "%d cells, %d candidates, at most %d tokens at once; memory above the weights: "
@@ -254,6 +246,7 @@ def _maxima(
     store: Store,
     cells: Sequence[Cell],
     candidates: Candidates,
+    groups: Sequence[Group],
     loaded: _Loaded,
     progress: Progress,
 ) -> dict[int, Maxima]:
@@ -268,22 +261,32 @@ def _maxima(
         else:
             missing.append(count)
     if missing:
-        found |= run_calibration(
-            loaded.model,
-            loaded.samples,
-            find_groups(loaded.model, store.plan.config.model.vision_patterns),
-            snapshots=missing,
-            boundaries=list(store.plan.config.dataset.sizes.values()),
-            progress=progress,
-        )
+        found |= _calibrate(store.plan, loaded, groups, missing, progress)
     return found
+
+
+def _calibrate(
+    plan: Plan,
+    loaded: _Loaded,
+    groups: Sequence[Group],
+    counts: Sequence[int],
+    progress: Progress,
+) -> dict[int, Maxima]:
+    return run_calibration(
+        loaded.model,
+        loaded.samples,
+        groups,
+        snapshots=counts,
+        boundaries=list(plan.config.dataset.sizes.values()),
+        progress=progress,
+    )
 
 
 def _cell_scores(
     plan: Plan,
     cell: Cell,
     request: Request,
-    groups: Sequence[Any],
+    groups: Sequence[Group],
     candidates: Candidates,
     found: PassScores,
     loaded: _Loaded,
