@@ -21,7 +21,7 @@ from benchmarks._machine import Measured, measure, synchronize
 from benchmarks._workload import Cell, Workload
 from qsens.engine import fused, reference
 from qsens.engine.budget import plan_budget
-from qsens.engine.calibrate import calibrate
+from qsens.engine.calibrate import Maxima, calibrate
 from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.groups import Group, find_groups
 from qsens.engine.quantizer import on_cpu
@@ -90,14 +90,17 @@ def run_fused(load: Workload, cells: Sequence[Cell], *, samples: Samples | None 
             candidates,
             limit_gb=None,
         )
-        snapshots, maxima = candidates.snapshots(), {}
-        if snapshots:
+        snapshots, boundaries = candidates.snapshots(), load.boundaries()
+        maxima: dict[int, Maxima] | None = {}
+        if fused.calibrates(load.model, samples, candidates, boundaries=boundaries, budget=budget):
+            maxima = None  # as `qsens sweep` does it: the scoring pass finds them on its way
+        elif snapshots:
             maxima = calibrate(
                 load.model,
                 samples,
                 groups,
                 snapshots=snapshots,
-                boundaries=load.boundaries(),
+                boundaries=boundaries,
                 max_tokens=budget.max_tokens,
             )
         synchronize(load.device)
@@ -108,8 +111,8 @@ def run_fused(load: Workload, cells: Sequence[Cell], *, samples: Samples | None 
             groups,
             candidates,
             maxima,
-            boundaries=load.boundaries(),
-            max_tokens=budget.max_tokens,
+            boundaries=boundaries,
+            budget=budget,
         )
         scores = _sensitivities(load, cells, candidates, found, samples)
         synchronize(load.device)

@@ -23,6 +23,11 @@ _SHARE_OF_FREE = 0.8
 _LEAST_TOKENS = 64
 # Work on a weight is shared by the tokens of a wave: more than this saves little.
 _WAVE_TOKENS = 2 * BATCH_TOKENS
+# What the records of all layers may take, and how many tokens they must reach for: a second run of
+# every layer costs less than quantizing every weight for a few tokens.
+_RECORDS = 6 * GIB
+_RECORDED_TOKENS = BATCH_TOKENS // 4
+_HEAD_FORMATS = 4
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,15 @@ class Budget:
         limit: Bytes above the weights that the pass may take.
         max_tokens: Tokens in flight at most, padding included.
         predicted: Bytes above the weights that it is expected to take.
+        keeps_records: Whether the record of every layer is kept, so that none runs twice.
+        head_formats: Weight formats of the head that are held at once.
     """
 
     limit: int
     max_tokens: int
     predicted: int
+    keeps_records: bool = False
+    head_formats: int = 1
 
 
 def plan_budget(
@@ -58,10 +67,24 @@ def plan_budget(
     parameter = next(model.parameters())
     limit = int(limit_gb * GIB) if limit_gb else int(_free(parameter.device) * _SHARE_OF_FREE)
     size = parameter.element_size()
-    fixed, per_token = _footprint(model, groups, candidates, size)
+    fixed, per_token, records = _footprint(model, groups, candidates, size)
     fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
     tokens = min(_WAVE_TOKENS, fitting)
-    return Budget(limit=limit, max_tokens=tokens, predicted=int(fixed + tokens * per_token))
+    recorded = int((min(limit, _RECORDS) - fixed) / (per_token + records))
+    keeps = recorded >= _RECORDED_TOKENS
+    if keeps:
+        tokens, per_token = min(_WAVE_TOKENS, recorded), per_token + records
+    predicted = int(fixed + tokens * per_token)
+    head: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    more = (limit - predicted) // (head.numel() * size)
+    formats = max(1, min(_HEAD_FORMATS, len(candidates.weights), 1 + more))
+    return Budget(
+        limit=limit,
+        max_tokens=tokens,
+        predicted=predicted + (formats - 1) * head.numel() * size,
+        keeps_records=keeps,
+        head_formats=formats,
+    )
 
 
 def peak(device: torch.device) -> int:
@@ -85,8 +108,8 @@ def _footprint(
     groups: Sequence[Group],
     candidates: Candidates,
     size: int,
-) -> tuple[float, float]:
-    """Return the bytes of a pass that do not depend on tokens, and those of a token."""
+) -> tuple[float, float, float]:
+    """Return the bytes of a pass: those that depend on no token, those of a token, its records."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     # A candidate of a small size scores few of the tokens: counted as the share that it does.
     share = [scored / max(candidates.scored) for scored in candidates.scored]
@@ -121,7 +144,7 @@ def _footprint(
     per_token = layers * hidden * size * 1.1 + max(
         max(inside.values(), default=0.0) + widest, at_head
     )
-    return fixed, per_token
+    return fixed, per_token, sum(inside.values()) - max(inside.values(), default=0.0)
 
 
 def _free(device: torch.device) -> int:

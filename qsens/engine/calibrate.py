@@ -7,18 +7,64 @@ every nested size on its way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
 
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import ModelPass
-from qsens.engine.samples import Batch, Samples, padded_batches
+from qsens.engine.samples import Batch, Samples, batch_tokens, padded_batches
 from qsens.engine.scores import Progress, silent
 
 Maxima = dict[str, torch.Tensor]
 """The largest magnitude of each module's input over the real tokens: float32 scalars on the CPU."""
+
+
+class Running:
+    """Running maxima of the inputs of modules, with a snapshot wherever a size ends.
+
+    Args:
+        names: The modules.
+        snapshots: Sample counts to stop at.
+        device: Where the modules are.
+    """
+
+    def __init__(
+        self, names: Iterable[str], snapshots: Sequence[int], device: torch.device
+    ) -> None:
+        self._largest = {name: torch.zeros((), device=device) for name in names}
+        self._snapshots = snapshots
+        self._device = device
+        self._found: dict[int, Maxima] = {}
+        self._real: torch.Tensor | None = None
+        # Held, so that no other tensor can take its place in memory while it is compared with.
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def begin(self, batch: Batch) -> None:
+        """Take the inputs that come from now on for those of ``batch``."""
+        for count in self._snapshots:
+            if count <= batch.first and count not in self._found:
+                self._found[count] = dict(self._largest)
+        real = batch.real_tokens()
+        self._real = None if real is None else real.to(self._device)
+
+    @torch.no_grad()
+    def take(self, name: str, x: torch.Tensor) -> None:
+        """Take a module's input, ``(samples, longest, channels)``."""
+        if self._last is not None and self._last[1] is x:
+            self._largest[name] = self._largest[self._last[0]]  # q, k and v read one input
+            return
+        self._last = name, x
+        rows = x.flatten(0, -2)
+        rows = rows if self._real is None else rows[self._real]
+        largest = torch.linalg.vector_norm(rows, ord=torch.inf, dtype=torch.float32)
+        self._largest[name] = torch.maximum(self._largest[name], largest)
+
+    def snapshots(self) -> dict[int, Maxima]:
+        """Return the maxima at every snapshot, all batches begun and done."""
+        self._last = None
+        return {count: _to_cpu(self._found.get(count, self._largest)) for count in self._snapshots}
 
 
 @torch.no_grad()
@@ -34,6 +80,9 @@ def calibrate(
     progress: Progress = silent,
 ) -> dict[int, Maxima]:
     """Return the maxima over the first ``n`` samples, for every ``n`` in ``snapshots``.
+
+    A model without gradients is run over all samples; a pass that runs it anyway can do without,
+    see :class:`Running`.
 
     Args:
         model: The model, in evaluation mode.
@@ -51,45 +100,25 @@ def calibrate(
         if group.covered
         for name in group.members
     }
-    device = next(model.parameters()).device
-    running = {name: torch.zeros((), device=device) for name in modules}
     run = ModelPass(model, modules)
+    running = Running(modules, snapshots, run.device)
     end = max(snapshots)
     if batches is None:
         cuts = [*boundaries, *snapshots]
-        batches = padded_batches(samples, end, boundaries=cuts, max_tokens=max_tokens)
+        together = batch_tokens(run.device)
+        batches = padded_batches(
+            samples, end, boundaries=cuts, together=together, max_tokens=max_tokens
+        )
     batches = [batch for batch in batches if batch.first < end]
-    real: torch.Tensor | None = None
-    # Held, so that no other tensor can take its place in memory while it is compared with.
-    last: tuple[str, torch.Tensor] | None = None
-
-    def keep(name: str, x: torch.Tensor) -> None:
-        nonlocal last
-        if last is not None and last[1] is x:
-            running[name] = running[last[0]]  # q, k and v read one input
-            return
-        last = name, x
-        rows = x.flatten(0, -2)
-        rows = rows if real is None else rows[real]
-        largest = torch.linalg.vector_norm(rows, ord=torch.inf, dtype=torch.float32)
-        running[name] = torch.maximum(running[name], largest)
-
-    found: dict[int, Maxima] = {}
-    with run.watched(keep):
+    with run.watched(running.take):
         for index, batch in enumerate(batches):
-            for count in snapshots:
-                if count <= batch.first and count not in found:
-                    found[count] = dict(running)
-            real = batch.real_tokens()
-            real = None if real is None else real.to(device)
-            hidden = run.hidden(batch.to(device))
+            running.begin(batch)
+            hidden = run.hidden(batch)
             for name, module in modules.items():
                 if module is run.head:
-                    keep(name, hidden)
+                    running.take(name, hidden)
             progress("calibrate", index + 1, len(batches))
-    for count in snapshots:
-        found.setdefault(count, dict(running))
-    return {count: _to_cpu(found[count]) for count in snapshots}
+    return running.snapshots()
 
 
 def _to_cpu(maxima: Maxima) -> Maxima:

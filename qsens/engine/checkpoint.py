@@ -22,9 +22,13 @@ from qsens.errors import UserError
 def resolve_device(name: str) -> torch.device:
     """Return the device of that name; ``auto`` is the first GPU where there is one, else the CPU.
 
+    Attention never goes through cuDNN from here on: it builds a plan for each shape of a batch,
+    for seconds, and its gradient is NaN where a row is masked whole.
+
     Raises:
         UserError: A GPU is asked for that is not there.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import HEAD_ROWS, layers_of
 from qsens.engine.quantizer import quantize, quantize_weight
-from qsens.engine.samples import Batch, Samples, padded_batches, padding_share
+from qsens.engine.samples import Batch, Samples, batch_tokens, padded_batches, padding_share
 from qsens.engine.scores import PassScores, Progress, silent
 
 
@@ -33,7 +34,7 @@ def diverge(
     maxima: Mapping[int, Maxima],
     *,
     boundaries: Sequence[int],
-    max_tokens: int | None = None,
+    budget: Budget | None = None,
     progress: Progress = silent,
 ) -> PassScores:
     """Measure ``KL(p || q)`` of every candidate on every covered group, in nats.
@@ -46,8 +47,14 @@ def diverge(
     covered = tuple(group for group in groups if group.covered)
     scored = min(max(candidates.scored), len(samples))
     cuts = [*boundaries, *candidates.scored]
-    batches = padded_batches(samples, scored, boundaries=cuts, max_tokens=max_tokens)
     device = next(model.parameters()).device
+    batches = padded_batches(
+        samples,
+        scored,
+        boundaries=cuts,
+        together=batch_tokens(device),
+        max_tokens=budget.max_tokens if budget else None,
+    )
     found = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
     losses = torch.zeros(scored, dtype=torch.float64)
     failures: dict[tuple[int, int], str] = {}
@@ -83,6 +90,7 @@ def diverge(
         loss=losses,
         seconds=time.monotonic() - started,
         padding_share=padding_share(batches),
+        maxima=maxima,
     )
 
 

@@ -14,21 +14,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsens.engine.calibrate import Maxima
+from qsens.engine.budget import Budget
+from qsens.engine.calibrate import Maxima, Running
 from qsens.engine.candidates import Candidates
-from qsens.engine.change import change_norms
+from qsens.engine.change import Segment, change_norms
 from qsens.engine.groups import Group
-from qsens.engine.layout import Layout, Ledger, Sums, lay_out
+from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
 from qsens.engine.model_pass import HEAD_ROWS, Flight, ModelPass, Rows
-from qsens.engine.quantizer import quantize, quantize_weight
-from qsens.engine.samples import Batch, Samples, padded_batches, padding_share
+from qsens.engine.quantizer import quantize_weight
+from qsens.engine.samples import Batch, Samples, batch_tokens, padded_batches, padding_share
 from qsens.engine.scores import PassScores, Progress, silent
+from qsens.engine.stack import Inputs, Stack
 
 
 def score(
@@ -36,10 +37,10 @@ def score(
     samples: Samples,
     groups: Sequence[Group],
     candidates: Candidates,
-    maxima: Mapping[int, Maxima],
+    maxima: Mapping[int, Maxima] | None,
     *,
     boundaries: Sequence[int] = (),
-    max_tokens: int | None = None,
+    budget: Budget | None = None,
     batches: Sequence[Batch] | None = None,
     progress: Progress = silent,
 ) -> PassScores:
@@ -50,24 +51,34 @@ def score(
         samples: The samples; as many are scored as the candidates ask for.
         groups: The groups; those that are not covered are left out.
         candidates: What to compute.
-        maxima: Calibrated maxima of every module's input, by snapshot.
+        maxima: Calibrated maxima of every module's input, by snapshot; found on the way when None,
+            which needs all scored samples to go through in one wave, see :func:`calibrates`.
         boundaries: Sample counts that no batch crosses; those of the candidates are added.
-        max_tokens: Tokens in flight at most, padding included; none for no limit.
+        budget: How much goes through at once; without, all of it, a head's weight at a time.
         batches: Batches to run instead of the engine's own, such as those of the other engine.
         progress: Called as batches go through.
     """
     covered = tuple(group for group in groups if group.covered)
     scored = min(max(candidates.scored), len(samples))
+    limit = budget.max_tokens if budget else None
     if batches is None:
-        cuts = [*boundaries, *candidates.scored]
-        batches = padded_batches(samples, scored, boundaries=cuts, max_tokens=max_tokens)
+        batches = _batches(model, samples, scored, candidates, boundaries, limit)
     batches = [batch for batch in batches if batch.first < scored]
     started = time.monotonic()
-    work = _Pass(model, covered, candidates, maxima, scored)
+    work = _Pass(model, covered, candidates, scored, budget.head_formats if budget else 1)
+    running, more = None, []
+    if maxima is None:
+        snapshots = candidates.snapshots()
+        running = Running(work.linears, snapshots, work.device)
+        more = _batches(model, samples, max(snapshots), candidates, boundaries, limit)
+        more = [batch for batch in more if batch.first >= scored]
+    else:
+        work.calibrate(maxima)
     done = 0
-    with work.run.recorded():
-        for wave in _waves(batches, max_tokens):
-            work.wave(wave)
+    keep = budget is not None and budget.keeps_records
+    with work.run.recorded(keep=keep, tap=running.take if running else None):
+        for wave in _waves(batches, limit):
+            work.wave(wave, running, more)
             done += len(wave)
             progress("score", done, len(batches))
     return PassScores(
@@ -80,22 +91,41 @@ def score(
         loss=work.loss,
         seconds=time.monotonic() - started,
         padding_share=padding_share(batches),
+        maxima=work.found,
     )
 
 
-@dataclass(frozen=True)
-class _Stacks:
-    """One input of one or more modules, quantized.
+def calibrates(
+    model: nn.Module,
+    samples: Samples,
+    candidates: Candidates,
+    *,
+    boundaries: Sequence[int],
+    budget: Budget,
+) -> bool:
+    """Say whether a pass can find the maxima itself.
 
-    Attributes:
-        rows: The input's rows.
-        quantized: Its first rows, by input format and count.
-        joined: Several of these behind one another, by what they are.
+    It can where all that is scored goes forward before anything goes backward: then the samples
+    that are scored and calibrated on run forward once.
     """
+    if not candidates.snapshots():
+        return False
+    scored = min(max(candidates.scored), len(samples))
+    batches = _batches(model, samples, scored, candidates, boundaries, budget.max_tokens)
+    return len(list(_waves(batches, budget.max_tokens))) == 1
 
-    rows: torch.Tensor
-    quantized: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    joined: dict[tuple[tuple[int, int], ...], torch.Tensor] = field(default_factory=dict)
+
+def _batches(
+    model: nn.Module,
+    samples: Samples,
+    upto: int,
+    candidates: Candidates,
+    boundaries: Sequence[int],
+    limit: int | None,
+) -> list[Batch]:
+    cuts = [*boundaries, *candidates.scored, *candidates.snapshots()]
+    together = batch_tokens(next(model.parameters()).device)
+    return padded_batches(samples, upto, boundaries=cuts, together=together, max_tokens=limit)
 
 
 class _Pass:
@@ -106,15 +136,17 @@ class _Pass:
         model: nn.Module,
         groups: Sequence[Group],
         candidates: Candidates,
-        maxima: Mapping[int, Maxima],
         scored: int,
+        head_formats: int,
     ) -> None:
         self.candidates = candidates
+        self.head_formats = head_formats
         self.group_of = {name: i for i, group in enumerate(groups) for name in group.members}
         self.linears = {name: model.get_submodule(name) for name in self.group_of}
         self.run = ModelPass(model, self.linears)
         self.device = self.run.device
-        self.maxima = {count: _moved(found, self.device) for count, found in maxima.items()}
+        self.inputs = Inputs(candidates, self.device, self._fail)
+        self.found: Mapping[int, Maxima] = {}
         self.head_name = next(
             (name for name, module in self.linears.items() if module is self.run.head), None
         )
@@ -126,9 +158,35 @@ class _Pass:
         self.seen: set[str] = set()
         self.failures: dict[tuple[int, int], str] = {}
 
-    def wave(self, batches: Sequence[Batch]) -> None:
-        """Run a wave of batches forward and backward; score every module on the way."""
-        flights = [self.run.forward(batch) for batch in batches]
+    def calibrate(self, maxima: Mapping[int, Maxima]) -> None:
+        """Take the calibrated maxima, by snapshot."""
+        self.found = maxima
+        self.inputs.calibrate(maxima)
+
+    def wave(
+        self, batches: Sequence[Batch], running: Running | None, more: Sequence[Batch]
+    ) -> None:
+        """Run a wave of batches forward and backward; score every module on the way.
+
+        Args:
+            batches: The batches.
+            running: Finds the maxima in the forward pass; none where they are there.
+            more: Batches that it needs beside those.
+        """
+        flights = []
+        for batch in batches:
+            if running is not None:
+                running.begin(batch)
+            flights.append(self.run.forward(batch))
+            if running is not None and self.head_name is not None:
+                running.take(self.head_name, flights[-1].hidden)
+        if running is not None:
+            for batch in more:
+                running.begin(batch)
+                hidden = self.run.look(batch)
+                if self.head_name is not None:
+                    running.take(self.head_name, hidden)
+            self.calibrate(running.snapshots())
         with torch.no_grad():
             slopes, found = self._head(flights)
             layout = lay_out(batches, self.candidates, self.device, labels=False)
@@ -139,77 +197,73 @@ class _Pass:
             if found:
                 self._book(found, list(layout.order))
 
-    def _layer(self, layer: dict[str, list[Rows]], layout: Layout) -> Sums:
+    def _layer(self, layer: dict[str, Rows], layout: Layout) -> Sums:
         """Score every candidate on the modules of one layer."""
         names = list(layer)
         ledger = Ledger(len(names), layout, self.device)
-        read: int | None = None
+        read: torch.Tensor | None = None
         for position, name in enumerate(names):
-            parts = layer.pop(name)
-            if id(parts[0].inputs) != read:  # q, k and v read one object: joined once
-                read = id(parts[0].inputs)
-                stacks = _Stacks(_cat([part.inputs for part in parts]))
-            rows = Rows(
-                stacks.rows,
-                _cat([part.outputs for part in parts]),
-                _cat([part.slopes for part in parts]),
-            )
-            self._module(name, rows, ledger, position, stacks)
+            rows = layer.pop(name)
+            if rows.inputs is not read:  # q, k and v read one object
+                read = rows.inputs
+                stack = self.inputs.stack(name, read, layout)
+            self._module(name, rows, ledger, position, stack)
         return ledger.sums(names)
 
-    def _module(
-        self,
-        name: str,
-        rows: Rows,
-        ledger: Ledger,
-        position: int,
-        stacks: _Stacks,
-    ) -> None:
+    def _module(self, name: str, rows: Rows, ledger: Ledger, position: int, stack: Stack) -> None:
         """Score every candidate on one module: one product a weight format."""
         bias: torch.Tensor | None = self.linears[name].bias  # type: ignore[assignment]
         ledger.norms[position] = _row_norms(rows.outputs)
-        for weight_index, (start, active) in ledger.layout.active.items():
-            weight = self._weight(name, weight_index, active)
+        for index, slots in ledger.layout.slots.items():
+            weight = self._weight(name, index, slots)
             if weight is None:
                 continue
-            stack = self._stack(name, active, stacks)
-            at = slice(start, start + len(stack))
+            given, segments = stack.select(slots)
             change_norms(
-                F.linear(stack, weight, bias),
+                F.linear(given, weight, bias),
                 rows.outputs,
                 rows.slopes,
-                ledger.layout.source[weight_index],
-                errors=ledger.errors[position, at],
-                scores=ledger.scores[position, at],
+                segments,
+                errors=ledger.errors[position],
+                scores=ledger.scores[position],
             )
 
     def _head(self, flights: Sequence[Flight]) -> tuple[list[torch.Tensor], list[Sums]]:
         """Score the head in chunks of rows; return the gradient at its input, by batch.
 
-        The gradient of the summed cross-entropy at the logits is ``softmax - one_hot``.
+        The gradient of the summed cross-entropy at the logits is ``softmax - one_hot``. A chunk's
+        logits are made once for as many weight formats as are held at once.
         """
         head = self.run.head
         batches = [flight.batch for flight in flights]
         where = [batch.label_mask().flatten().nonzero()[:, 0] for batch in batches]
-        rows = _cat(
-            [
-                f.hidden.detach()[:, :-1].flatten(0, 1)[w]
-                for f, w in zip(flights, where, strict=True)
-            ]
-        )
-        labels = _cat(
-            [b.input_ids[:, 1:].flatten()[w] for b, w in zip(batches, where, strict=True)]
-        )
+        hidden = [flight.hidden.detach()[:, :-1].flatten(0, 1) for flight in flights]
+        rows = _cat([part[index] for part, index in zip(hidden, where, strict=True)])
+        tokens = [batch.input_ids[:, 1:].flatten() for batch in batches]
+        labels = _cat([part[index] for part, index in zip(tokens, where, strict=True)])
+        layout = lay_out(batches, self.candidates, self.device, labels=True)
+        ledger = Ledger(1, layout, self.device)
         back = torch.empty_like(rows)
         losses = torch.empty(len(rows), dtype=torch.float64, device=self.device)
-        for at in _chunks(len(rows), HEAD_ROWS):
-            logits = F.linear(rows[at], head.weight, head.bias)
-            slopes, losses[at] = _cross_entropy(logits, labels[at])
-            back[at] = slopes @ head.weight
-        found = []
-        layout = lay_out(batches, self.candidates, self.device, labels=True)
+        scored: list[tuple[int, list[Slot]]] = []
         if self.head_name is not None:
-            found.append(self._score_head(self.head_name, rows, labels, layout))
+            scored = list(layout.slots.items())
+            stack = self.inputs.stack(self.head_name, rows, layout)
+        for turn in range(0, max(1, len(scored)), self.head_formats):
+            weights = [
+                (self._weight(self.head_name or "", index, slots), slots)
+                for index, slots in scored[turn : turn + self.head_formats]
+            ]
+            for at in _chunks(len(rows), HEAD_ROWS):
+                logits = F.linear(rows[at], head.weight, head.bias)
+                slopes, lost = _cross_entropy(logits, labels[at])
+                if turn == 0:
+                    losses[at] = lost
+                    back[at] = slopes @ head.weight
+                    ledger.norms[0, at] = _row_norms(logits)
+                for weight, slots in weights:
+                    if weight is not None:
+                        self._head_chunk(weight, slots, stack, at, logits, slopes, ledger)
         self.loss[list(layout.order)] = F.pad(losses, (0, 1))[layout.own].sum(dim=-1).cpu()
         gradients = []
         for flight, index, part in zip(
@@ -220,93 +274,57 @@ class _Pass:
             inner[index] = part
             gradient[:, :-1] = inner.view(gradient[:, :-1].shape)
             gradients.append(gradient)
-        return gradients, found
+        return gradients, [ledger.sums([self.head_name])] if self.head_name is not None else []
 
-    def _score_head(
-        self, name: str, rows: torch.Tensor, labels: torch.Tensor, layout: Layout
-    ) -> Sums:
-        """Score every candidate on the head; its logits are made again for each weight format."""
-        head = self.run.head
-        ledger = Ledger(1, layout, self.device)
-        for weight_index, (start, active) in layout.active.items():
-            weight = self._weight(name, weight_index, active)
-            if weight is None:
-                continue
-            inputs = [self._input(name, rows, entry, count) for entry, _, count in active]
-            for at in _chunks(layout.rows, HEAD_ROWS):
-                logits = F.linear(rows[at], head.weight, head.bias)
-                slopes, _ = _cross_entropy(logits, labels[at])
-                ledger.norms[0, at] = _row_norms(logits)
-                begin = start
-                for given, (_, _, count) in zip(inputs, active, strict=True):
-                    length = min(at.stop, count) - at.start
-                    if length > 0:
-                        mine = slice(begin + at.start, begin + at.start + length)
-                        change_norms(
-                            F.linear(given[at][:length], weight, head.bias),
-                            logits[:length],
-                            slopes[:length],
-                            None,
-                            errors=ledger.errors[0, mine],
-                            scores=ledger.scores[0, mine],
-                        )
-                    begin += count
-        return ledger.sums([name])
+    def _head_chunk(
+        self,
+        weight: torch.Tensor,
+        slots: Sequence[Slot],
+        stack: Stack,
+        at: slice,
+        logits: torch.Tensor,
+        slopes: torch.Tensor,
+        ledger: Ledger,
+    ) -> None:
+        """Score the candidates of one weight format on a chunk of the head's rows."""
+        readers: dict[int, list[Segment]] = {}
+        for slot in slots:
+            length = min(at.stop, slot.count) - at.start
+            if length > 0:
+                readers.setdefault(stack.starts[slot.input], []).append((0, slot.start, length))
+        for start, segments in readers.items():
+            longest = max(length for _, _, length in segments)
+            given = stack.rows[start + at.start : start + at.start + longest]
+            change_norms(
+                F.linear(given, weight, self.run.head.bias),
+                logits[:longest],
+                slopes[:longest],
+                tuple(segments),
+                errors=ledger.errors[0, at.start :],
+                scores=ledger.scores[0, at.start :],
+            )
 
     def _book(self, found: Sequence[Sums], order: list[int]) -> None:
         """Add modules to their groups, in a fixed order."""
         names = [name for sums in found for name in sums.names]
-        tables = (
-            torch.cat([sums.scores for sums in found]).cpu(),
-            torch.cat([sums.errors for sums in found]).cpu(),
-            torch.cat([sums.norms for sums in found]).cpu(),
-        )
-        for name, scores, errors, norms in zip(names, *tables, strict=True):
-            self.seen.add(name)
-            group = self.group_of[name]
-            self.scores[group][:, order] += scores
-            self.errors[group][:, order] += errors
-            self.norms[group][order] += norms
+        self.seen.update(names)
+        groups = torch.tensor([self.group_of[name] for name in names])
+        for total, tables in (
+            (self.scores, [sums.scores for sums in found]),
+            (self.errors, [sums.errors for sums in found]),
+            (self.norms, [sums.norms for sums in found]),
+        ):
+            table = torch.cat(tables).cpu()
+            added = table.new_zeros(len(total), *table.shape[1:]).index_add_(0, groups, table)
+            total[..., order] += added
 
-    def _weight(
-        self, name: str, index: int, active: Sequence[tuple[int, int, int]]
-    ) -> torch.Tensor | None:
+    def _weight(self, name: str, index: int, slots: Sequence[Slot]) -> torch.Tensor | None:
         try:
             weight: torch.Tensor = self.linears[name].weight  # type: ignore[assignment]
             return quantize_weight(weight, self.candidates.weights[index])
         except Exception as error:
-            self._fail(name, [candidate for _, candidate, _ in active], error)
+            self._fail(name, [slot.candidate for slot in slots], error)
             return None
-
-    def _stack(
-        self, name: str, active: Sequence[tuple[int, int, int]], stacks: _Stacks
-    ) -> torch.Tensor:
-        """Return the inputs of a weight format's candidates, behind one another."""
-        key = tuple((entry, count) for entry, _, count in active)
-        if key not in stacks.joined:
-            for entry, _, count in active:
-                if (entry, count) not in stacks.quantized:
-                    quantized = self._input(name, stacks.rows, entry, count)
-                    stacks.quantized[entry, count] = quantized
-            stacks.joined[key] = _cat([stacks.quantized[item] for item in key])
-        return stacks.joined[key]
-
-    def _input(self, name: str, rows: torch.Tensor, index: int, count: int) -> torch.Tensor:
-        """Return the first rows, quantized.
-
-        Where that fails, every candidate of this input has failed here: the rows come back as they
-        are, for the product's shape alone.
-        """
-        entry = self.candidates.inputs[index]
-        if entry.cfg is None:
-            return rows[:count]
-        try:
-            amax = None if entry.snapshot is None else self.maxima[entry.snapshot][name]
-            return quantize(rows[:count], entry.cfg, amax)
-        except Exception as error:
-            pairs = enumerate(self.candidates.pairs)
-            self._fail(name, [candidate for candidate, (_, of) in pairs if of == index], error)
-            return rows[:count]
 
     def _fail(self, name: str, candidates: Sequence[int], error: Exception) -> None:
         """Note why a candidate has no score here; the rest of the pass goes on."""
@@ -315,13 +333,6 @@ class _Pass:
         for candidate in candidates:
             reason = f"{name}: {error}".splitlines()[0]
             self.failures.setdefault((self.group_of[name], candidate), reason)
-
-
-def _moved(maxima: Maxima, device: torch.device) -> Maxima:
-    """Move all maxima in one transfer."""
-    if not maxima:
-        return {}
-    return dict(zip(maxima, torch.stack(list(maxima.values())).to(device), strict=True))
 
 
 def _waves(batches: Sequence[Batch], max_tokens: int | None) -> Iterator[list[Batch]]:

@@ -14,17 +14,30 @@ from qsens.engine.samples import Batch
 
 
 @dataclass(frozen=True)
+class Slot:
+    """Where the rows of one candidate lie in a ledger. It scores the first rows of a wave.
+
+    Attributes:
+        candidate: Index of the candidate.
+        input: Index of its input format and snapshot.
+        start: Where its rows begin.
+        count: How many they are.
+    """
+
+    candidate: int
+    input: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the rows of a wave lie, once for each candidate that scores them.
-
-    A candidate scores the first rows of a wave. The candidates of one weight format lie behind one
-    another, so that one product serves them all.
 
     Attributes:
         rows: Rows of the wave.
         total: Rows over all candidates.
-        active: By weight format: where its rows start, and its ``(input, candidate, rows)``.
-        source: By weight format: the row of the wave that each of its rows is, int32.
+        slots: By weight format: its candidates.
         own: Where each sample's rows lie in the wave, filled up with ``rows``,
             ``(samples, longest)``.
         places: Where each sample's rows lie for each candidate, filled up with ``total``,
@@ -34,8 +47,7 @@ class Layout:
 
     rows: int
     total: int
-    active: Mapping[int, tuple[int, list[tuple[int, int, int]]]]
-    source: Mapping[int, torch.Tensor]
+    slots: Mapping[int, list[Slot]]
     own: torch.Tensor
     places: torch.Tensor
     order: tuple[int, ...]
@@ -53,33 +65,24 @@ def lay_out(
     for sample, (start, length) in enumerate(zip(starts, flat, strict=False)):
         own[sample, :length] = torch.arange(start, start + length)
 
-    active: dict[int, tuple[int, list[tuple[int, int, int]]]] = {}
-    offsets: dict[int, int] = {}
-    counts = [0] * len(candidates.pairs)
+    slots: dict[int, list[Slot]] = {}
     total = 0
-    by_weight = sorted((pair, index) for index, pair in enumerate(candidates.pairs))
-    for (weight, entry), index in by_weight:
+    for candidate, (weight, entry) in enumerate(candidates.pairs):
         count = sum(
             sum(part)
             for batch, part in zip(batches, lengths, strict=True)
-            if batch.first < candidates.scored[index]
+            if batch.first < candidates.scored[candidate]
         )
         if count:
-            active.setdefault(weight, (total, []))[1].append((entry, index, count))
-            offsets[index], counts[index] = total, count
+            slots.setdefault(weight, []).append(Slot(candidate, entry, total, count))
             total += count
     places = torch.full((len(candidates.pairs), *own.shape), total)
-    for index, offset in offsets.items():
-        places[index] = torch.where(own < counts[index], own + offset, total)
-    source = {
-        weight: torch.cat([torch.arange(count, dtype=torch.int32) for _, _, count in entries])
-        for weight, (_, entries) in active.items()
-    }
+    for slot in itertools.chain.from_iterable(slots.values()):
+        places[slot.candidate] = torch.where(own < slot.count, own + slot.start, total)
     return Layout(
         rows=rows,
         total=total,
-        active=active,
-        source={weight: index.to(device) for weight, index in source.items()},
+        slots=slots,
         own=own.to(device),
         places=places.to(device),
         order=tuple(index for batch in batches for index in batch.samples),

@@ -3,15 +3,17 @@
 Needs torch. Weights stay frozen, and the head is left out of the forward pass: what reads it works
 on its inputs in chunks, since a vocabulary-sized row a token is most of what a naive pass holds.
 
-The forward pass keeps each layer's input and output and nothing between. The backward pass takes
-one layer at a time for *all* batches of a wave: the layer runs again, now with a record, and its
-modules hand out their rows. So memory does not grow with depth, and whoever works on a module's
-weight does it once a wave, however many batches there are. No code of a model is repeated here.
+The forward pass keeps each layer's input and output and nothing between, unless there is memory to
+keep its record as well. The backward pass takes one layer at a time for *all* batches of a wave: a
+layer without a record runs again, now with one, and its modules hand out their rows. So memory need
+not grow with depth, and whoever works on a module's weight does it once a wave, however many
+batches there are. No code of a model is repeated here.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +36,7 @@ Tap = Callable[[str, torch.Tensor], None]
 
 @dataclass
 class Rows:
-    """The real tokens of one module over a batch.
+    """The real tokens of one module over a wave, in the order of its batches.
 
     Attributes:
         inputs: ``(tokens, in)``; the very same object where modules read one input.
@@ -49,13 +51,14 @@ class Rows:
 
 @dataclass
 class _Call:
-    """One run of a layer: what went in, what came out."""
+    """One run of a layer: what went in, what came out, and its record where one was kept."""
 
     name: str
     hidden: torch.Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: torch.Tensor
+    record: tuple[torch.Tensor, torch.Tensor] | None
 
 
 @dataclass
@@ -64,19 +67,76 @@ class Flight:
 
     Attributes:
         batch: The batch, on the model's device.
-        hidden: The head's input, ``(samples, longest, hidden)``.
         real: Indices of the real tokens, padding counted; none where nothing is padded.
+        tokens: How many real tokens there are.
+        hidden: The head's input, ``(samples, longest, hidden)``.
     """
 
     batch: Batch
     real: torch.Tensor | None
+    tokens: int
     hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     calls: list[_Call] = field(default_factory=list)
 
-    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the real tokens of ``(samples, longest, channels)``, ``(tokens, channels)``."""
+    def rows(self, tensor: torch.Tensor, into: torch.Tensor) -> None:
+        """Write the real tokens of ``(samples, longest, channels)`` to ``(tokens, channels)``."""
         flat = tensor.flatten(0, -2)
-        return flat if self.real is None else flat[self.real]
+        if self.real is None:
+            into.copy_(flat)
+        else:
+            torch.index_select(flat, 0, self.real, out=into)
+
+
+class _Collector:
+    """Gathers the rows of a layer's modules, batch after batch.
+
+    Args:
+        total: Real tokens of the wave.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.rows: dict[str, Rows] = {}
+
+    @contextmanager
+    def batch(self, flight: Flight, start: int) -> Iterator[None]:
+        """Take the rows of ``flight`` while the context lasts; they begin at ``start``."""
+        self._flight, self._at = flight, slice(start, start + flight.tokens)
+        self._by_address: dict[int, torch.Tensor] = {}
+        self._filled: set[int] = set()
+        self._missing = set(self.rows)
+        yield
+        for name in self._missing:  # no gradient of this batch reached it
+            rows = self.rows[name]
+            for tensor in (rows.inputs, rows.outputs, rows.slopes):
+                tensor[self._at] = 0
+
+    def take(
+        self, name: str, inputs: torch.Tensor, outputs: torch.Tensor, slopes: torch.Tensor
+    ) -> None:
+        """Take what one module read, gave, and got as a gradient."""
+        rows = self.rows.get(name)
+        if rows is None:
+            # q, k and v read one tensor: its rows are taken once and are one object.
+            shared = self._by_address.get(inputs.data_ptr())
+            rows = Rows(
+                self._new(inputs) if shared is None else shared,
+                self._new(outputs),
+                self._new(slopes),
+            )
+            self.rows[name] = rows
+            self._by_address[inputs.data_ptr()] = rows.inputs
+        self._missing.discard(name)
+        if id(rows.inputs) not in self._filled:
+            self._filled.add(id(rows.inputs))
+            self._flight.rows(inputs, rows.inputs[self._at])
+        self._flight.rows(outputs, rows.outputs[self._at])
+        self._flight.rows(slopes, rows.slopes[self._at])
+
+    def _new(self, like: torch.Tensor) -> torch.Tensor:
+        # Earlier batches that did not reach the module count as zeros.
+        make = like.new_zeros if self._at.start else like.new_empty
+        return make(self.total, like.shape[-1])
 
 
 class ModelPass:
@@ -108,8 +168,10 @@ class ModelPass:
         self.modules = {name: module for name, module in modules.items() if module is not head}
         self._layers = layers_of(model)
         self._flight: Flight | None = None
-        self._found: dict[str, Rows] = {}
-        self._inputs: dict[int, torch.Tensor] = {}
+        self._collector = _Collector(0)
+        self._keeps = False
+        self._looking = False
+        self._inside = False
 
     @contextmanager
     def watched(self, tap: Tap) -> Iterator[None]:
@@ -122,12 +184,23 @@ class ModelPass:
             yield
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Make ``forward`` and ``backward`` work while the context lasts."""
+    def recorded(self, *, keep: bool = False, tap: Tap | None = None) -> Iterator[None]:
+        """Make ``forward`` and ``backward`` work while the context lasts.
+
+        Args:
+            keep: Keep every layer's record, so that no layer runs twice.
+            tap: Called before a module runs in ``forward``.
+        """
+        self._keeps = keep
         handles = [
             module.register_forward_hook(functools.partial(self._forward_hook, name))
             for name, module in self.modules.items()
         ]
+        if tap is not None:
+            handles += [
+                module.register_forward_pre_hook(functools.partial(self._tap_hook, tap, name))
+                for name, module in self.modules.items()
+            ]
         self._forwards = {name: layer.forward for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
             layer.forward = functools.partial(self._run_layer, name)
@@ -150,19 +223,30 @@ class ModelPass:
             del self.head.forward
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """Return the head's input, ``(samples, longest, hidden)``; ``batch`` on the device."""
-        output = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
+        """Return the head's input, ``(samples, longest, hidden)``.
+
+        No mask is handed over: padding stands on the right, where no real token looks under causal
+        attention, and attention kernels are several times faster without one.
+        """
+        output = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False)
         hidden: torch.Tensor = output.logits
         return hidden
+
+    @torch.no_grad()
+    def look(self, batch: Batch) -> torch.Tensor:
+        """Run a batch forward for the tap alone; return the head's input."""
+        self._looking = True
+        try:
+            return self.hidden(batch)
+        finally:
+            self._looking = False
 
     def forward(self, batch: Batch) -> Flight:
         """Run a batch forward; keep each layer's input and output."""
         real = batch.real_tokens()
         moved = batch.to(self.device)
-        real = None if real is None else real.to(self.device)
-        flight = Flight(moved, real)
+        tokens = batch.input_ids.numel() if real is None else len(real)
+        flight = Flight(moved, None if real is None else real.to(self.device), tokens)
         self._flight = flight
         with torch.enable_grad():
             flight.hidden = self.hidden(moved)
@@ -171,7 +255,7 @@ class ModelPass:
 
     def backward(
         self, flights: Sequence[Flight], slopes: Sequence[torch.Tensor]
-    ) -> Iterator[dict[str, list[Rows]]]:
+    ) -> Iterator[dict[str, Rows]]:
         """Run a wave backward, a layer at a time; each layer's modules hand out their rows.
 
         Args:
@@ -179,55 +263,70 @@ class ModelPass:
             slopes: Gradient at each batch's ``hidden``.
 
         Yields:
-            By module: its rows in each batch, in order. A module that no gradient reached is not
-            there.
+            The rows of each module, by its name. A module that no gradient reached is not there.
         """
         for flight, slope in zip(flights, slopes, strict=True):
             torch.autograd.backward(flight.hidden, slope)
+        starts = list(itertools.accumulate((flight.tokens for flight in flights), initial=0))
         while any(flight.calls for flight in flights):
-            collected: dict[str, list[Rows]] = {}
-            for flight in flights:
-                for name, rows in self._backward_layer(flight, flight.calls.pop()).items():
-                    collected.setdefault(name, []).append(rows)
-            yield collected
+            self._collector = _Collector(starts[-1])
+            for flight, start in zip(flights, starts, strict=False):
+                with self._collector.batch(flight, start):
+                    self._backward_layer(flight.calls.pop())
+            yield self._collector.rows
 
-    def _backward_layer(self, flight: Flight, call: _Call) -> dict[str, Rows]:
+    def _backward_layer(self, call: _Call) -> None:
         slope, call.output.grad = call.output.grad, None
         if slope is None:
-            return {}
-        self._flight, self._found, self._inputs = flight, {}, {}
-        inner = call.hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            output = _first(self._forwards[call.name](inner, *call.args, **call.kwargs))
-        torch.autograd.backward(output, slope)
+            return
+        inner, output = call.record or self._record(call.name, call.hidden, call.args, call.kwargs)
+        torch.autograd.backward(_first(output), slope)
         if call.hidden.requires_grad:
             torch.autograd.backward(call.hidden, inner.grad)
-        self._flight = None
-        return self._found
+
+    def _record(
+        self, name: str, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, Any]:
+        """Run a layer with a record of its own; return its input there, and what it gives."""
+        inner = hidden.detach().requires_grad_()
+        self._inside = True
+        try:
+            with torch.enable_grad():
+                return inner, self._forwards[name](inner, *args, **kwargs)
+        finally:
+            self._inside = False
 
     def _run_layer(self, name: str, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run a layer without a record; what it gives starts a new one."""
-        with torch.no_grad():
-            result = self._forwards[name](hidden, *args, **kwargs)
+        """Run a layer, its record kept or not; what it gives starts a new one."""
+        if self._looking:
+            return self._forwards[name](hidden, *args, **kwargs)
+        record = None
+        if self._keeps:
+            record = self._record(name, hidden, args, kwargs)
+            result = record[1]
+        else:
+            with torch.no_grad():
+                result = self._forwards[name](hidden, *args, **kwargs)
         output = _first(result).detach().requires_grad_()
         assert self._flight is not None
-        self._flight.calls.append(_Call(name, hidden, args, kwargs, output))
+        self._flight.calls.append(_Call(name, hidden, args, kwargs, output, record))
         return (output, *result[1:]) if isinstance(result, tuple) else output
+
+    def _tap_hook(
+        self, tap: Tap, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> None:
+        if self._looking or self._flight is not None:  # not when a layer runs again
+            tap(name, args[0])
 
     def _forward_hook(
         self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> None:
-        if not output.requires_grad or self._flight is None:
+        if not self._inside:
             return
-        flight, found, inputs = self._flight, self._found, self._inputs
         entered, left = args[0].detach(), output.detach()
 
         def keep(slope: torch.Tensor) -> None:
-            # q, k and v read one tensor: its rows are taken once and are one object.
-            where = entered.data_ptr()
-            if where not in inputs:
-                inputs[where] = flight.rows(entered)
-            found[name] = Rows(inputs[where], flight.rows(left), flight.rows(slope))
+            self._collector.take(name, entered, left, slope)
 
         output.register_hook(keep)  # type: ignore[no-untyped-call]
 

@@ -18,7 +18,11 @@ WEIGHT_CHUNK = 1 << 26
 
 
 def quantize(
-    x: torch.Tensor, cfg: Mapping[str, Any], amax: torch.Tensor | None = None
+    x: torch.Tensor,
+    cfg: Mapping[str, Any],
+    amax: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Fake-quantize ``x``; a config that the numerics do not cover goes to ModelOpt's quantizer.
 
@@ -26,10 +30,12 @@ def quantize(
         x: Any float tensor.
         cfg: A ModelOpt quantizer's ``cfg``.
         amax: Calibrated maximum; taken from ``x`` when not given.
+        out: Receives the result, contiguous; a new tensor does when not given.
     """
     if supports(cfg):
-        return fake_quantize(x, cfg, amax)
-    return _modelopt(x, cfg, amax)
+        return fake_quantize(x, cfg, amax, out=out)
+    result = _modelopt(x, cfg, amax)
+    return result if out is None else out.copy_(result)
 
 
 def quantize_weight(weight: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tensor:
@@ -48,7 +54,7 @@ def quantize_weight(weight: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tenso
     rows = max(1, WEIGHT_CHUNK // weight[0].numel())
     for start in range(0, len(weight), rows):
         part = slice(start, start + rows)
-        result[part] = fake_quantize(weight[part], cfg, whole)
+        fake_quantize(weight[part], cfg, whole, out=result[part])
     return result
 
 
@@ -58,10 +64,12 @@ def needs_fallback(cfg: Mapping[str, Any]) -> bool:
 
 
 def on_cpu(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ModelOpt configuration whose block formats run on a CPU, through our numerics.
+    """Return a ModelOpt configuration that gives on a CPU what ModelOpt's GPU kernels give.
 
-    ModelOpt has no CPU kernel for formats with block scales of their own type (MX, NVFP4); a
-    quantization backend is registered with it, and those quantizers are told to use it.
+    ModelOpt has no CPU kernel for formats with block scales of their own type (MX, NVFP4), and on a
+    CPU its E4M3 scale is ``1 / amax * 448`` where the kernels divide 448 by ``amax``: a unit in the
+    last place, which moves scores of layers with large outliers by percents. A quantization backend
+    with our numerics is registered with it, and those quantizers are told to use it.
 
     Args:
         cfg: A configuration as ``mtq.quantize`` takes it.
@@ -75,8 +83,9 @@ def on_cpu(cfg: Mapping[str, Any]) -> dict[str, Any]:
         register_quant_backend(_BACKEND, _backend)
     entries = []
     for entry in cfg["quant_cfg"]:
-        blocks = entry.get("cfg", {}).get("block_sizes") or {}
-        if "scale_bits" in blocks:
+        given = entry.get("cfg", {})
+        blocks = given.get("block_sizes") or {}
+        if "scale_bits" in blocks or (not blocks and given.get("num_bits") in ((4, 3), [4, 3])):
             entry = {**entry, "cfg": {**entry["cfg"], "backend": _BACKEND}}
         entries.append(entry)
     return {**cfg, "quant_cfg": entries}
@@ -84,6 +93,8 @@ def on_cpu(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def _backend(x: torch.Tensor, quantizer: Any) -> torch.Tensor:
     cfg = {"num_bits": quantizer.num_bits, "block_sizes": quantizer.block_sizes}
+    if quantizer.block_sizes is None:
+        cfg = {"num_bits": quantizer.num_bits, "axis": quantizer.axis}
     amax = None if quantizer.is_mx_format else getattr(quantizer, "_amax", None)
     return fake_quantize(x, cfg, amax)
 

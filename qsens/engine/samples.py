@@ -135,37 +135,53 @@ def equal_length_batches(
 
 
 def padded_batches(
-    samples: Samples, upto: int, *, boundaries: Iterable[int], max_tokens: int | None = None
+    samples: Samples,
+    upto: int,
+    *,
+    boundaries: Iterable[int],
+    together: int = BATCH_TOKENS,
+    max_tokens: int | None = None,
 ) -> list[Batch]:
     """Return batches of the first ``upto`` samples, of similar length, padded on the right.
 
-    Which samples share a batch, and so how far each is padded, depends on the samples and the
-    boundaries alone; a smaller ``max_tokens`` splits a batch into several of the same width.
+    Which samples share a batch, and so how far each is padded, depends on the samples, the
+    boundaries and ``together`` alone; a smaller ``max_tokens`` splits a batch into several of the
+    same width.
 
     Args:
         samples: The samples.
         upto: Samples to take, from the first.
         boundaries: Sample counts that no batch crosses.
+        together: Tokens that a batch is filled up to, padding included; see :func:`batch_tokens`.
         max_tokens: Tokens of a batch at most, padding included; one sample always goes through.
     """
     batches = []
     for start, stop in segments(upto, boundaries):
         order = sorted(range(start, stop), key=lambda index: (len(samples.ids[index]), index))
-        for together in _fill(samples, order):
-            longest = len(samples.ids[together[-1]])
-            rows = len(together)
+        for alike in _fill(samples, order, together):
+            longest = len(samples.ids[alike[-1]])
+            rows = len(alike)
             if max_tokens is not None:
                 rows = min(rows, max(1, max_tokens // longest))
-            for first in range(0, len(together), rows):
-                batches.append(make_batch(samples, together[first : first + rows], longest))
+            for first in range(0, len(alike), rows):
+                batches.append(make_batch(samples, alike[first : first + rows], longest))
     return batches
 
 
-def _fill(samples: Samples, order: Sequence[int]) -> list[list[int]]:
-    """Cut samples in ascending length so that a padded batch stays near ``BATCH_TOKENS``."""
+def batch_tokens(device: torch.device) -> int:
+    """Return how many tokens a batch is filled up to.
+
+    A GPU wants few large batches, since launching their kernels is what costs; a CPU wants smaller
+    ones, of samples that are closer in length: it is slow enough to pay for every padded token.
+    """
+    return BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS // 16
+
+
+def _fill(samples: Samples, order: Sequence[int], together: int) -> list[list[int]]:
+    """Cut samples in ascending length so that a padded batch stays near ``together`` tokens."""
     batches: list[list[int]] = [[]]
     for index in order:
-        if batches[-1] and (len(batches[-1]) + 1) * len(samples.ids[index]) > BATCH_TOKENS:
+        if batches[-1] and (len(batches[-1]) + 1) * len(samples.ids[index]) > together:
             batches.append([])
         batches[-1].append(index)
     return [batch for batch in batches if batch]

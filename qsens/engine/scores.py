@@ -58,6 +58,7 @@ class PassScores:
         loss: Summed loss of each sample, in nats.
         seconds: What the pass took.
         padding_share: Padded tokens over all tokens, 0 to 1.
+        maxima: The calibrated maxima that it used, by snapshot.
     """
 
     groups: tuple[Group, ...]
@@ -69,6 +70,7 @@ class PassScores:
     loss: torch.Tensor
     seconds: float
     padding_share: float
+    maxima: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     def relative_errors(self, candidate: int, scored: int) -> torch.Tensor | None:
         """Return ``||dY||^2 / ||Y||^2`` of each group over the first samples, where measured."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qsens.errors import UserError
+from qsens.numerics import kernels
 from qsens.numerics.blocks import fake_mx, fake_nvfp4, from_blocks, to_blocks
 from qsens.numerics.floats import fake_e4m3
 from qsens.numerics.formats import Format, Sharing, format_of
@@ -62,7 +63,9 @@ def compute_amax(x: Tensor, cfg: Mapping[str, Any]) -> Tensor | None:
 
 
 @torch.no_grad()
-def fake_quantize(x: Tensor, cfg: Mapping[str, Any], amax: Tensor | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor, cfg: Mapping[str, Any], amax: Tensor | None = None, *, out: Tensor | None = None
+) -> Tensor:
     """Round a tensor to what a number format can hold, scaled as ModelOpt's GPU kernels scale it.
 
     Equal to ModelOpt 0.47's kernels value by value, on CPU and CUDA; the functions for each family
@@ -91,10 +94,12 @@ def fake_quantize(x: Tensor, cfg: Mapping[str, Any], amax: Tensor | None = None)
         amax: Calibrated maxima, at least 0, in any float dtype; shaped as `compute_amax` returns
             them, or any shape with as many values. A single value serves the whole tensor; of
             several for NVFP4, the largest counts. Measured on ``x`` when not given.
+        out: Receives the result: contiguous, with shape, dtype and device of ``x``.
 
     Returns:
-        A new tensor with shape, dtype and device of ``x``. While it works, it holds at most two
-        float32 temporaries of the size of ``x`` (for bfloat16 in MX formats, bfloat16 ones).
+        ``out``, or a new tensor with shape, dtype and device of ``x``. On a GPU that needs no other
+        memory; plain torch holds at most two float32 temporaries of the size of ``x`` (for bfloat16
+        in MX formats, bfloat16 ones).
 
     Raises:
         UserError: The config is not one that `supports` covers, the dtype is none of those above,
@@ -110,11 +115,15 @@ def fake_quantize(x: Tensor, cfg: Mapping[str, Any], amax: Tensor | None = None)
         )
     if amax is not None and fmt.dynamic:
         raise ValueError("amax given for a dynamic format, which measures its own")
+    if x.numel() and kernels.covers(x, fmt, amax):
+        return kernels.quantize(x, fmt, amax, out)
     if x.numel() == 0:
-        return x.clone()
-    if x.dtype == torch.float64:
-        return _quantize(x.float(), fmt, amax).to(x.dtype)
-    return _quantize(x, fmt, amax)
+        result = x.clone()
+    elif x.dtype == torch.float64:
+        result = _quantize(x.float(), fmt, amax).to(x.dtype)
+    else:
+        result = _quantize(x, fmt, amax)
+    return result if out is None else out.copy_(result)
 
 
 def _quantize(x: Tensor, fmt: Format, amax: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 # Before the libraries that read it: their bars would tear the progress lines.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -97,15 +98,23 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
     sizes = list(config.dataset.sizes.values())
     requests = [_request(plan, cell) for cell in cells]
     candidates = distinct(requests)
-    started = time.monotonic()
-    maxima = _maxima(store, cells, candidates, groups, loaded, progress)
-    calibrated = time.monotonic() - started
     budget = plan_budget(
         model,
         groups,
         candidates,
         limit_gb=config.autoquant.memory_budget_gb,
     )
+    started = time.monotonic()
+    maxima = _stored_maxima(store, cells, candidates)
+    missing = [count for count in candidates.snapshots() if count not in maxima]
+    in_passing = (
+        not maxima
+        and config.autoquant.method == "gradient"
+        and fused.calibrates(model, samples, candidates, boundaries=sizes, budget=budget)
+    )
+    if missing and not in_passing:
+        maxima |= _calibrate(plan, loaded, groups, missing, progress)
+    calibrated = time.monotonic() - started
     log.info(
         "%d cells, %d candidates, at most %d tokens at once; memory above the weights: "
         "%.2f GiB predicted of %.2f GiB",
@@ -116,16 +125,12 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
         budget.limit / GIB,
     )
     before = reset_peak(loaded.device)
-    measure = fused.score if config.autoquant.method == "gradient" else diverge
+    if config.autoquant.method == "gradient":
+        measure = partial(fused.score, maxima=None if in_passing else maxima)
+    else:
+        measure = partial(diverge, maxima=maxima)
     found = measure(
-        model,
-        samples,
-        groups,
-        candidates,
-        maxima,
-        boundaries=sizes,
-        max_tokens=budget.max_tokens,
-        progress=progress,
+        model, samples, groups, candidates, boundaries=sizes, budget=budget, progress=progress
     )
     taken = max(0, peak(loaded.device) - before)
     log.info("memory above the weights: %.2f GiB taken at most", taken / GIB)
@@ -138,7 +143,7 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
             failed[cell.cell] = refused
             keep_failure(store, cell, refused)
             continue
-        scores = _cell_scores(plan, cell, request, groups, candidates, found, loaded, maxima)
+        scores = _cell_scores(plan, cell, request, groups, candidates, found, loaded)
         reasons = [entry.reason for entry in scores.groups if entry.status == "failed"]
         if reasons and len(reasons) == len(found.groups):
             failed[cell.cell] = UserError(
@@ -180,7 +185,7 @@ def both_engines(
         )
     found = fused.score(model, samples, groups, candidates, maxima, batches=batches)
     seconds = {"fused": time.monotonic() - started}
-    ours = _cell_scores(plan, cell, request, groups, candidates, found, loaded, maxima)
+    ours = _cell_scores(plan, cell, request, groups, candidates, found, loaded)
     started = time.monotonic()
     theirs = reference.score_cell(
         model,
@@ -242,26 +247,16 @@ def _without_labels(plan: Plan, cell: Cell, samples: Samples) -> UserError | Non
     )
 
 
-def _maxima(
-    store: Store,
-    cells: Sequence[Cell],
-    candidates: Candidates,
-    groups: Sequence[Group],
-    loaded: _Loaded,
-    progress: Progress,
+def _stored_maxima(
+    store: Store, cells: Sequence[Cell], candidates: Candidates
 ) -> dict[int, Maxima]:
-    """Read the calibrated maxima; compute them where ``calibrate`` has not run."""
+    """Read the maxima that ``calibrate`` has left, by sample count."""
     found: dict[int, Maxima] = {}
     by_count = {store.plan.samples_used(cell): cell.size for cell in cells}
-    missing = []
     for count in candidates.snapshots():
         path = store.calibration(calibration_digest(store.plan, by_count[count]))
         if path.is_file():
             found[count] = load_file(path)
-        else:
-            missing.append(count)
-    if missing:
-        found |= _calibrate(store.plan, loaded, groups, missing, progress)
     return found
 
 
@@ -290,7 +285,6 @@ def _cell_scores(
     candidates: Candidates,
     found: PassScores,
     loaded: _Loaded,
-    maxima: Mapping[int, Maxima],
 ) -> CellScores:
     """Read one cell's scores off a pass."""
     index = candidates.of_cell[cell.cell]
@@ -337,7 +331,7 @@ def _cell_scores(
                 )
             )
     snapshot = candidates.inputs[candidates.pairs[index][1]].snapshot
-    calibrated = maxima[snapshot] if snapshot is not None else {}
+    calibrated = found.maxima[snapshot] if snapshot is not None else {}
     notices = []
     if any(needs_fallback(cfg) for cfg in (request.weight, request.input) if cfg is not None):
         notices.append("ModelOpt's own quantizer computed this format")

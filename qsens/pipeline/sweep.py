@@ -1,4 +1,4 @@
-"""A whole sweep in one process: plan, calibrate, score, publish."""
+"""A whole sweep in one process: plan, score, publish."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from qsens.errors import QsensError
 from qsens.grid import Plan
-from qsens.pipeline.cell import calibrate, score
+from qsens.pipeline.cell import score
 from qsens.pipeline.publish import publish
 
 CellProgress = Callable[[str, str, int, int], None]
@@ -31,7 +31,7 @@ def run_sweep(
     if not plan.config.runner.report_only:
         for cell in plan.cells:
             try:
-                calibrate(plan, cell.cell, progress=_bound(progress, cell.cell), wait=True)
+                # Calibration comes with the score: one load of the checkpoint, often one forward.
                 score(plan, cell.cell, progress=_bound(progress, cell.cell), wait=True)
             except QsensError as error:
                 errors.append(error)

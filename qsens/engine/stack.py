@@ -1,0 +1,146 @@
+"""The inputs of modules, quantized in every way that a candidate reads. Needs torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qsens.engine.calibrate import Maxima
+from qsens.engine.candidates import Candidates
+from qsens.engine.change import Segment
+from qsens.engine.layout import Layout, Slot
+from qsens.engine.quantizer import quantize
+
+Fail = Callable[[str, Sequence[int], Exception], None]
+"""Called with a module's name, the candidates that cannot be computed on it, and why."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The rows of one input, quantized in every way, behind one another.
+
+    Attributes:
+        rows: All of them.
+        starts: Where those of an input format and snapshot begin.
+        counts: How many those are.
+    """
+
+    rows: torch.Tensor
+    starts: dict[int, int]
+    counts: dict[int, int]
+
+    def select(self, slots: Sequence[Slot]) -> tuple[torch.Tensor, tuple[Segment, ...]]:
+        """Return the rows that candidates read, for one product, and what is what in it."""
+        counts: dict[int, int] = {}
+        for slot in slots:  # two may read the same rows
+            start = self.starts[slot.input]
+            counts[start] = max(counts.get(start, 0), self.counts[slot.input])
+        moved: dict[int, int] = {}
+        pieces: list[slice] = []
+        end = 0
+        for start, count in sorted(counts.items()):
+            moved[start] = end
+            if pieces and pieces[-1].stop == start:
+                pieces[-1] = slice(pieces[-1].start, start + count)
+            else:
+                pieces.append(slice(start, start + count))
+            end += count
+        segments = tuple((moved[self.starts[s.input]], s.start, s.count) for s in slots)
+        return _cat([self.rows[piece] for piece in pieces]), segments
+
+
+class Inputs:
+    """Quantizes the inputs of modules.
+
+    Args:
+        candidates: What is computed.
+        device: Where the modules are.
+        fail: Told of inputs that cannot be quantized.
+    """
+
+    def __init__(self, candidates: Candidates, device: torch.device, fail: Fail) -> None:
+        self.candidates = candidates
+        self._device = device
+        self._fail = fail
+        self._maxima: dict[int, Maxima] = {}
+        self._ranges: dict[int, dict[str, float]] = {}
+
+    def calibrate(self, maxima: Mapping[int, Maxima]) -> None:
+        """Take the calibrated maxima, by snapshot, as they are on the CPU."""
+        self._maxima = {count: _moved(found, self._device) for count, found in maxima.items()}
+        self._ranges = {count: _numbers(found) for count, found in maxima.items()}
+
+    def stack(self, name: str, rows: torch.Tensor, layout: Layout) -> Stack:
+        """Quantize an input in every way that a candidate reads.
+
+        Two snapshots with the same maximum are one: the rows of the larger count serve both.
+        """
+        used: dict[int, int] = {}
+        readers: Counter[int] = Counter()
+        for slots in layout.slots.values():
+            for slot in slots:
+                used[slot.input] = max(used.get(slot.input, 0), slot.count)
+                readers[slot.input] += 1
+        # What most weight formats read comes first: then each reads rows that lie together.
+        order = sorted(used, key=lambda entry: (-readers[entry], entry))
+        alike: dict[object, list[int]] = {}
+        for entry in order:
+            alike.setdefault(self._range(name, entry), []).append(entry)
+        counts = {key: max(used[entry] for entry in entries) for key, entries in alike.items()}
+        stacked = rows.new_empty(sum(counts.values()), rows.shape[1])
+        starts: dict[int, int] = {}
+        end = 0
+        for key, entries in alike.items():
+            self._quantized(name, rows[: counts[key]], entries, stacked[end : end + counts[key]])
+            for entry in entries:
+                starts[entry] = end
+                used[entry] = counts[key]
+            end += counts[key]
+        return Stack(stacked, starts, used)
+
+    def _range(self, name: str, index: int) -> object:
+        """Return what an input format does to a module's input, as a key."""
+        entry = self.candidates.inputs[index]
+        if entry.snapshot is None:
+            return index
+        return repr(entry.cfg), self._ranges[entry.snapshot].get(name)
+
+    def _quantized(
+        self, name: str, rows: torch.Tensor, entries: Sequence[int], out: torch.Tensor
+    ) -> None:
+        """Quantize rows as the first of ``entries`` says, like all of them.
+
+        Where that fails, every candidate of these inputs has failed here: the rows stay as they
+        are, for the product's shape alone.
+        """
+        entry = self.candidates.inputs[entries[0]]
+        try:
+            if entry.cfg is None:
+                out.copy_(rows)
+                return
+            amax = None if entry.snapshot is None else self._maxima[entry.snapshot][name]
+            quantize(rows, entry.cfg, amax, out=out)
+        except Exception as error:
+            out.copy_(rows)
+            pairs = enumerate(self.candidates.pairs)
+            self._fail(name, [candidate for candidate, (_, of) in pairs if of in entries], error)
+
+
+def _moved(maxima: Maxima, device: torch.device) -> Maxima:
+    """Move all maxima in one transfer."""
+    if not maxima:
+        return {}
+    return dict(zip(maxima, torch.stack(list(maxima.values())).to(device), strict=True))
+
+
+def _numbers(maxima: Maxima) -> dict[str, float]:
+    if not maxima:
+        return {}
+    return dict(zip(maxima, torch.stack(list(maxima.values())).tolist(), strict=True))
+
+
+def _cat(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
