@@ -311,6 +311,7 @@ def _identity(
         "pair": pair.model_dump(mode="json"),
         "coverage": coverage,
         "method": autoquant.method,
+        "draws": autoquant.draws if autoquant.method == "fisher" else None,
         "effective_bits": autoquant.effective_bits,
         "score_size": autoquant.score_size,
         "batch_size": autoquant.batch_size,

@@ -180,9 +180,12 @@ class GroupSensitivity(Section):
     num_bits: float | None = None
     """Effective bits of the format, block scales included."""
     sensitivity: float | None = None
-    """``gradient``: ``sum_i s_i / T_b(i)^2``, ModelOpt's number; ``kl_div``: nats, summed."""
+    """``gradient``: ``sum_i s_i / T_b(i)^2``, ModelOpt's number; ``fisher`` and ``kl_div``: nats,
+    summed."""
     sensitivity_per_token: float | None = None
-    """``gradient``: ``sum_i s_i / sum_i T_i``; ``kl_div``: nats a real token."""
+    """``gradient``: ``sum_i s_i / sum_i T_i``; ``fisher`` and ``kl_div``: nats a real token."""
+    standard_error: float | None = None
+    """Of ``sensitivity_per_token``, from the draws of ``fisher`` alone; null for other methods."""
     relative_error: float | None = None
     """``||dY||^2 / ||Y||^2`` of the group's outputs over the real tokens scored."""
     size_cost: float | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -94,9 +94,12 @@ class DatasetConfig(Frozen):
 class AutoquantConfig(Frozen):
     """How layers are scored."""
 
-    method: Literal["gradient", "kl_div"] = "gradient"
-    """The score: ``gradient``, ModelOpt's proxy; ``kl_div``, the true KL divergence of one group
-    quantized at a time, far slower."""
+    method: Literal["gradient", "fisher", "kl_div"] = "gradient"
+    """The score: ``gradient``, ModelOpt's proxy; ``fisher``, an estimate of the KL divergence in
+    nats from drawn labels, at about twice its price; ``kl_div``, the true KL divergence of one
+    group quantized at a time, far slower."""
+    draws: int = Field(default=8, ge=2, le=256)
+    """Draws of labels for ``fisher``, each a backward pass."""
     engine: Literal["fused", "modelopt"] = "fused"
     """What computes it: ``fused``, all cells in one pass; ``modelopt``, the reference: one
     ``mtq.auto_quantize`` a cell."""
@@ -113,6 +116,12 @@ class AutoquantConfig(Frozen):
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of all that is drawn at random."""
 
+    @model_validator(mode="after")
+    def _the_engine_knows_the_method(self) -> Self:
+        if self.engine == "modelopt" and self.method == "fisher":
+            raise ValueError("engine=modelopt has no method 'fisher': use engine=fused")
+        return self
+
 
 class RunnerConfig(Frozen):
     """How a run behaves."""
@@ -123,6 +132,16 @@ class RunnerConfig(Frozen):
     """Directory of the results, before any layout; one directory a cell below it if several."""
     force: bool = False
     """Compute again what is there already, as new results."""
+
+
+class NotifierConfig(Frozen):
+    """An Airflow notifier that is told how a run ended."""
+
+    notifier: str = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
+    """Import path of its class, ``airflow.providers.smtp.notifications.smtp.SmtpNotifier``."""
+    arguments: dict[str, Any] = {}
+    """Its arguments; in those that it renders, ``{{ notice.subject }}``, ``{{ notice.text }}``,
+    ``{{ notice.html }}`` and ``{{ notice.json }}`` are the message."""
 
 
 class DagConfig(Frozen):
@@ -138,6 +157,18 @@ class DagConfig(Frozen):
     """Tries after the first for what may pass by itself."""
     execution_timeout_minutes: int = Field(default=360, ge=1)
     """Time limit of one GPU task, in minutes: that of a whole lane."""
+    lanes: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Shares that the grid is split into, one for each GPU; null: as many as the pool has slots,
+    where that is known."""
+    keep_sweeps: int = Field(default=30, ge=1)
+    """Sweeps of a model that are kept, the newest, however old they are."""
+    keep_days: int = Field(default=90, ge=1)
+    """Days that every sweep is kept."""
+    # Left out of plans, which are published: an argument may be somebody's address.
+    notify: tuple[NotifierConfig, ...] = Field(default=(), exclude=True)
+    """Airflow notifiers that are told how a run ended, each once a run."""
+    notify_when: Literal["remarkable", "always"] = "remarkable"
+    """``remarkable``: a run that failed, is PARTIAL, or moved beyond noise; ``always``: any."""
 
 
 class SweepConfig(Frozen):

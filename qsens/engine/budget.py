@@ -18,6 +18,8 @@ from qsens.engine.quantizer import WEIGHT_CHUNK
 from qsens.engine.samples import BATCH_TOKENS
 
 GIB = 1 << 30
+# Environment variable: what a run after one that was out of memory may take of the budget, 0 to 1.
+MEMORY_SHARE = "QSENS_MEMORY_SHARE"
 # What is left to the allocator's own waste and to what the estimate does not see.
 _SHARE_OF_FREE = 0.8
 _LEAST_TOKENS = 64
@@ -55,6 +57,7 @@ def plan_budget(
     candidates: Candidates,
     *,
     limit_gb: float | None,
+    losses: int = 1,
 ) -> Budget:
     """Return how many tokens fit.
 
@@ -63,11 +66,13 @@ def plan_budget(
         groups: Its groups.
         candidates: What the pass computes.
         limit_gb: GiB above the weights; from what is free when not given.
+        losses: Losses that go backward, each with gradients of its own.
     """
     parameter = next(model.parameters())
-    limit = int(limit_gb * GIB) if limit_gb else int(_free(parameter.device) * _SHARE_OF_FREE)
+    free = limit_gb * GIB if limit_gb else _free(parameter.device) * _SHARE_OF_FREE
+    limit = int(free * float(os.environ.get(MEMORY_SHARE) or 1))
     size = parameter.element_size()
-    fixed, per_token, records = _footprint(model, groups, candidates, size)
+    fixed, per_token, records = _footprint(model, groups, candidates, size, losses)
     fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
     tokens = min(_WAVE_TOKENS, fitting)
     recorded = int((min(limit, _RECORDS) - fixed) / (per_token + records))
@@ -108,6 +113,7 @@ def _footprint(
     groups: Sequence[Group],
     candidates: Candidates,
     size: int,
+    losses: int,
 ) -> tuple[float, float, float]:
     """Return the bytes of a pass: those that depend on no token, those of a token, its records."""
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -120,6 +126,7 @@ def _footprint(
         of_input[entry] = max(of_input.get(entry, 0.0), part)
     most = max(of_weight.values())
     inside: dict[int | None, float] = {}
+    slopes: dict[int | None, float] = {}
     widest = largest = 0.0
     for group in groups:
         if not group.covered:
@@ -133,6 +140,7 @@ def _footprint(
             out, into = weight.shape[0], weight[0].numel()
             # One layer at a time: what autograd keeps while it runs again, and the rows taken.
             inside[group.depth] = inside.get(group.depth, 0.0) + 1.5 * size * (into + out)
+            slopes[group.depth] = slopes.get(group.depth, 0.0) + (losses - 1) * size * out
             # Quantized inputs, also stacked for two kinds of weights; the rows; one product.
             stacked = 2 * sum(of_input.values()) + most
             widest = max(widest, into * size * (1 + stacked) + out * size * (2 + most))
@@ -142,7 +150,7 @@ def _footprint(
     fixed = largest * size + chunk * 3 * 4 + HEAD_ROWS * vocabulary * (3 * 4 + 2 * size)
     at_head = hidden * size * (3 + most)
     per_token = layers * hidden * size * 1.1 + max(
-        max(inside.values(), default=0.0) + widest, at_head
+        max(inside.values(), default=0.0) + max(slopes.values(), default=0.0) + widest, at_head
     )
     return fixed, per_token, sum(inside.values()) - max(inside.values(), default=0.0)
 

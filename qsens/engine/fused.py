@@ -58,14 +58,28 @@ def score(
         batches: Batches to run instead of the engine's own, such as those of the other engine.
         progress: Called as batches go through.
     """
-    covered = tuple(group for group in groups if group.covered)
+    covered = [group for group in groups if group.covered]
     scored = min(max(candidates.scored), len(samples))
+    work = Pass(model, covered, candidates, scored, budget.head_formats if budget else 1)
+    return run(work, samples, maxima, boundaries, budget, batches, progress)
+
+
+def run(
+    work: Pass,
+    samples: Samples,
+    maxima: Mapping[int, Maxima] | None,
+    boundaries: Sequence[int],
+    budget: Budget | None,
+    batches: Sequence[Batch] | None,
+    progress: Progress,
+) -> PassScores:
+    """Run a pass over the samples; the arguments are those of :func:`score`."""
+    started = time.monotonic()
+    model, candidates, scored = work.run.model, work.candidates, work.scored
     limit = budget.max_tokens if budget else None
     if batches is None:
         batches = _batches(model, samples, scored, candidates, boundaries, limit)
     batches = [batch for batch in batches if batch.first < scored]
-    started = time.monotonic()
-    work = _Pass(model, covered, candidates, scored, budget.head_formats if budget else 1)
     running, more = None, []
     if maxima is None:
         snapshots = candidates.snapshots()
@@ -82,16 +96,17 @@ def score(
             done += len(wave)
             progress("score", done, len(batches))
     return PassScores(
-        groups=covered,
-        per_sample=work.scores,
+        groups=tuple(work.groups),
+        per_sample=work.per_sample(),
         errors=work.errors,
         norms=work.norms,
-        reached=tuple(all(name in work.seen for name in group.members) for group in covered),
+        reached=tuple(all(name in work.seen for name in group.members) for group in work.groups),
         failures=work.failures,
         loss=work.loss,
         seconds=time.monotonic() - started,
         padding_share=padding_share(batches),
         maxima=work.found,
+        draws=work.draws(),
     )
 
 
@@ -128,8 +143,16 @@ def _batches(
     return padded_batches(samples, upto, boundaries=cuts, together=together, max_tokens=limit)
 
 
-class _Pass:
-    """The running state of one pass."""
+class Pass:
+    """The running state of one pass.
+
+    Args:
+        model: The model.
+        groups: The groups that are scored.
+        candidates: What to compute.
+        scored: Samples that are scored.
+        head_formats: Weight formats of the head that are held at once.
+    """
 
     def __init__(
         self,
@@ -139,7 +162,9 @@ class _Pass:
         scored: int,
         head_formats: int,
     ) -> None:
+        self.groups = groups
         self.candidates = candidates
+        self.scored = scored
         self.head_formats = head_formats
         self.group_of = {name: i for i, group in enumerate(groups) for name in group.members}
         self.linears = {name: model.get_submodule(name) for name in self.group_of}
@@ -157,6 +182,14 @@ class _Pass:
         self.loss = torch.zeros(scored, dtype=torch.float64)
         self.seen: set[str] = set()
         self.failures: dict[tuple[int, int], str] = {}
+
+    def per_sample(self) -> torch.Tensor:
+        """Return ``s_i``, ``(groups, candidates, samples)``, float64."""
+        return self.scores
+
+    def draws(self) -> torch.Tensor | None:
+        """Return what each draw says, where there are draws."""
+        return None
 
     def calibrate(self, maxima: Mapping[int, Maxima]) -> None:
         """Take the calibrated maxima, by snapshot."""
@@ -188,19 +221,23 @@ class _Pass:
                     running.take(self.head_name, hidden)
             self.calibrate(running.snapshots())
         with torch.no_grad():
-            slopes, found = self._head(flights)
+            slopes, found = self.head(flights)
             layout = lay_out(batches, self.candidates, self.device, labels=False)
             for layer in self.run.backward(flights, slopes):
                 if layer:
                     found.append(self._layer(layer, layout))
             # Read at the end of a wave: until here, nothing has waited for the device.
             if found:
-                self._book(found, list(layout.order))
+                self.book(found, list(layout.order))
+
+    def ledger(self, modules: int, layout: Layout) -> Ledger:
+        """Return an empty ledger."""
+        return Ledger(modules, layout, self.device)
 
     def _layer(self, layer: dict[str, Rows], layout: Layout) -> Sums:
         """Score every candidate on the modules of one layer."""
         names = list(layer)
-        ledger = Ledger(len(names), layout, self.device)
+        ledger = self.ledger(len(names), layout)
         read: torch.Tensor | None = None
         for position, name in enumerate(names):
             rows = layer.pop(name)
@@ -215,21 +252,32 @@ class _Pass:
         bias: torch.Tensor | None = self.linears[name].bias  # type: ignore[assignment]
         ledger.norms[position] = _row_norms(rows.outputs)
         for index, slots in ledger.layout.slots.items():
-            weight = self._weight(name, index, slots)
+            weight = self.weight(name, index, slots)
             if weight is None:
                 continue
             given, segments = stack.select(slots)
-            change_norms(
-                F.linear(given, weight, bias),
-                rows.outputs,
-                rows.slopes,
-                segments,
-                errors=ledger.errors[position],
-                scores=ledger.scores[position],
-            )
+            self.measure(F.linear(given, weight, bias), rows, segments, ledger, position)
 
-    def _head(self, flights: Sequence[Flight]) -> tuple[list[torch.Tensor], list[Sums]]:
-        """Score the head in chunks of rows; return the gradient at its input, by batch.
+    def measure(
+        self,
+        changed: torch.Tensor,
+        rows: Rows,
+        segments: tuple[Segment, ...],
+        ledger: Ledger,
+        position: int,
+    ) -> None:
+        """Book what changed outputs of a module do; they are used up."""
+        change_norms(
+            changed,
+            rows.outputs,
+            rows.slopes[0],
+            segments,
+            errors=ledger.errors[position],
+            scores=ledger.scores[position],
+        )
+
+    def head(self, flights: Sequence[Flight]) -> tuple[list[list[torch.Tensor]], list[Sums]]:
+        """Score the head in chunks of rows; return the gradients at its input, by batch.
 
         The gradient of the summed cross-entropy at the logits is ``softmax - one_hot``. A chunk's
         logits are made once for as many weight formats as are held at once.
@@ -251,7 +299,7 @@ class _Pass:
             stack = self.inputs.stack(self.head_name, rows, layout)
         for turn in range(0, max(1, len(scored)), self.head_formats):
             weights = [
-                (self._weight(self.head_name or "", index, slots), slots)
+                (self.weight(self.head_name or "", index, slots), slots)
                 for index, slots in scored[turn : turn + self.head_formats]
             ]
             for at in _chunks(len(rows), HEAD_ROWS):
@@ -273,7 +321,7 @@ class _Pass:
             inner = torch.zeros_like(gradient[:, :-1]).flatten(0, 1)
             inner[index] = part
             gradient[:, :-1] = inner.view(gradient[:, :-1].shape)
-            gradients.append(gradient)
+            gradients.append([gradient])
         return gradients, [ledger.sums([self.head_name])] if self.head_name is not None else []
 
     def _head_chunk(
@@ -304,7 +352,7 @@ class _Pass:
                 scores=ledger.scores[0, at.start :],
             )
 
-    def _book(self, found: Sequence[Sums], order: list[int]) -> None:
+    def book(self, found: Sequence[Sums], order: list[int]) -> None:
         """Add modules to their groups, in a fixed order."""
         names = [name for sums in found for name in sums.names]
         self.seen.update(names)
@@ -318,7 +366,8 @@ class _Pass:
             added = table.new_zeros(len(total), *table.shape[1:]).index_add_(0, groups, table)
             total[..., order] += added
 
-    def _weight(self, name: str, index: int, slots: Sequence[Slot]) -> torch.Tensor | None:
+    def weight(self, name: str, index: int, slots: Sequence[Slot]) -> torch.Tensor | None:
+        """Return a module's quantized weight; None where that fails, which is noted."""
         try:
             weight: torch.Tensor = self.linears[name].weight  # type: ignore[assignment]
             return quantize_weight(weight, self.candidates.weights[index])

@@ -95,7 +95,7 @@ class Sums:
 
     Attributes:
         names: The modules.
-        scores: ``(modules, candidates, samples)``.
+        scores: ``(modules, candidates, samples)``; with draws, ``(..., draws)``.
         errors: ``(modules, candidates, samples)``.
         norms: ``(modules, samples)``.
     """
@@ -109,28 +109,44 @@ class Sums:
 class Ledger:
     """The norms of the rows of several modules, laid out by candidate.
 
+    Args:
+        modules: How many modules.
+        layout: Where the rows of a candidate lie.
+        device: Where they are.
+        draws: Draws of labels; 0 where labels are given.
+
     Attributes:
-        scores: ``|G * dY|`` of each row, ``(modules, total)``, float32.
+        scores: ``|G * dY|`` of each row, ``(modules, total)``, float32; with draws, the sums of
+            ``G * dY``, ``(draws, modules, total)``.
         errors: ``|dY|`` of each row, same shape.
         norms: ``|Y|`` of each row, ``(modules, rows)``.
     """
 
-    def __init__(self, modules: int, layout: Layout, device: torch.device) -> None:
+    def __init__(self, modules: int, layout: Layout, device: torch.device, draws: int = 0) -> None:
         self.layout = layout
-        self.scores = torch.zeros(modules, layout.total, device=device)
-        self.errors = torch.zeros(modules, layout.total, device=device)
+        self.draws = draws
+        shape = (draws, modules, layout.total) if draws else (modules, layout.total)
+        self.scores = torch.zeros(shape, device=device)
+        self.errors = torch.zeros(shape[-2:], device=device)
         self.norms = torch.zeros(modules, layout.rows, device=device)
 
     def sums(self, names: list[str]) -> Sums:
-        """Return the squares of each sample's rows, summed."""
+        """Return the squares of each sample's rows, summed; of draws, the rows summed."""
+        places = self.layout.places
         return Sums(
             names,
-            _square_sums(self.scores, self.layout.places),
-            _square_sums(self.errors, self.layout.places),
+            _sums(self.scores, places).movedim(0, -1)
+            if self.draws
+            else _square_sums(self.scores, places),
+            _square_sums(self.errors, places),
             _square_sums(self.norms, self.layout.own),
         )
 
 
 def _square_sums(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Return sums of squares of ``(modules, rows)`` over the last dimension of ``places``."""
-    return F.pad(values.square_(), (0, 1))[:, places].double().sum(dim=-1)
+    return _sums(values.square_(), places)
+
+
+def _sums(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return F.pad(values, (0, 1))[..., places].double().sum(dim=-1)

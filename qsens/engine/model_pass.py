@@ -41,7 +41,8 @@ class Rows:
     Attributes:
         inputs: ``(tokens, in)``; the very same object where modules read one input.
         outputs: ``(tokens, out)``.
-        slopes: Gradient of the samples' summed losses at the output, ``(tokens, out)``.
+        slopes: Gradients at the output, of every loss that goes backward,
+            ``(losses, tokens, out)``.
     """
 
     inputs: torch.Tensor
@@ -59,6 +60,7 @@ class _Call:
     kwargs: dict[str, Any]
     output: torch.Tensor
     record: tuple[torch.Tensor, torch.Tensor] | None
+    slopes: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,10 +94,16 @@ class _Collector:
 
     Args:
         total: Real tokens of the wave.
+        losses: Losses that go backward, one after the other.
+
+    Attributes:
+        loss: Index of the loss that goes backward now.
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, losses: int) -> None:
         self.total = total
+        self.losses = losses
+        self.loss = 0
         self.rows: dict[str, Rows] = {}
 
     @contextmanager
@@ -108,7 +116,7 @@ class _Collector:
         yield
         for name in self._missing:  # no gradient of this batch reached it
             rows = self.rows[name]
-            for tensor in (rows.inputs, rows.outputs, rows.slopes):
+            for tensor in (rows.inputs, rows.outputs, *rows.slopes):
                 tensor[self._at] = 0
 
     def take(
@@ -122,21 +130,23 @@ class _Collector:
             rows = Rows(
                 self._new(inputs) if shared is None else shared,
                 self._new(outputs),
-                self._new(slopes),
+                self._new(slopes, self.losses),
             )
             self.rows[name] = rows
+            self._missing.add(name)
             self._by_address[inputs.data_ptr()] = rows.inputs
-        self._missing.discard(name)
-        if id(rows.inputs) not in self._filled:
-            self._filled.add(id(rows.inputs))
-            self._flight.rows(inputs, rows.inputs[self._at])
-        self._flight.rows(outputs, rows.outputs[self._at])
-        self._flight.rows(slopes, rows.slopes[self._at])
+        if name in self._missing:
+            self._missing.remove(name)
+            if id(rows.inputs) not in self._filled:
+                self._filled.add(id(rows.inputs))
+                self._flight.rows(inputs, rows.inputs[self._at])
+            self._flight.rows(outputs, rows.outputs[self._at])
+        self._flight.rows(slopes, rows.slopes[self.loss, self._at])
 
-    def _new(self, like: torch.Tensor) -> torch.Tensor:
+    def _new(self, like: torch.Tensor, *more: int) -> torch.Tensor:
         # Earlier batches that did not reach the module count as zeros.
         make = like.new_zeros if self._at.start else like.new_empty
-        return make(self.total, like.shape[-1])
+        return make(*more, self.total, like.shape[-1])
 
 
 class ModelPass:
@@ -168,7 +178,7 @@ class ModelPass:
         self.modules = {name: module for name, module in modules.items() if module is not head}
         self._layers = layers_of(model)
         self._flight: Flight | None = None
-        self._collector = _Collector(0)
+        self._collector = _Collector(0, 1)
         self._keeps = False
         self._looking = False
         self._inside = False
@@ -254,35 +264,40 @@ class ModelPass:
         return flight
 
     def backward(
-        self, flights: Sequence[Flight], slopes: Sequence[torch.Tensor]
+        self, flights: Sequence[Flight], slopes: Sequence[Sequence[torch.Tensor]]
     ) -> Iterator[dict[str, Rows]]:
         """Run a wave backward, a layer at a time; each layer's modules hand out their rows.
 
         Args:
             flights: The batches, all through ``forward``.
-            slopes: Gradient at each batch's ``hidden``.
+            slopes: Gradients at each batch's ``hidden``, of every loss that goes backward.
 
         Yields:
             The rows of each module, by its name. A module that no gradient reached is not there.
         """
-        for flight, slope in zip(flights, slopes, strict=True):
-            torch.autograd.backward(flight.hidden, slope)
+        for flight, given in zip(flights, slopes, strict=True):
+            for index, slope in enumerate(given):
+                torch.autograd.backward(flight.hidden, slope, retain_graph=index + 1 < len(given))
+                _hand_on(flight, index)
         starts = list(itertools.accumulate((flight.tokens for flight in flights), initial=0))
         while any(flight.calls for flight in flights):
-            self._collector = _Collector(starts[-1])
+            self._collector = _Collector(starts[-1], len(slopes[0]))
             for flight, start in zip(flights, starts, strict=False):
                 with self._collector.batch(flight, start):
-                    self._backward_layer(flight.calls.pop())
+                    self._backward_layer(flight, flight.calls.pop())
             yield self._collector.rows
 
-    def _backward_layer(self, call: _Call) -> None:
-        slope, call.output.grad = call.output.grad, None
-        if slope is None:
+    def _backward_layer(self, flight: Flight, call: _Call) -> None:
+        if not call.slopes:
             return
         inner, output = call.record or self._record(call.name, call.hidden, call.args, call.kwargs)
-        torch.autograd.backward(_first(output), slope)
-        if call.hidden.requires_grad:
-            torch.autograd.backward(call.hidden, inner.grad)
+        for index, slope in call.slopes.items():
+            self._collector.loss, inner.grad = index, None
+            keep = index + 1 < len(call.slopes)
+            torch.autograd.backward(_first(output), slope, retain_graph=keep)
+            if call.hidden.requires_grad:
+                torch.autograd.backward(call.hidden, inner.grad, retain_graph=keep)
+                _hand_on(flight, index)
 
     def _record(
         self, name: str, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -329,6 +344,15 @@ class ModelPass:
             self._collector.take(name, entered, left, slope)
 
         output.register_hook(keep)  # type: ignore[no-untyped-call]
+
+
+def _hand_on(flight: Flight, loss: int) -> None:
+    """Give the gradients of one loss, just found at the outputs of layers, to these layers."""
+    for call in flight.calls:
+        found, call.output.grad = call.output.grad, None
+        if found is not None:
+            before = call.slopes.get(loss)
+            call.slopes[loss] = found if before is None else before + found
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -26,10 +26,12 @@ class GroupScore:
         group: The group.
         status: Whether it was scored, and if not, why not.
         reason: The same in words, where it was not.
-        sensitivity: Method ``gradient``: ``sum_i s_i / T_b(i)^2``; ``kl_div``: the divergence
-            summed over all real tokens, in nats. None unless scored.
-        sensitivity_per_token: ``gradient``: ``sum_i s_i / sum_i T_i``; ``kl_div``: nats a real
+        sensitivity: Method ``gradient``: ``sum_i s_i / T_b(i)^2``; ``fisher`` and ``kl_div``: the
+            divergence summed over all real tokens, in nats. None unless scored.
+        sensitivity_per_token: ``gradient``: ``sum_i s_i / sum_i T_i``; the others: nats a real
             token. None where the engine cannot tell.
+        standard_error: Of ``sensitivity_per_token``, from the draws of ``fisher`` alone: how far
+            off the divergence of these very samples may be. None for other methods.
         relative_error: ``||dY||^2 / ||Y||^2``, summed over members; none where not measured.
     """
 
@@ -39,6 +41,7 @@ class GroupScore:
     sensitivity: float | None = None
     sensitivity_per_token: float | None = None
     relative_error: float | None = None
+    standard_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class PassScores:
     Attributes:
         groups: The covered groups, in model order.
         per_sample: ``(groups, candidates, samples)``, float64 on the CPU; 0 where a candidate does
-            not score a sample. Method ``gradient``: ``s_i``; ``kl_div``: nats.
+            not score a sample. Method ``gradient``: ``s_i``; the others: nats.
         errors: ``||dY||^2`` over the real tokens of each sample, shaped as ``per_sample``; none
             where it is not measured.
         norms: ``||Y||^2`` of the same tokens, ``(groups, samples)``; none where it is not measured.
@@ -59,6 +62,8 @@ class PassScores:
         seconds: What the pass took.
         padding_share: Padded tokens over all tokens, 0 to 1.
         maxima: The calibrated maxima that it used, by snapshot.
+        draws: Method ``fisher``: what each draw says, ``(groups, candidates, samples, draws)``, in
+            nats; their mean is ``per_sample``.
     """
 
     groups: tuple[Group, ...]
@@ -71,6 +76,7 @@ class PassScores:
     seconds: float
     padding_share: float
     maxima: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    draws: torch.Tensor | None = None
 
     def relative_errors(self, candidate: int, scored: int) -> torch.Tensor | None:
         """Return ``||dY||^2 / ||Y||^2`` of each group over the first samples, where measured."""

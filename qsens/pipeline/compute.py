@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qsens.engine import fused, reference
+from qsens.engine import fisher, fused, reference
 from qsens.engine.budget import GIB, peak, plan_budget, reset_peak
 from qsens.engine.calibrate import Maxima
 from qsens.engine.calibrate import calibrate as run_calibration
@@ -103,13 +103,14 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
         groups,
         candidates,
         limit_gb=config.autoquant.memory_budget_gb,
+        losses=config.autoquant.draws if config.autoquant.method == "fisher" else 1,
     )
     started = time.monotonic()
     maxima = _stored_maxima(store, cells, candidates)
     missing = [count for count in candidates.snapshots() if count not in maxima]
     in_passing = (
         not maxima
-        and config.autoquant.method == "gradient"
+        and config.autoquant.method != "kl_div"
         and fused.calibrates(model, samples, candidates, boundaries=sizes, budget=budget)
     )
     if missing and not in_passing:
@@ -125,8 +126,12 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
         budget.limit / GIB,
     )
     before = reset_peak(loaded.device)
+    known = None if in_passing else maxima
     if config.autoquant.method == "gradient":
-        measure = partial(fused.score, maxima=None if in_passing else maxima)
+        measure = partial(fused.score, maxima=known)
+    elif config.autoquant.method == "fisher":
+        draws, seed = config.autoquant.draws, config.autoquant.seed
+        measure = partial(fisher.estimate, maxima=known, draws=draws, seed=seed)
     else:
         measure = partial(diverge, maxima=maxima)
     found = measure(
@@ -298,11 +303,16 @@ def _cell_scores(
     if plan.config.autoquant.method == "gradient":
         sensitivity = (per_sample / nominal.square()).sum(dim=1)
         per_token = per_sample.sum(dim=1) / max(1, sum(labels))
-        unreached = "no gradient reached it"
     else:
         sensitivity = per_sample.sum(dim=1)
         per_token = sensitivity / loaded.samples.tokens(scored)
-        unreached = "no sample ran through it"
+    kl_div = plan.config.autoquant.method == "kl_div"
+    unreached = "no sample ran through it" if kl_div else "no gradient reached it"
+    spread = None
+    if found.draws is not None:
+        drawn = found.draws[:, index, :scored]
+        spread = (drawn.var(dim=-1) / drawn.shape[-1]).sum(dim=1).sqrt()
+        spread /= loaded.samples.tokens(scored)
     errors = found.relative_errors(index, scored)
     at = {group.name: position for position, group in enumerate(found.groups)}
     entries = []
@@ -328,6 +338,7 @@ def _cell_scores(
                     sensitivity=float(sensitivity[position]),
                     sensitivity_per_token=float(per_token[position]),
                     relative_error=None if errors is None else float(errors[position]),
+                    standard_error=None if spread is None else float(spread[position]),
                 )
             )
     snapshot = candidates.inputs[candidates.pairs[index][1]].snapshot

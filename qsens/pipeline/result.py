@@ -150,6 +150,7 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
             num_bits=bits if group.covered else 16.0,
             sensitivity=score.sensitivity,
             sensitivity_per_token=score.sensitivity_per_token,
+            standard_error=score.standard_error,
             relative_error=score.relative_error,
             size_cost=cost,
         )

@@ -316,7 +316,11 @@ def test_zero_rows_and_a_zero_weight(demo: Path, lines: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("method", "reason"),
-    [("gradient", "no gradient reached it"), ("kl_div", "no sample ran through it")],
+    [
+        ("gradient", "no gradient reached it"),
+        ("fisher", "no gradient reached it"),
+        ("kl_div", "no sample ran through it"),
+    ],
 )
 def test_what_text_never_runs_through(
     demo: Path, plain: Found, lines: str, method: str, reason: str, tmp_path: Path
@@ -347,7 +351,7 @@ def test_what_text_never_runs_through(
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("method", ["gradient", "kl_div"])
+@pytest.mark.parametrize("method", ["gradient", "fisher", "kl_div"])
 def test_one_weight_is_not_finite(
     demo: Path, lines: str, value: float, method: str, tmp_path: Path
 ) -> None:
@@ -628,7 +632,7 @@ def test_a_weight_of_another_shape(demo: Path, lines: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("context", [torch.no_grad(), torch.inference_mode()], ids=["no", "infer"])
-@pytest.mark.parametrize("method", ["gradient", "kl_div"])
+@pytest.mark.parametrize("method", ["gradient", "fisher", "kl_div"])
 def test_a_caller_that_wants_no_gradients(
     demo: Path,
     plain: Found,
@@ -641,7 +645,7 @@ def test_a_caller_that_wants_no_gradients(
         found = sweep(demo, tmp_path / "within", lines, BOTH, f"autoquant.method={method}")
         assert not torch.is_grad_enabled()
     assert found.errors == []
-    if method == "kl_div":
+    if method != "gradient":
         plain = sweep(demo, tmp_path / "without", lines, BOTH, f"autoquant.method={method}")
     for cell, manifest in plain.manifests.items():
         assert scores(found.manifests[cell]) == scores(manifest)

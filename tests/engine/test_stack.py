@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pytest
 import torch
 
 from qsens.engine.candidates import Request, distinct
@@ -60,7 +59,9 @@ def test_snapshots_with_one_maximum_are_quantized_once():
     assert len(stack.rows) == 6 + 6
     given, segments = stack.select(layout.slots[0])
     assert len(given) == 12
-    starts = {slot.candidate: start for slot, (start, _, _) in zip(layout.slots[0], segments)}
+    starts = {
+        slot.candidate: start for slot, (start, _, _) in zip(layout.slots[0], segments, strict=True)
+    }
     assert starts[0] == starts[1] != starts[2]
     assert torch.equal(given[starts[0] :][:2], fake_quantize(rows[:2], FP8, torch.tensor(2.0)))
 
