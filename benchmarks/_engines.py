@@ -25,11 +25,11 @@ from qsens.engine.calibrate import Maxima, calibrate
 from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.groups import Group, find_groups
 from qsens.engine.quantizer import on_cpu
-from qsens.engine.samples import Samples, equal_length_batches, make_batch, nominal_labels
+from qsens.engine.samples import Batch, Samples, equal_length_batches, make_batch, nominal_labels
 from qsens.engine.scores import PassScores
 from qsens.manifest import GROUP_SUFFIX
 
-Baseline = Literal["longest", "padded512", "reference"]
+Baseline = Literal["longest", "padded512", "padded_left", "reference"]
 Scores = dict[str, dict[str, float]]
 """By cell, by group: ``sum_i s_i / T_b(i)^2``. What could not be scored is left out."""
 _IGNORED = -100  # a label that the loss leaves out
@@ -80,7 +80,7 @@ def run_fused(load: Workload, cells: Sequence[Cell], *, samples: Samples | None 
         samples: Other samples than those of the workload.
     """
     samples = samples or load.samples
-    candidates = distinct([_request(cell) for cell in cells])
+    candidates = distinct([request(cell) for cell in cells])
     with measure(load.device) as measured:
         started = time.monotonic()
         groups = find_groups(load.model, load.disabled)
@@ -131,7 +131,7 @@ def run_fused(load: Workload, cells: Sequence[Cell], *, samples: Samples | None 
 def run_fused_on_reference_batches(load: Workload, cells: Sequence[Cell]) -> Scores:
     """Score ``cells`` on the very batches that the reference engine runs."""
     groups = find_groups(load.model, load.disabled)
-    candidates = distinct([_request(cell) for cell in cells])
+    candidates = distinct([request(cell) for cell in cells])
     batches = equal_length_batches(
         load.samples,
         boundaries=[*load.boundaries(), *(cell.scored for cell in cells)],
@@ -151,7 +151,8 @@ def run_modelopt(load: Workload, cell: Cell, baseline: Baseline) -> ModelOptRun:
     try:
         if baseline == "reference":
             return _run_reference(load, model, head, cell)
-        return _run_padded(load, model, head, cell, 512 if baseline == "padded512" else None)
+        width = 512 if baseline == "padded512" else None
+        return _run_padded(load, model, head, cell, width, left=baseline == "padded_left")
     finally:
         del model
         if load.device.type == "cuda":
@@ -235,9 +236,15 @@ def _run_reference(load: Workload, model: nn.Module, samples: Samples, cell: Cel
 
 
 def _run_padded(
-    load: Workload, model: nn.Module, samples: Samples, cell: Cell, width: int | None
+    load: Workload,
+    model: nn.Module,
+    samples: Samples,
+    cell: Cell,
+    width: int | None,
+    *,
+    left: bool,
 ) -> ModelOptRun:
-    """Run ModelOpt as its examples do: consecutive samples, padded on the right, the mean loss."""
+    """Run ModelOpt as its examples do: consecutive samples, padded, with the mean loss."""
     model.requires_grad_(True)  # as a model comes from its checkpoint
     device = load.device
     starts = range(0, len(samples), load.batch_size)
@@ -245,6 +252,8 @@ def _run_padded(
     for start in starts:
         stop = min(start + load.batch_size, len(samples))
         batch = make_batch(samples, range(start, stop), width)
+        if left:
+            batch = _padded_left(batch)
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, _IGNORED)
         batches.append(
             {
@@ -293,7 +302,18 @@ def _run_padded(
     return ModelOptRun(measured, scores, 1 - samples.tokens() / run_through)
 
 
-def _request(cell: Cell) -> Request:
+def _padded_left(batch: Batch) -> Batch:
+    """Move the padding of a batch to the left, as many tokenizers of language models set it."""
+    lengths = batch.attention_mask.sum(dim=1)
+    width = batch.attention_mask.shape[1]
+    shift = (torch.arange(width)[None, :] - (width - lengths)[:, None]) % width
+    return Batch(
+        batch.samples, batch.input_ids.gather(1, shift), batch.attention_mask.gather(1, shift)
+    )
+
+
+def request(cell: Cell) -> Request:
+    """Return what a cell asks of a pass."""
     pair = cell.pair
     return Request(
         cell=cell.name,
