@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
 
 from qsens.config.models import Frozen
 from qsens.manifest import GroupSensitivity, Kind, Manifest, Status, group_name, kind_of
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 class Row(Frozen):
@@ -78,6 +81,19 @@ class MeanShare(Frozen):
     """The largest of those shares, 0 to 1."""
     cells: int
     """How many cells score it."""
+
+
+class Part(Frozen):
+    """Sums over some of the scored groups."""
+
+    groups: int
+    """How many they are."""
+    sensitivity: float
+    """Sum of their sensitivities."""
+    share: float
+    """Sum of their shares of the total, 0 to 1."""
+    first: str
+    """The most sensitive of them."""
 
 
 def rank(manifest: Manifest) -> Ranking:
@@ -154,6 +170,18 @@ def mean_shares(cells: Iterable[Sequence[Row]]) -> list[MeanShare]:
     return sorted(means, key=lambda mean: (-mean.share, mean.layer))
 
 
+def by_kind(rows: Iterable[Row]) -> dict[Kind, Part]:
+    """Add up the scored rows of each kind of module, largest share first."""
+    parts = _parts((row.kind, row) for row in rows)
+    return dict(sorted(parts.items(), key=lambda item: (-item[1].share, item[0])))
+
+
+def by_depth(rows: Iterable[Row]) -> dict[int, Part]:
+    """Add up the scored rows of each layer, by its index; rows outside the layers are left out."""
+    parts = _parts((row.depth, row) for row in rows if row.depth is not None)
+    return dict(sorted(parts.items()))
+
+
 def normalise_name(name: str) -> str:
     """Return a group's name as names compare: without a leading ``model.``."""
     return name.removeprefix("model.")
@@ -162,6 +190,22 @@ def normalise_name(name: str) -> str:
 def finite(value: float | None) -> float | None:
     """Return ``value``, or none where it is not a finite number."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _parts(rows: Iterable[tuple[_Key, Row]]) -> dict[_Key, Part]:
+    members: dict[_Key, list[Row]] = {}
+    for key, row in rows:
+        if row.position is not None:
+            members.setdefault(key, []).append(row)
+    return {
+        key: Part(
+            groups=len(found),
+            sensitivity=math.fsum(row.sensitivity or 0.0 for row in found),
+            share=math.fsum(row.share or 0.0 for row in found),
+            first=min(found, key=lambda row: row.position or 0).layer,
+        )
+        for key, found in members.items()
+    }
 
 
 def _unranked(name: str, group: GroupSensitivity) -> Row:
