@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+from qsens.analysis.stability import Spread, Verdict
 from qsens.config.models import Frozen
 from qsens.manifest import GroupSensitivity, Kind, Manifest, Status, group_name, kind_of
 
@@ -40,6 +41,14 @@ class Row(Frozen):
     """1 is the most sensitive; none where the group is not scored."""
     share: float | None
     """Share of the total sensitivity, 0 to 1; 0 where the total is 0, none where not scored."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of ``sensitivity_per_token`` by the bootstrap over samples, 6 digits."""
+    positions: tuple[int, int] | None = None
+    """95 % interval of ``position``."""
+    verdict: Verdict | None = None
+    """``stable`` where ``positions`` stays on one side of the cuts after 5, 10 and 20."""
+    samples_needed: int | None = None
+    """An estimate of how many samples would make it stable; none where it is, or cannot be told."""
 
 
 class Totals(Frozen):
@@ -96,7 +105,7 @@ class Part(Frozen):
     """The most sensitive of them."""
 
 
-def rank(manifest: Manifest) -> Ranking:
+def rank(manifest: Manifest, spreads: Mapping[str, Spread] | None = None) -> Ranking:
     """Rank the groups of a manifest, most sensitive first; ties are broken by name.
 
     Only finite scores are ranked: a row that claims to be scored and holds none is listed as
@@ -104,6 +113,7 @@ def rank(manifest: Manifest) -> Ranking:
 
     Args:
         manifest: A manifest as ``read_manifest`` returns it.
+        spreads: How far each group may be off, by name, where it is known.
     """
     groups = [(group_name(key), group) for key, group in manifest.layer_sensitivity.items()]
     unranked = [_unranked(name, group) for name, group in groups]
@@ -118,6 +128,7 @@ def rank(manifest: Manifest) -> Ranking:
                 "position": position,
                 "share": (row.sensitivity or 0.0) / total if total > 0 else 0.0,
             }
+            | _spread((spreads or {}).get(row.layer))
         )
         for position, row in enumerate(scored, start=1)
     ]
@@ -205,6 +216,17 @@ def _parts(rows: Iterable[tuple[_Key, Row]]) -> dict[_Key, Part]:
             first=min(found, key=lambda row: row.position or 0).layer,
         )
         for key, found in members.items()
+    }
+
+
+def _spread(spread: Spread | None) -> dict[str, Any]:
+    if spread is None:
+        return {}
+    return {
+        "interval": (spread.low, spread.high),
+        "positions": (spread.first, spread.last),
+        "verdict": spread.verdict,
+        "samples_needed": spread.samples_needed,
     }
 
 

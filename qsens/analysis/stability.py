@@ -31,16 +31,43 @@ class Spread:
         high: Its upper end.
         first: Upper end of the 95 % interval of the position: 1 is the most sensitive.
         last: Its lower end.
-        verdict: ``stable`` where the interval of the position stays on one side of every cut.
-        samples_needed: An estimate of how many samples would make it stable; none where it is
-            stable, or where the scores beside the cut are equal.
+        needed: An estimate of how many samples would decide on which side of a cut it is, for
+            each cut that its interval of the position crosses; none where the scores beside the
+            cut are equal.
     """
 
     low: float
     high: float
     first: int
     last: int
-    verdict: Verdict
+    needed: dict[int, int | None]
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return ``stable`` where the interval of the position stays on one side of every cut."""
+        return "undecided" if self.needed else "stable"
+
+    @property
+    def samples_needed(self) -> int | None:
+        """Return an estimate of how many samples would make it stable; none where it is."""
+        return _most(self.needed.values())
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Whether it is decided which groups come before a cut.
+
+    Attributes:
+        cut: The first groups are those at positions 1 to ``cut``.
+        stable: Whether no group's interval of the position crosses the cut.
+        undecided: How many groups' intervals do.
+        samples_needed: An estimate of how many samples would settle it; none where it is settled,
+            or where scores beside the cut are equal.
+    """
+
+    cut: int
+    stable: bool
+    undecided: int
     samples_needed: int | None
 
 
@@ -110,18 +137,31 @@ def bootstrap(
     needed = _samples_needed(ordered, cuts)
     spreads = {}
     for index, name in enumerate(ordered.groups):
-        stable = not any(first[index] <= cut < last[index] for cut in cuts)
+        crossed = [cut for cut in cuts if first[index] <= cut < last[index]]
         spreads[name] = Spread(
             low=_short(low[index]),
             high=_short(high[index]),
             first=int(first[index]),
             last=int(last[index]),
-            verdict="stable" if stable else "undecided",
-            samples_needed=None
-            if stable
-            else _most(needed[cut][index] for cut in cuts if first[index] <= cut < last[index]),
+            needed={cut: needed[cut][index] for cut in crossed},
         )
     return spreads
+
+
+def settled(spreads: Mapping[str, Spread], cut: int) -> Settled:
+    """Say whether the groups before ``cut``, one of those that ``bootstrap`` was given, are sure.
+
+    Args:
+        spreads: What ``bootstrap`` returns.
+        cut: After which position the groups end.
+    """
+    crossing = [spread for spread in spreads.values() if cut in spread.needed]
+    return Settled(
+        cut=cut,
+        stable=not crossing,
+        undecided=len(crossing),
+        samples_needed=_most(spread.needed[cut] for spread in crossing),
+    )
 
 
 def compare_sizes(one: Mapping[str, float], other: Mapping[str, float]) -> SizeAgreement:

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from qsens.analysis.samples import SampleScores
-from qsens.analysis.stability import bootstrap, compare_sizes, residuals
+from qsens.analysis.stability import Settled, bootstrap, compare_sizes, residuals, settled
 
 
 def samples(scores: object, tokens: object = None) -> SampleScores:
@@ -64,6 +64,8 @@ def test_samples_needed_follow_the_square_root_law() -> None:
     assert found["g00"].verdict == found["g01"].verdict == "undecided"
     expected = int(np.ceil((stats.norm.ppf(0.975) * 0.9 / 0.1) ** 2 * n / (n - 1)))
     assert found["g00"].samples_needed == found["g01"].samples_needed == expected == 315
+    assert settled(found, 1) == Settled(1, False, 2, 315)
+    assert settled(bootstrap(samples([one + 9, other]), cuts=(1,)), 1) == Settled(1, True, 0, None)
 
 
 def test_equal_scores_are_never_parted_and_no_number_of_samples_is_claimed() -> None:
