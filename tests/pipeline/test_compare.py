@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,11 +16,7 @@ from qsens.pipeline.publish import publish
 from qsens.report.compare import write_comparison
 from qsens.store import Store
 
-_spec = importlib.util.spec_from_file_location("results", Path(__file__).with_name("results.py"))
-assert _spec is not None
-assert _spec.loader is not None
-results: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(results)
+from . import results
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
 MOVING = {results.LAYERS[3]: 5.0}

@@ -1,21 +1,15 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 from qsens.grid import Plan
 from qsens.pipeline.publish import publish
 from qsens.report import Summary
 from qsens.store import Store
 
-_spec = importlib.util.spec_from_file_location("results", Path(__file__).with_name("results.py"))
-assert _spec is not None
-assert _spec.loader is not None
-results: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(results)
+from . import results
 
 MOVING = {results.LAYERS[3]: 5.0}
 
