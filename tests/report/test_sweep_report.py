@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -287,3 +288,16 @@ def test_a_pareto_curve_is_drawn_where_the_summary_has_one() -> None:
         "damage": [2.0, 0.0],
         "chosen": [4.25, 2.0],
     }
+
+
+def test_charts_of_the_markdown_are_well_formed_whatever_the_names(
+    make: Any, tmp_path: Path
+) -> None:
+    bad = '</text><script>alert("1")</script>&\x00\u2028' + "n" * 10_000
+    manifests = cells(make)
+    manifests[CELLS[1]] = make.manifest({bad: make.group(3.0), B: make.group(1.0)}, cell=CELLS[1])
+    chart = write_sweep(build_summary(make.plan(), manifests, {}, {}, None), tmp_path)[3]
+    tree = ElementTree.parse(chart)
+    tags = {element.tag.rpartition("}")[2] for element in tree.iter()}
+    assert tags == {"svg", "title", "rect", "text"}
+    assert chart.stat().st_size < 10_000
