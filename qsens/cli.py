@@ -247,6 +247,34 @@ def demo_model(
         _stdout.print(f"{name}: {value}", markup=False)
 
 
+@app.command("fetch-model")
+def fetch_model(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file below configs/model/, or OWNER/NAME.")
+    ],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where; the model file's path.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit; the model file's, else main.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Get a checkpoint from a model hub: safetensors, configuration, tokenizer, processor.
+
+    HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are those of huggingface_hub. A download that was
+    interrupted goes on where it stopped.
+    """
+    from qsens.pipeline.fetch import fetch_model as step
+
+    fetched = step(target, directory, revision=revision)
+    if as_json:
+        _print_json(fetched)
+        return
+    for name, value in fetched.items():
+        _stdout.print(f"{name}: {value}", markup=False)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is installed and free here, and what would fail."""

@@ -265,6 +265,8 @@ def _names_from_path(nested: dict[str, Any], given: dict[str, Any]) -> list[str]
     if not name:
         return []
     nested["model"] |= {"name": name, "short_name": name}
+    if not any(key.startswith("model.hub") for key in given):
+        nested["model"]["hub"] = {"repository": None, "revision": "main"}
     return [f"model.name and model.short_name are '{name}', from the last part of model.path"]
 
 
