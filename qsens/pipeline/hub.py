@@ -27,8 +27,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers
-from huggingface_hub.utils import logging as hub_logging
 
 from qsens import __version__
 from qsens.errors import QsensError, TryAgain, UserError
@@ -73,7 +71,7 @@ class Hub:
 
     def __init__(self) -> None:
         # Both write addresses, and the one of a redirect may carry a signature.
-        hub_logging.set_verbosity_error()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         logging.getLogger("httpx").setLevel(logging.WARNING)
         self._token = get_token()
         self._api = HfApi(token=self._token or False, library_name="qsens")
@@ -116,11 +114,10 @@ class Hub:
         have = part.stat().st_size if part.is_file() else 0
         if have > file.size:
             have = 0
-        headers = build_hf_headers(
-            token=self._token or False, library_name="qsens", library_version=__version__
-        )
         # A compressed answer has another length, and cannot be resumed.
-        headers["accept-encoding"] = "identity"
+        headers = {"user-agent": f"qsens/{__version__}", "accept-encoding": "identity"}
+        if self._token:
+            headers["authorization"] = f"Bearer {self._token}"
         with (
             self._said(listing.repository, listing.revision, name),
             part.open("r+b" if have else "wb") as opened,
