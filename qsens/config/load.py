@@ -21,7 +21,15 @@ from qsens.errors import UserError
 
 # Keys that choose a file below configs/, and whether several may be chosen.
 _CHOICES = {"model": False, "dataset": False, "quant_pair": True, "quant_granularity": True}
-_LISTS = {"quant_pair", "quant_granularity", "coverage", "dataset.size"}
+_LISTS = {
+    "quant_pair",
+    "quant_granularity",
+    "coverage",
+    "dataset.size",
+    "model.language_patterns",
+    "model.vision_patterns",
+    "model.head_patterns",
+}
 _COMMAND_LINE = "the command line"
 # Set in each file's own section, so that paths can start where the file lies.
 _HERE = "here"

@@ -42,8 +42,13 @@ class ModelConfig(Frozen):
     """Data type that the weights are loaded in; never chosen by the device."""
     trust_remote_code: bool = False
     """Whether Python code that lies in the checkpoint may run. Leave it off unless you read it."""
-    vision_patterns: tuple[str, ...] = ("*visual*", "*vision_tower*", "*vision_model*")
-    """Module name patterns (fnmatch) of the vision tower, left unquantized by ``lm_only``."""
+    language_patterns: tuple[str, ...] = ()
+    """Module name patterns (fnmatch) of the language model's layers; from the family when empty."""
+    vision_patterns: tuple[str, ...] = ()
+    """The same of the vision tower and what projects its output; left unquantized by
+    ``lm_only``."""
+    head_patterns: tuple[str, ...] = ()
+    """The same of the head, one module."""
     hub: HubConfig = HubConfig()
     """Where the checkpoint comes from."""
 
