@@ -247,6 +247,76 @@ def demo_model(
         _stdout.print(f"{name}: {value}", markup=False)
 
 
+@app.command("fetch-model")
+def fetch_model(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file below configs/model/, or OWNER/NAME.")
+    ],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where; the model file's path.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit; the model file's, else main.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Get a checkpoint from a model hub: safetensors, configuration, tokenizer, processor.
+
+    HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are those of huggingface_hub. A download that was
+    interrupted goes on where it stopped.
+    """
+    from qsens.pipeline.fetch import fetch_model as step
+
+    fetched = step(target, directory, revision=revision)
+    if as_json:
+        _print_json(fetched)
+        return
+    for name, value in fetched.items():
+        _stdout.print(f"{name}: {value}", markup=False)
+
+
+@app.command()
+def captions(
+    annotations: Annotated[
+        Path, typer.Argument(metavar="ANNOTATIONS", help="COCO's captions_*.json.")
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="File below configs/dataset/: names and sizes.")
+    ] = "coco2017_captions",
+    out: Annotated[Path | None, typer.Option(help="Directory; that of the data set.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Directory of the images: write image and caption, JSONL.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Size to write, may be repeated; all when left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other images and captions.")] = 0,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Overwrite files with another content.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make calibration samples from COCO's annotations: one caption an image, nested sizes."""
+    from qsens.pipeline.coco import make_captions
+
+    made = make_captions(
+        annotations,
+        dataset=dataset,
+        out=out,
+        images=images,
+        sizes=size or (),
+        seed=seed,
+        replace=replace,
+    )
+    if as_json:
+        _print_json(made)
+        return
+    for name, file in made["files"].items():
+        _stdout.print(f"{name}: {file['samples']} samples, {file['path']}", markup=False)
+    for reason, count in made["left_out"].items():
+        _stderr.print(f"note: left out: {count} {reason}", style="yellow", markup=False)
+
+
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is installed and free here, and what would fail."""

@@ -18,6 +18,7 @@ from torch import nn
 from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
+from qsens.engine.families import head_of
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import HEAD_ROWS, layers_of
 from qsens.engine.quantizer import quantize, quantize_weight
@@ -140,7 +141,7 @@ class _Layers:
         if inside:
             return self.order[: min(inside)]
         # The head lies behind all layers; what else lies outside them may lie before the first.
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = head_of(self.model)
         is_head = all(self.model.get_submodule(member) is head for member in members)
         return self.order if is_head else []
 

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qsens.engine.families import head_of
 from qsens.engine.samples import Batch, Unit
 from qsens.errors import UserError
 
@@ -191,7 +192,7 @@ class ModelPass:
     def __init__(self, model: Any, modules: Mapping[str, nn.Module]) -> None:
         self.model = model
         self.device: torch.device = next(model.parameters()).device
-        head = model.get_output_embeddings()
+        head = head_of(model)
         config = model.config.get_text_config()
         bent = getattr(config, "final_logit_softcapping", None) or getattr(
             config, "logits_scaling", None

@@ -12,6 +12,7 @@ from typing import Any
 
 from qsens.config import Roots, load_sweep
 from qsens.engine.captions import identify_samples
+from qsens.engine.families import resolve_parts
 from qsens.engine.files import identify
 from qsens.grid import Plan, make_plan
 from qsens.store import Store, write_text
@@ -42,6 +43,7 @@ def plan_sweep(
     roots = roots or Roots.from_environment()
     loaded = load_sweep(preset, overrides, roots=roots)
     config = loaded.config
+    config = config.model_copy(update={"model": resolve_parts(config.model)})
     checkpoint = identify(config.model.path, cache=roots.results / ".cells" / "digests.json")
     samples, notices = identify_samples(config.dataset, config.dataset.size)
     plan = make_plan(
