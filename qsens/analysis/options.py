@@ -69,12 +69,7 @@ def build_units(
         ValueError: The weights of a group differ between formats.
     """
     patterns = tuple(keep)
-    per_token = all(
-        row.sensitivity_per_token is not None
-        for rows in formats.values()
-        for row in rows
-        if row.status == "scored"
-    )
+    per_token = has_per_token(formats)
     weights: dict[str, int] = {}
     members: dict[str, tuple[str, ...]] = {}
     options: dict[str, dict[str, Option]] = {}
@@ -118,6 +113,16 @@ def build_units(
             )
         )
     return units
+
+
+def has_per_token(formats: Mapping[str, Sequence[Row]]) -> bool:
+    """Return whether every scored row has its sensitivity per token."""
+    return all(
+        row.sensitivity_per_token is not None
+        for rows in formats.values()
+        for row in rows
+        if row.status == "scored"
+    )
 
 
 def weights_of(row: Row) -> int | None:
