@@ -13,7 +13,7 @@ from qsens.pipeline.cell import failure_reason
 from qsens.pipeline.plan import plan_json
 from qsens.report.cell import write_cell
 from qsens.report.model_index import write_model_index
-from qsens.report.sweep import Summary, build_summary, write_sweep
+from qsens.report.sweep import build_summary, read_summary, write_sweep
 from qsens.store import Store, copy_file, write_text
 
 # Which sweep a cell's directory shows: an older sweep, published again, must not replace it.
@@ -105,7 +105,7 @@ def _previous(store: Store) -> str | None:
     """Return the sweep before this one; once said, it stays, so that reports can be made again."""
     path = store.sweep_dir() / "summary.json"
     if path.is_file():
-        return Summary.model_validate_json(path.read_bytes()).previous
+        return read_summary(path).previous
     sweeps = store.model_dir() / "sweeps"
     if store.sweep_dir().parent != sweeps:
         return None
