@@ -170,13 +170,18 @@ def publish(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Holds one manifest.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Holds one manifest, or a summary.json.")
+    ],
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Put the scripts into the page: 5 MB more.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the reports of a directory that holds a manifest, of ours or of the older layout."""
+    """Write the reports of a cell's or a sweep's directory, of ours or of the older layout."""
     from qsens.pipeline.publish import report as step
 
-    written = step(directory)
+    written = step(directory, single_file=single_file)
     if as_json:
         _print_json(written)
         return
