@@ -10,13 +10,8 @@ from datetime import UTC, datetime, timedelta
 
 from airflow.sdk import TriggerRule, dag, task_group
 
-from qsens_airflow.operators import (
-    CalibrateOperator,
-    GateOperator,
-    PlanOperator,
-    PublishOperator,
-    ScoreOperator,
-)
+from qsens_airflow.cells import CalibrateOperator, ScoreOperator
+from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator
 from qsens_airflow.params import dag_params
 from qsens_airflow.settings import DagSettings
 

@@ -1,9 +1,9 @@
-"""The operators of a sweep: validate, run a verb of the command line, return a small dict."""
+"""The operators around the grid: plan before it, publish and gate after it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from airflow.sdk import BaseOperator, Context, XComArg
 from airflow.sdk.configuration import conf
@@ -49,41 +49,6 @@ class PlanOperator(QsensOperator):
         self.log.info("Sweep %s: %s cells, %s done already", made["sweep_id"], len(cells), done)
         context["ti"].xcom_push(key="plan", value=out)
         return cells
-
-
-class CellOperator(QsensOperator):
-    """Base of one cell's steps.
-
-    Args:
-        cell: The cell's id.
-        plan: Path of the plan.
-    """
-
-    template_fields: Sequence[str] = ("cell", "plan")
-    verb: ClassVar[str]
-
-    def __init__(self, *, cell: str, plan: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.cell = cell
-        self.plan = plan
-
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Make sure that the cell's result of this step is there."""
-        # The name of the mapped task in the UI; without it the task fails after its success.
-        context["cell"] = " · ".join(self.cell.split("-"))  # type: ignore[typeddict-unknown-key]
-        return self.run_verb(context, self.verb, "--plan", self.plan, "--cell", self.cell)
-
-
-class CalibrateOperator(CellOperator):
-    """Make sure that the calibration maxima of one cell are there."""
-
-    verb = "calibrate"
-
-
-class ScoreOperator(CellOperator):
-    """Make sure that the result of one cell is there."""
-
-    verb = "score"
 
 
 class PublishOperator(QsensOperator):

@@ -18,7 +18,8 @@ from airflow.sdk import DAG, BaseOperator, TaskInstanceState
 
 from qsens_airflow import base
 from qsens_airflow.base import one_line
-from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator, ScoreOperator
+from qsens_airflow.cells import ScoreOperator
+from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator
 
 pytestmark = pytest.mark.usefixtures("airflow_database", "own_signals")
 
@@ -97,15 +98,41 @@ def test_what_the_user_must_mend_is_not_tried_again(
     assert "p.json: no such file | Make it." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "first", [f"echo '{ERROR}'; exit 74", "exit 1", "kill -9 $$", "kill -15 $$", "echo '[]'"]
-)
+@pytest.mark.parametrize("first", ["exit 1", "kill -9 $$", "kill -15 $$", "echo '[]'"])
 def test_what_may_pass_counts_as_a_try(tmp_path: Path, python: Script, first: str) -> None:
     python(first_then_done(first))
     instance = run(score(tmp_path))
     assert instance.state == TaskInstanceState.SUCCESS
     assert instance.try_number == 2
     assert runs(tmp_path) == 2
+
+
+def test_out_of_memory_is_tried_once_more_with_half_the_budget(
+    tmp_path: Path, python: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python(f"echo $QSENS_MEMORY_SHARE >> shares\n{first_then_done(f'echo {ERROR!r}; exit 74')}")
+    instance = run(score(tmp_path))
+    assert instance.state == TaskInstanceState.SUCCESS
+    assert instance.try_number == 1
+    assert (tmp_path / "shares").read_text().splitlines() == ["", "0.5"]
+    assert "Once more with 0.5 of the memory budget" in capsys.readouterr().out
+
+
+def test_out_of_memory_with_half_the_budget_is_final(
+    tmp_path: Path, python: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python(f"echo run >> runs; echo '{ERROR}'; exit 74")
+    assert run(score(tmp_path)).state == TaskInstanceState.FAILED
+    assert runs(tmp_path) == 2
+    assert "no such file | Make it. | With half the memory budget too." in capsys.readouterr().out
+
+
+def test_a_child_gets_no_setting_of_airflow(tmp_path: Path, python: Script) -> None:
+    python(f"env > env; echo '{DONE}'")
+    assert run(score(tmp_path)).state == TaskInstanceState.SUCCESS
+    variables = (tmp_path / "env").read_text()
+    assert "QSENS_ROOT=" in variables
+    assert "AIRFLOW_" not in variables
 
 
 def test_a_signal_fails_the_task_when_no_try_is_left(tmp_path: Path, python: Script) -> None:
@@ -136,11 +163,13 @@ def test_trying_again_ends_with_the_time_that_the_task_may_run(
     assert runs(tmp_path) == 3
 
 
+@pytest.mark.parametrize("child_listens", [False, True])
 def test_a_killed_task_leaves_no_process_within_five_seconds(
-    tmp_path: Path, python: Script
+    tmp_path: Path, python: Script, child_listens: bool
 ) -> None:
-    # Neither the child nor what it started listens to SIGTERM.
-    python("trap '' TERM; (trap '' TERM; sleep 300) & echo $! > grandchild; echo $$ > child; wait")
+    # What the child started never listens to SIGTERM; where the child does, that is an orphan.
+    own = "" if child_listens else "trap '' TERM;"
+    python(f"{own} (trap '' TERM; sleep 300) & echo $! > grandchild; echo $$ > child; wait")
     killed = threading.Event()
     gone: list[float] = []
 
