@@ -19,13 +19,13 @@ from qsens_airflow.rest import TaskState
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400
-# A linear layer's weight has no third dimension: this pair fails when it is scored.
+# Floats that neither the numerics nor ModelOpt know: this pair fails when it is scored.
 BROKEN = """
-name: wint8_broken
-weight: int8
+name: wbroken_afp16
+weight: broken
 activation: fp16
-format: INT8_BROKEN
-weight_quantizer: {num_bits: 8, axis: 2}
+format: BROKEN
+weight_quantizer: {num_bits: [7, 7], axis: null}
 effective_bits: 8.0
 """
 
@@ -78,7 +78,7 @@ def house(demo_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
     root = tmp_path_factory.mktemp("house")
     checkpoint = root / "models" / "tiny_qwen3_vl" / "checkpoints" / "tiny-qwen3-vl"
     shutil.copytree(demo_checkpoint.directory, checkpoint)
-    pair = root / "configs" / "quant_pair" / "wint8_broken.yaml"
+    pair = root / "configs" / "quant_pair" / "wbroken_afp16.yaml"
     pair.parent.mkdir(parents=True)
     pair.write_text(BROKEN, encoding="utf-8")
     environment = {
@@ -145,9 +145,9 @@ def test_report_only_makes_the_same_reports_without_a_gpu_task(house: House, gre
 
 
 def test_a_cell_that_fails_fails_alone_and_the_run_is_red(house: House, green: Run) -> None:
-    run = house.run(quant_pair=["wint8_broken", "wint8_afp8"], size=["small"])
+    run = house.run(quant_pair=["wbroken_afp16", "wint8_afp8"], size=["small"])
     assert run.state == "failed"
-    broken = run.task("cell.score [wint8_broken · small]")
+    broken = run.task("cell.score [wbroken_afp16 · small]")
     # Nothing that the user must mend is tried again.
     assert (broken.state, broken.tries) == ("failed", 1)
     assert {name: state for name, state in run.states().items() if state != "success"} == {
@@ -156,10 +156,10 @@ def test_a_cell_that_fails_fails_alone_and_the_run_is_red(house: House, green: R
     }
     published = house.published(run)
     assert published["complete"] is False
-    assert [cell["cell"] for cell in published["missing"]] == ["wint8_broken-small"]
+    assert [cell["cell"] for cell in published["missing"]] == ["wbroken_afp16-small"]
     assert "PARTIAL" in Path(published["index"]).read_text(encoding="utf-8")
     log = "\n".join(house.airflow.task_log(run.run_id, run.task("gate")))
-    assert f"wint8_broken-small: {published['missing'][0]['reason']}" in log
+    assert f"wbroken_afp16-small: {published['missing'][0]['reason']}" in log
 
 
 def test_a_cell_that_is_computed_elsewhere_gives_its_slot_back_and_comes_again(
