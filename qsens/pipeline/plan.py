@@ -5,6 +5,8 @@ Never imports torch.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -91,8 +93,18 @@ def describe(plan: Plan, path: Path | None) -> dict[str, Any]:
 
 
 def installed_version(name: str) -> str:
-    """Return the installed version of a distribution, or ``none``."""
+    """Return the version of a distribution, or ``none``.
+
+    Where it is not installed, because another environment computes, the file of pins that both
+    were made from says it: ``QSENS_CONSTRAINTS``.
+    """
     try:
         return version(name)
     except PackageNotFoundError:
-        return "none"
+        pins = os.environ.get("QSENS_CONSTRAINTS")
+        found = re.search(
+            rf"^{re.escape(name)}==(\S+)",
+            Path(pins).read_text(encoding="utf-8") if pins else "",
+            re.MULTILINE | re.IGNORECASE,
+        )
+        return found[1] if found else "none"
