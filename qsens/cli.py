@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -37,6 +37,7 @@ _stdout = Console(highlight=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="plan.json, from `qsens plan --out`.")]
 CellId = Annotated[str, typer.Option("--cell", help="Id of one cell, such as wfp8_afp8-small.")]
+RecipeTarget = Literal["modelopt", "llm-compressor", "json"]
 Words = Annotated[
     list[str] | None,
     typer.Argument(
@@ -81,7 +82,9 @@ def _version(
 def plan(
     words: Words = None,
     out: Annotated[Path | None, typer.Option(help="Where to write plan.json.")] = None,
-    lanes: Annotated[int, typer.Option(min=1, max=64, help="GPUs to share the grid among.")] = 1,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, max=64, help="GPUs to share the grid among; dag.lanes.")
+    ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every key and leave.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -169,13 +172,18 @@ def publish(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Holds one manifest.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Holds one manifest, or a summary.json.")
+    ],
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Put the scripts into the page: 5 MB more.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the reports of a directory that holds a manifest, of ours or of the older layout."""
+    """Write the reports of a cell's or a sweep's directory, of ours or of the older layout."""
     from qsens.pipeline.publish import report as step
 
-    written = step(directory)
+    written = step(directory, single_file=single_file)
     if as_json:
         _print_json(written)
         return
@@ -208,6 +216,58 @@ def verify(
         _print_verified(result)
     if not result["agrees"]:
         sys.exit(AnswerIsNo.exit_code)
+
+
+@app.command()
+def recipe(
+    sweep: Annotated[
+        str, typer.Argument(metavar="SWEEP", help="A sweep's directory, summary.json, or id.")
+    ],
+    bits: Annotated[float, typer.Option(min=0, max=16, help="Bits a weight, at most.")],
+    to: Annotated[RecipeTarget, typer.Option("--to", help="Who takes the recipe.")],
+    size: Annotated[
+        Literal["small", "medium", "large"] | None,
+        typer.Option(help="Size of the scores; the largest there is when left out."),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(metavar="PAIR,...", help="Pairs to choose from; all when left out."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Groups or modules that stay at 16 bits; repeatable."),
+    ] = None,
+    tied_head: Annotated[
+        bool, typer.Option("--tied-head", help="Let a head tied to the embedding be quantized.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to write it; stdout if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose a format for every group at a target of bits; exit code 3 if out of reach."""
+    from qsens.pipeline.recipe import write_recipe
+
+    found = write_recipe(
+        sweep,
+        bits=bits,
+        target=to,
+        size=size,
+        pairs=pairs.split(",") if pairs else (),
+        keep=keep or (),
+        tied_head=tied_head,
+        out=out,
+    )
+    if as_json:
+        _print_json(found)
+        return
+    _say_notices(found["notices"])
+    for entry in found["left_out"]:
+        _stderr.print(
+            f"left out: {entry['format']}: {entry['reason']}", style="yellow", markup=False
+        )
+    if out is None:
+        sys.stdout.write(found["recipe"])
+        return
+    _print_recipe(found)
 
 
 @app.command("demo-model")
@@ -374,6 +434,20 @@ def _print_published(published: dict[str, Any], as_json: bool) -> None:
     for entry in published["missing"]:
         _stdout.print(f"PARTIAL: {entry['cell']}: {entry['reason']}", style="red", markup=False)
     _stdout.print(published["index"], markup=False)
+
+
+def _print_recipe(found: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{found['bits']:.4f} bits a weight, predicted damage {found['damage']:.4g} "
+        f"{found['damage_unit']}",
+        title_justify="left",
+    )
+    for column in ("format", "groups", "weights"):
+        table.add_column(column)
+    for row in found["formats"]:
+        table.add_row(row["format"] or "16 bits", str(row["groups"]), str(row["weights"]))
+    _stdout.print(table)
+    _stdout.print(found["path"], markup=False)
 
 
 def _print_verified(result: dict[str, Any]) -> None:

@@ -36,6 +36,8 @@ class CheckpointIdentity(Frozen):
     """Class name from ``config.json``."""
     weight_bytes: int
     """Bytes of all weight files."""
+    tied_head: bool | None = None
+    """Whether the head's weight is the embedding's; none where an older plan does not say."""
 
 
 class SamplesIdentity(Frozen):
