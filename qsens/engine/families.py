@@ -194,7 +194,7 @@ def _places(path: Path) -> list[str]:
 
 def _grouped(names: Iterable[str]) -> list[str]:
     """Return names up to their first number, each once: ``model.layers.*``."""
-    places = {}
+    places: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
