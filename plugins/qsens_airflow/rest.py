@@ -50,6 +50,7 @@ class Client:
             "access_token"
         ]
         self._http.headers["Authorization"] = f"Bearer {token}"
+        self._dag_id = dag_id
         self._dag = f"/api/v2/dags/{dag_id}"
 
     def close(self) -> None:
@@ -115,6 +116,11 @@ class Client:
         """Return what an unmapped task returned."""
         path = f"{self._run(run_id)}/taskInstances/{task_id}/xcomEntries/return_value"
         return self._call("GET", path)["value"]
+
+    def asset_events(self, run_id: str) -> list[dict[str, Any]]:
+        """Return the asset events that a run has sent."""
+        events = self._call("GET", f"/api/v2/assets/events?source_dag_id={self._dag_id}&limit=1000")
+        return [event for event in events["asset_events"] if event["source_run_id"] == run_id]
 
     def _run(self, run_id: str) -> str:
         return f"{self._dag}/dagRuns/{quote(run_id, safe='')}"
