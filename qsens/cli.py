@@ -81,7 +81,9 @@ def _version(
 def plan(
     words: Words = None,
     out: Annotated[Path | None, typer.Option(help="Where to write plan.json.")] = None,
-    lanes: Annotated[int, typer.Option(min=1, max=64, help="GPUs to share the grid among.")] = 1,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, max=64, help="GPUs to share the grid among; dag.lanes.")
+    ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every key and leave.")] = False,
     as_json: Json = False,
 ) -> None:

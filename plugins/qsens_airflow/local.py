@@ -23,7 +23,9 @@ from filelock import FileLock, Timeout
 
 from qsens.errors import TryAgain
 from qsens_airflow.environment import environment_of
-from qsens_airflow.processes import end, end_with_parent, free_port
+from qsens_airflow.parent import end_with_parent
+from qsens_airflow.pool import CONNECTION_VARIABLE, connection_text
+from qsens_airflow.processes import end, free_port
 from qsens_airflow.rest import UNFINISHED, Client, TaskState
 
 DAG_ID = "qsens_sweep"
@@ -66,7 +68,9 @@ class Components:
             user=self.user,
             password_file=self.password_file,
             slots=slots,
-        ) | dict(environment)
+        )
+        self.environment[CONNECTION_VARIABLE] = connection_text(self.url, self.user, self._password)
+        self.environment |= environment
         self._lock = FileLock(self.home / "running.lock", timeout=0)
 
     @property
@@ -196,7 +200,7 @@ class Components:
                 cwd=self.home,
                 # Ctrl-C is ours to pass on, in order.
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=end_with_parent(),
             )
 
     def _log(self, name: str) -> Path:

@@ -1,19 +1,14 @@
-"""Processes on this machine: free ports, groups that end with their parent, families that end."""
+"""Processes on this machine: ports to listen on, and families that end together."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Collection
 
 import psutil  # type: ignore[import-untyped]
-
-_PR_SET_PDEATHSIG = 1
 
 
 def free_port() -> int:
@@ -21,12 +16,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def end_with_parent() -> None:
-    """Have the kernel stop this process when its parent is killed; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def descendants(processes: Collection[subprocess.Popen[bytes]]) -> set[psutil.Process]:

@@ -13,18 +13,19 @@ from qsens.pipeline.cell import failure_reason
 from qsens.pipeline.plan import plan_json
 from qsens.report.cell import write_cell
 from qsens.report.model_index import write_model_index
-from qsens.report.sweep import Summary, build_summary, write_sweep
-from qsens.store import Store, copy_file, write_text
+from qsens.report.sweep import Summary, build_summary, protected, write_sweep
+from qsens.store import SHOWN, Store, copy_file, write_text
 
-# Which sweep a cell's directory shows: an older sweep, published again, must not replace it.
-_SHOWN = ".sweep"
+_TOP = 5
 
 
 def publish(plan: Plan) -> dict[str, Any]:
     """Publish what the cells of ``plan`` have; what is missing is named with its reason.
 
     Returns:
-        ``{sweep_id, index, complete, cells, missing}``, as the command prints it.
+        ``{sweep_id, index, complete, cells, missing, counts, top}``, as the command prints it:
+        ``counts`` are the cells in all, done, partial and missing; ``top`` the five groups with the
+        largest mean share of the sensitivity.
 
     Raises:
         TryAgain: The disk is full; nothing is half-written, and the next run completes it.
@@ -71,6 +72,16 @@ def publish(plan: Plan) -> dict[str, Any]:
             for cell in plan.cells
         ],
         "missing": [{"cell": cell, "reason": reason} for cell, reason in missing.items()],
+        "counts": {
+            "cells": len(summary.cells),
+            "done": len(summary.done),
+            "partial": len(summary.partial),
+            "missing": len(summary.missing),
+        },
+        "top": [
+            {"layer": group.layer, "share": group.share}
+            for group in protected(summary).groups[:_TOP]
+        ],
     }
 
 
@@ -90,7 +101,7 @@ def report(directory: Path) -> dict[str, Any]:
 
 def _publish_cell(store: Store, cell: Cell, manifest: Manifest) -> None:
     directory = store.cell_dir(cell)
-    shown = directory / _SHOWN
+    shown = directory / SHOWN
     if shown.is_file() and shown.read_text(encoding="utf-8") > store.plan.sweep_id:
         return
     published = store.published(cell)

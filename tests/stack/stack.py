@@ -26,7 +26,8 @@ import httpx
 import psutil
 from filelock import FileLock, Timeout
 
-from qsens_airflow.processes import descendants, end, end_with_parent, free_port
+from qsens_airflow.parent import end_with_parent
+from qsens_airflow.processes import descendants, end, free_port
 from qsens_airflow.rest import UNFINISHED, Client, TaskState
 from tests.compose import ROOT, airflow_commands, example, services
 
@@ -156,7 +157,7 @@ class Stack:
                 group=user,
                 extra_groups=[] if user else None,
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=end_with_parent(),
             )
 
     def kill(self, name: str) -> None:
