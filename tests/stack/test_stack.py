@@ -90,6 +90,7 @@ def test_a_run_is_green_with_reports_and_an_asset_event(stack: Stack, undisturbe
         **{f"cell.{step} [{' · '.join(cell.split('-'))}]": 1
            for step in ("calibrate", "score") for cell in CELLS},
         "publish": 1,
+        "prune": 1,
         "gate": 1,
     }  # fmt: skip
     rows = undisturbed.numbers["wfp8_afp8-small"]
