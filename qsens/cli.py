@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qsens import __version__
-from qsens.config import choices
+from qsens.config import DagConfig, Roots, choices
 from qsens.config.reference import describe_keys
 from qsens.errors import AnswerIsNo, QsensError, UserError
 from qsens.grid import read_plan
@@ -408,6 +408,34 @@ def captions(
         _stdout.print(f"{name}: {file['samples']} samples, {file['path']}", markup=False)
     for reason, count in made["left_out"].items():
         _stderr.print(f"note: left out: {count} {reason}", style="yellow", markup=False)
+
+
+@app.command()
+def prune(
+    keep_sweeps: Annotated[
+        int, typer.Option(help="Sweeps of each model that are kept, the newest.")
+    ] = DagConfig().keep_sweeps,
+    keep_days: Annotated[
+        int, typer.Option(help="Days that everything is kept.")
+    ] = DagConfig().keep_days,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be removed; remove nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove old sweeps and what only they refer to."""
+    from qsens.pipeline.prune import prune as step
+
+    results = Roots.from_environment().results
+    pruned = step(results, keep_sweeps=keep_sweeps, keep_days=keep_days, dry_run=dry_run)
+    _say_notices(pruned.notes)
+    if as_json:
+        _print_json({"dry_run": dry_run, **vars(pruned)})
+        return
+    for name, removed in vars(pruned).items():
+        if name != "notes":
+            count = removed if isinstance(removed, int) else len(removed)
+            _stdout.print(f"{name}{' to remove' if dry_run else ' removed'}: {count}")
 
 
 @app.command()
