@@ -10,13 +10,9 @@ from datetime import UTC, datetime, timedelta
 
 from airflow.sdk import TriggerRule, dag, task_group
 
-from qsens_airflow.operators import (
-    CalibrateOperator,
-    GateOperator,
-    PlanOperator,
-    PublishOperator,
-    ScoreOperator,
-)
+from qsens_airflow.assets import LAYER_ANALYSIS
+from qsens_airflow.cells import CalibrateOperator, ScoreOperator
+from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator
 from qsens_airflow.params import dag_params
 from qsens_airflow.settings import DagSettings
 
@@ -32,6 +28,9 @@ Sweeps precision pairs × calibration sizes over a checkpoint, and publishes man
 * **Nothing is computed twice.** A cell whose result is there is done at once, unless `force`.
 * **Reports again:** a new run with `mode=report_only`, or clear `publish` of an old run. Neither
   runs a GPU task.
+* **Refused before any GPU time is spent:** a checkpoint or captions that are not there, a format
+  that fits no weight, a full disk, a pool that does not exist or has no slot.
+* Other DAGs can wait for the asset `qsens_layer_analysis`: it has an event of every complete run.
 * Results must lie on storage that all workers share (`QSENS_RESULTS`).
 """
 
@@ -58,8 +57,9 @@ def qsens_sweep() -> None:
     """Lay out the DAG."""
     plan = PlanOperator(
         task_id="plan",
+        gpu_pool=settings.pool,
         doc_md="Validates the params, writes `plan.json` and returns one entry a cell. "
-        "With `mode=report_only` it finds the plan of a published sweep and returns no cell.",
+        "With `mode=report_only` it finds the plans of published sweeps and returns no cell.",
     )
 
     @task_group(group_id="cell")
@@ -93,8 +93,10 @@ def qsens_sweep() -> None:
     gate = GateOperator(
         task_id="gate",
         published=publish.output,
+        outlets=[LAYER_ANALYSIS],
         retries=0,
-        doc_md="Fails when cells are missing; its log lists each with its reason.",
+        doc_md="Fails when cells are missing; its log lists each with its reason. Otherwise the "
+        "asset `qsens_layer_analysis` gets an event: index, counts, the five first groups.",
     )
     each_cell.expand_kwargs(plan.output) >> publish >> gate
     plan >> publish

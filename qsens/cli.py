@@ -82,7 +82,9 @@ def _version(
 def plan(
     words: Words = None,
     out: Annotated[Path | None, typer.Option(help="Where to write plan.json.")] = None,
-    lanes: Annotated[int, typer.Option(min=1, max=64, help="GPUs to share the grid among.")] = 1,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, max=64, help="GPUs to share the grid among; dag.lanes.")
+    ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every key and leave.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -170,13 +172,18 @@ def publish(
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Holds one manifest.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Holds one manifest, or a summary.json.")
+    ],
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Put the scripts into the page: 5 MB more.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the reports of a directory that holds a manifest, of ours or of the older layout."""
+    """Write the reports of a cell's or a sweep's directory, of ours or of the older layout."""
     from qsens.pipeline.publish import report as step
 
-    written = step(directory)
+    written = step(directory, single_file=single_file)
     if as_json:
         _print_json(written)
         return
@@ -298,6 +305,76 @@ def demo_model(
         return
     for name, value in described.items():
         _stdout.print(f"{name}: {value}", markup=False)
+
+
+@app.command("fetch-model")
+def fetch_model(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file below configs/model/, or OWNER/NAME.")
+    ],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where; the model file's path.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit; the model file's, else main.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Get a checkpoint from a model hub: safetensors, configuration, tokenizer, processor.
+
+    HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are those of huggingface_hub. A download that was
+    interrupted goes on where it stopped.
+    """
+    from qsens.pipeline.fetch import fetch_model as step
+
+    fetched = step(target, directory, revision=revision)
+    if as_json:
+        _print_json(fetched)
+        return
+    for name, value in fetched.items():
+        _stdout.print(f"{name}: {value}", markup=False)
+
+
+@app.command()
+def captions(
+    annotations: Annotated[
+        Path, typer.Argument(metavar="ANNOTATIONS", help="COCO's captions_*.json.")
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="File below configs/dataset/: names and sizes.")
+    ] = "coco2017_captions",
+    out: Annotated[Path | None, typer.Option(help="Directory; that of the data set.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Directory of the images: write image and caption, JSONL.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Size to write, may be repeated; all when left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other images and captions.")] = 0,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Overwrite files with another content.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make calibration samples from COCO's annotations: one caption an image, nested sizes."""
+    from qsens.pipeline.coco import make_captions
+
+    made = make_captions(
+        annotations,
+        dataset=dataset,
+        out=out,
+        images=images,
+        sizes=size or (),
+        seed=seed,
+        replace=replace,
+    )
+    if as_json:
+        _print_json(made)
+        return
+    for name, file in made["files"].items():
+        _stdout.print(f"{name}: {file['samples']} samples, {file['path']}", markup=False)
+    for reason, count in made["left_out"].items():
+        _stderr.print(f"note: left out: {count} {reason}", style="yellow", markup=False)
 
 
 @app.command()

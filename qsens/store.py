@@ -23,6 +23,8 @@ from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
+# Which sweep a cell's directory shows: an older sweep, published again, must not replace it.
+SHOWN = ".sweep"
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,12 @@ class Store:
     def calibration_lock(self, digest: str) -> FileLock:
         """Return the lock of the calibrated maxima of that digest."""
         return _lock(self.plan.results / ".calibrations" / f"{digest}.lock")
+
+
+def shown_sweeps(model_dir: Path) -> set[str]:
+    """Return the ids of the sweeps whose results the cells' directories of a model show."""
+    marks = model_dir.glob(f"weight-*/**/{SHOWN}")
+    return {mark.read_text(encoding="utf-8").strip() for mark in marks}
 
 
 @contextmanager

@@ -7,10 +7,8 @@ secrets drawn anew at every start.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import secrets
-import signal
 import socket
 import sqlite3
 import subprocess
@@ -27,12 +25,13 @@ from filelock import FileLock, Timeout
 
 from qsens.errors import TryAgain
 from qsens_airflow.environment import environment_of
+from qsens_airflow.parent import end_with_parent
+from qsens_airflow.pool import CONNECTION_VARIABLE, connection_text
 from qsens_airflow.rest import UNFINISHED, Client, TaskState
 
 DAG_ID = "qsens_sweep"
 _START_SECONDS = 180
 _STOP_SECONDS = 10
-_PR_SET_PDEATHSIG = 1
 
 
 class Components:
@@ -70,7 +69,9 @@ class Components:
             user=self.user,
             password_file=self.password_file,
             slots=slots,
-        ) | dict(environment)
+        )
+        self.environment[CONNECTION_VARIABLE] = connection_text(self.url, self.user, self._password)
+        self.environment |= environment
         self._lock = FileLock(self.home / "running.lock", timeout=0)
 
     @property
@@ -216,7 +217,7 @@ class Components:
                 cwd=self.home,
                 # Ctrl-C is ours to pass on, in order.
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent(),
             )
 
     def _log(self, name: str) -> Path:
@@ -264,12 +265,6 @@ def _descendants(processes: Iterable[subprocess.Popen[bytes]]) -> set[psutil.Pro
         with contextlib.suppress(psutil.NoSuchProcess):
             found |= set(psutil.Process(process.pid).children(recursive=True))
     return found
-
-
-def _end_with_parent() -> None:
-    """Have the kernel stop this process when its parent is killed; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -116,6 +116,23 @@ class Client:
         path = f"{self._run(run_id)}/taskInstances/{task_id}/xcomEntries/return_value"
         return self._call("GET", path)["value"]
 
+    def asset_events(self, run_id: str) -> list[dict[str, Any]]:
+        """Return the extra of every asset event that a run has caused."""
+        path = f"/api/v2/assets/events?source_run_id={quote(run_id, safe='')}"
+        return [event["extra"] for event in self._call("GET", path)["asset_events"]]
+
+    def pool_slots(self, name: str) -> int | None:
+        """Return how many slots a pool has; none where there is no such pool."""
+        answer = self._http.get(f"/api/v2/pools/{quote(name, safe='')}")
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            return None
+        answer.raise_for_status()
+        return int(answer.json()["slots"])
+
+    def make_pool(self, name: str, slots: int) -> None:
+        """Make a pool."""
+        self._call("POST", "/api/v2/pools", {"name": name, "slots": slots})
+
     def _run(self, run_id: str) -> str:
         return f"{self._dag}/dagRuns/{quote(run_id, safe='')}"
 

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from qsens.report import Summary, build_summary, write_sweep
-from qsens.report.sweep import heat_table, protected
+from qsens.report.views import heat_table, protected
 
 A, B = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 CELLS = ["wint8_afp16-small", "wint8_afp16-medium", "wfp8_afp8-small", "wfp8_afp8-medium"]
@@ -83,7 +83,12 @@ def test_lanes_change_nothing(make: Any, tmp_path: Path) -> None:
 
 def test_summary_json_makes_the_same_pages_again(make: Any, tmp_path: Path) -> None:
     paths = write_sweep(whole(make), tmp_path / "a")
-    assert [path.name for path in paths] == ["summary.md", "summary.json", "index.html"]
+    assert [path.name for path in paths] == [
+        "summary.md",
+        "summary.json",
+        "index.html",
+        "summary.svg",
+    ]
     read = Summary.model_validate_json(paths[1].read_bytes())
     assert read == whole(make)
     again = write_sweep(read, tmp_path / "b")
@@ -133,7 +138,7 @@ def test_missing_and_partial_cells_are_loud(make: Any, tmp_path: Path) -> None:
     summary = build_summary(
         make.plan(), manifests, {"wint8_afp16-medium": "out of | memory"}, {}, None
     )
-    md, _, html = write_sweep(summary, tmp_path)
+    md, _, html, *_ = write_sweep(summary, tmp_path)
     text = md.read_text(encoding="utf-8")
     head = text[: text.index("| | |")]
     assert "PARTIAL: 1 of 4 cells missing" in head
@@ -145,18 +150,20 @@ def test_missing_and_partial_cells_are_loud(make: Any, tmp_path: Path) -> None:
     assert "wint8_afp16-medium: out of | memory" in head
     assert "wfp8_afp8-small: 8 of 16 samples" in head
     assert "✓ Complete" not in page.text
-    lines = [line for line in text.split("\n") if line.startswith(("| wint8", "| wfp8"))]
+    lines = text[text.index("## Cells") :].split("\n")
+    lines = [line for line in lines if line.startswith(("| wint8", "| wfp8"))]
     assert [line.replace("\\|", "").count("|") for line in lines] == [11] * 4
     assert "**MISSING**" in lines[1]
     assert "**PARTIAL**" in lines[2]
 
 
 def test_a_whole_sweep_has_no_banner(make: Any, tmp_path: Path) -> None:
-    md, _, html = write_sweep(whole(make), tmp_path)
+    md, _, html, *_ = write_sweep(whole(make), tmp_path)
     page = make.page(html)
     assert "✓ Complete" in page.text
     assert "PARTIAL" not in md.read_text(encoding="utf-8") + page.text
-    assert not {"script", "link", "img"} & set(page.tags)
+    assert not {"link", "img"} & set(page.tags)
+    assert page.foreign_scripts() == []
 
 
 def test_links_are_relative_to_where_the_sweep_lies(make: Any, tmp_path: Path) -> None:
@@ -164,13 +171,13 @@ def test_links_are_relative_to_where_the_sweep_lies(make: Any, tmp_path: Path) -
     directories = {CELLS[0]: "weight-int8-act-fp16/run small"}
     summary = build_summary(plan, cells(make), {}, directories, "20291231T000000000Z-00000000")
     nested = tmp_path / "sweeps" / plan.sweep_id
-    md, _, html = write_sweep(summary, nested)
+    md, _, html, *_ = write_sweep(summary, nested)
     link = "../../weight-int8-act-fp16/run%20small/per-layer-sensitivity.html"
     previous = "../20291231T000000000Z-00000000/index.html"
     assert set(make.page(html).links) == {link, previous, "../../index.html"}
     assert f"[report]({link})" in md.read_text(encoding="utf-8")
     assert f"({previous})" in md.read_text(encoding="utf-8")
-    *_, html = write_sweep(summary, tmp_path / "tmp" / plan.sweep_id)
+    _, _, html, *_ = write_sweep(summary, tmp_path / "tmp" / plan.sweep_id)
     assert link.removeprefix("../../") in make.page(html).links
     assert "../../index.html" not in make.page(html).links
 
@@ -182,9 +189,9 @@ def test_hostile_text_is_text(make: Any, tmp_path: Path) -> None:
     del manifests[CELLS[1]]
     directories = {CELLS[0]: "javascript:alert(1)", CELLS[2]: '"><script>x</script>'}
     summary = build_summary(make.plan(), manifests, {CELLS[1]: bad}, directories, bad)
-    md, data, html = write_sweep(summary, tmp_path)
+    md, data, html, *_ = write_sweep(summary, tmp_path)
     page = make.page(html)
-    assert "script" not in page.tags
+    assert page.foreign_scripts() == []
     assert all(":" not in link and "<" not in link for link in page.links)
     assert "<" not in md.read_text(encoding="utf-8")
     assert not any(
