@@ -29,6 +29,8 @@ CELL = "wfp8_afp8-small"
 DONE = '{"cell": "wfp8_afp8-small", "status": "done", "computed": true}'
 ERROR = '{"error": "UserError", "what": "no such file", "where": "p.json", "remedy": "Make it."}'
 
+FULL = '{"error": "DiskFull", "what": "no space left", "where": "/d", "remedy": "Free some."}'
+
 
 def run(operator: BaseOperator, conf: dict[str, Any] | None = None) -> Any:
     """Run the operator's DAG in this process; return its task instance as the database has it."""
@@ -99,7 +101,9 @@ def test_what_the_user_must_mend_is_not_tried_again(
     assert "p.json: no such file | Make it." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("first", ["exit 1", "kill -9 $$", "kill -15 $$", "echo '[]'"])
+@pytest.mark.parametrize(
+    "first", ["exit 1", "kill -9 $$", "kill -15 $$", "echo '[]'", f"echo '{FULL}'; exit 75"]
+)
 def test_what_may_pass_counts_as_a_try(tmp_path: Path, python: Script, first: str) -> None:
     python(first_then_done(first))
     instance = run(score(tmp_path))

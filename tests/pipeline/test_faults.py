@@ -206,6 +206,7 @@ def test_a_full_disk_while_publishing_is_said_and_the_next_run_completes(
     for room in (16, 600):
         _fill(ballast, room * 1024)
         error = place.json("publish", "--plan", plan, code=75)
+        assert error["error"] == "DiskFull"
         assert error["what"] == "no space left on the disk; nothing was written"
         assert error["where"].startswith(str(small_disk))
         assert error["remedy"].startswith("Free some space")
