@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qsens import __version__
-from qsens.config import choices
+from qsens.config import DagConfig, Roots, choices
 from qsens.config.reference import describe_keys
 from qsens.errors import AnswerIsNo, QsensError, UserError
 from qsens.grid import read_plan
@@ -41,6 +41,7 @@ _stdout = Console(highlight=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="plan.json, from `qsens plan --out`.")]
 CellId = Annotated[str, typer.Option("--cell", help="Id of one cell, such as wfp8_afp8-small.")]
+RecipeTarget = Literal["modelopt", "llm-compressor", "json"]
 Words = Annotated[
     list[str] | None,
     typer.Argument(
@@ -85,7 +86,9 @@ def _version(
 def plan(
     words: Words = None,
     out: Annotated[Path | None, typer.Option(help="Where to write plan.json.")] = None,
-    lanes: Annotated[int, typer.Option(min=1, max=64, help="GPUs to share the grid among.")] = 1,
+    lanes: Annotated[
+        int | None, typer.Option(min=1, max=64, help="GPUs to share the grid among; dag.lanes.")
+    ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every key and leave.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -248,6 +251,58 @@ def verify(
         sys.exit(AnswerIsNo.exit_code)
 
 
+@app.command()
+def recipe(
+    sweep: Annotated[
+        str, typer.Argument(metavar="SWEEP", help="A sweep's directory, summary.json, or id.")
+    ],
+    bits: Annotated[float, typer.Option(min=0, max=16, help="Bits a weight, at most.")],
+    to: Annotated[RecipeTarget, typer.Option("--to", help="Who takes the recipe.")],
+    size: Annotated[
+        Literal["small", "medium", "large"] | None,
+        typer.Option(help="Size of the scores; the largest there is when left out."),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(metavar="PAIR,...", help="Pairs to choose from; all when left out."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Groups or modules that stay at 16 bits; repeatable."),
+    ] = None,
+    tied_head: Annotated[
+        bool, typer.Option("--tied-head", help="Let a head tied to the embedding be quantized.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to write it; stdout if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose a format for every group at a target of bits; exit code 3 if out of reach."""
+    from qsens.pipeline.recipe import write_recipe
+
+    found = write_recipe(
+        sweep,
+        bits=bits,
+        target=to,
+        size=size,
+        pairs=pairs.split(",") if pairs else (),
+        keep=keep or (),
+        tied_head=tied_head,
+        out=out,
+    )
+    if as_json:
+        _print_json(found)
+        return
+    _say_notices(found["notices"])
+    for entry in found["left_out"]:
+        _stderr.print(
+            f"left out: {entry['format']}: {entry['reason']}", style="yellow", markup=False
+        )
+    if out is None:
+        sys.stdout.write(found["recipe"])
+        return
+    _print_recipe(found)
+
+
 @app.command("demo-model")
 def demo_model(
     directory: Annotated[
@@ -283,6 +338,104 @@ def demo_model(
         return
     for name, value in described.items():
         _stdout.print(f"{name}: {value}", markup=False)
+
+
+@app.command("fetch-model")
+def fetch_model(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file below configs/model/, or OWNER/NAME.")
+    ],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where; the model file's path.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit; the model file's, else main.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Get a checkpoint from a model hub: safetensors, configuration, tokenizer, processor.
+
+    HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are those of huggingface_hub. A download that was
+    interrupted goes on where it stopped.
+    """
+    from qsens.pipeline.fetch import fetch_model as step
+
+    fetched = step(target, directory, revision=revision)
+    if as_json:
+        _print_json(fetched)
+        return
+    for name, value in fetched.items():
+        _stdout.print(f"{name}: {value}", markup=False)
+
+
+@app.command()
+def captions(
+    annotations: Annotated[
+        Path, typer.Argument(metavar="ANNOTATIONS", help="COCO's captions_*.json.")
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="File below configs/dataset/: names and sizes.")
+    ] = "coco2017_captions",
+    out: Annotated[Path | None, typer.Option(help="Directory; that of the data set.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Directory of the images: write image and caption, JSONL.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Size to write, may be repeated; all when left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other images and captions.")] = 0,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Overwrite files with another content.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make calibration samples from COCO's annotations: one caption an image, nested sizes."""
+    from qsens.pipeline.coco import make_captions
+
+    made = make_captions(
+        annotations,
+        dataset=dataset,
+        out=out,
+        images=images,
+        sizes=size or (),
+        seed=seed,
+        replace=replace,
+    )
+    if as_json:
+        _print_json(made)
+        return
+    for name, file in made["files"].items():
+        _stdout.print(f"{name}: {file['samples']} samples, {file['path']}", markup=False)
+    for reason, count in made["left_out"].items():
+        _stderr.print(f"note: left out: {count} {reason}", style="yellow", markup=False)
+
+
+@app.command()
+def prune(
+    keep_sweeps: Annotated[
+        int, typer.Option(help="Sweeps of each model that are kept, the newest.")
+    ] = DagConfig().keep_sweeps,
+    keep_days: Annotated[
+        int, typer.Option(help="Days that everything is kept.")
+    ] = DagConfig().keep_days,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be removed; remove nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove old sweeps and what only they refer to."""
+    from qsens.pipeline.prune import prune as step
+
+    results = Roots.from_environment().results
+    pruned = step(results, keep_sweeps=keep_sweeps, keep_days=keep_days, dry_run=dry_run)
+    _say_notices(pruned.notes)
+    if as_json:
+        _print_json({"dry_run": dry_run, **vars(pruned)})
+        return
+    for name, removed in vars(pruned).items():
+        if name != "notes":
+            count = removed if isinstance(removed, int) else len(removed)
+            _stdout.print(f"{name}{' to remove' if dry_run else ' removed'}: {count}")
 
 
 @app.command()
@@ -342,6 +495,20 @@ def _print_published(published: dict[str, Any], as_json: bool) -> None:
     for entry in published["missing"]:
         _stdout.print(f"PARTIAL: {entry['cell']}: {entry['reason']}", style="red", markup=False)
     _stdout.print(published["index"], markup=False)
+
+
+def _print_recipe(found: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{found['bits']:.4f} bits a weight, predicted damage {found['damage']:.4g} "
+        f"{found['damage_unit']}",
+        title_justify="left",
+    )
+    for column in ("format", "groups", "weights"):
+        table.add_column(column)
+    for row in found["formats"]:
+        table.add_row(row["format"] or "16 bits", str(row["groups"]), str(row["weights"]))
+    _stdout.print(table)
+    _stdout.print(found["path"], markup=False)
 
 
 def _print_verified(result: dict[str, Any]) -> None:

@@ -17,12 +17,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qsens.errors import TryAgain
+from qsens.errors import DiskFull, TryAgain
 from qsens.grid import Cell, Plan
 from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
+# Which sweep a cell's directory shows: an older sweep, published again, must not replace it.
+SHOWN = ".sweep"
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,12 @@ class Store:
         return _lock(self.plan.results / ".calibrations" / f"{digest}.lock")
 
 
+def shown_sweeps(model_dir: Path) -> set[str]:
+    """Return the ids of the sweeps whose results the cells' directories of a model show."""
+    marks = model_dir.glob(f"weight-*/**/{SHOWN}")
+    return {mark.read_text(encoding="utf-8").strip() for mark in marks}
+
+
 @contextmanager
 def held(lock: FileLock, *, where: str, wait: bool) -> Iterator[None]:
     """Hold ``lock`` while the context lasts.
@@ -142,7 +150,7 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 with LF line ends, whole or not at all.
 
     Raises:
-        TryAgain: The disk is full.
+        DiskFull: The disk is full.
     """
     with write_file(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
@@ -161,7 +169,7 @@ def write_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is fsynced and renamed to ``path``.
 
     Raises:
-        TryAgain: The disk is full; nothing is left behind.
+        DiskFull: The disk is full; nothing is left behind.
     """
     with _full_disk_is_said(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +197,7 @@ def write_directory(path: Path, *, last: str) -> Iterator[Path]:
     overwritten.
 
     Raises:
-        TryAgain: The disk is full; nothing is left behind.
+        DiskFull: The disk is full; nothing is left behind.
     """
     with _full_disk_is_said(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,7 +228,7 @@ def _full_disk_is_said(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise TryAgain(
+        raise DiskFull(
             "no space left on the disk; nothing was written",
             where=str(path.parent),
             remedy="Free some space, then run it again: what is done already is kept.",

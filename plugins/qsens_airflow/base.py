@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,7 +13,7 @@ from airflow.sdk.exceptions import (
     AirflowRescheduleException,
 )
 
-from qsens.errors import AnswerIsNo, OutOfMemory, TryAgain, UserError
+from qsens.errors import AnswerIsNo, DiskFull, OutOfMemory, TryAgain, UserError
 from qsens_airflow.child import Child, Ended
 
 _FINAL = (UserError.exit_code, AnswerIsNo.exit_code)
@@ -20,30 +21,76 @@ _FINAL = (UserError.exit_code, AnswerIsNo.exit_code)
 # by then, the scheduler takes it for lost, kills it and counts a try; so the pause is not short.
 PAUSE = timedelta(seconds=30)
 _WAIT_AT_MOST = timedelta(hours=6)
+# As `qsens.engine.budget` reads it; that module imports torch.
+MEMORY_SHARE = "QSENS_MEMORY_SHARE"
+HALF = "0.5"
 
 
 class QsensOperator(BaseOperator):
     """Base of the operators that run a verb of the command line.
 
-    A failure that the user must mend (exit codes 2 and 3) is final. One that may pass by itself
-    (75) gives the slot back and comes again, for as long as the task may run, before it counts as
-    a try. All else, death by a signal included, counts as a try.
+    What happens depends on the child's exit code:
+
+    * 0: its JSON is returned;
+    * 2, 3: the user must mend it: final;
+    * 74, out of memory: it is run once more in the same try with half the memory budget, and a
+      second 74 is final;
+    * 75, it may pass by itself: the slot is given back and the task comes again, for as long as it
+      may run, before that counts as a try. A full disk counts at once: somebody has to know;
+    * all else, death by a signal included, counts as a try.
     """
 
     _child: Child | None = None
+    _killed = False
 
-    def run_verb(self, context: Context, *arguments: str) -> dict[str, Any]:
-        """Run ``qsens`` with ``arguments`` and return the JSON that it prints."""
-        self._child = Child([*arguments[:1], "--json", *arguments[1:]])
-        ended = self._child.run(self.log.info)
+    def run_verb(
+        self,
+        context: Context,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        inherited: Sequence[int] = (),
+    ) -> dict[str, Any]:
+        """Run ``qsens`` with ``arguments`` and return the JSON that it prints.
+
+        Args:
+            context: Airflow's context.
+            arguments: The verb and its arguments.
+            environment: Variables for the child alone.
+            inherited: Descriptors that the child inherits.
+        """
+        verb, *rest = arguments
+        own = dict(environment or {})
+        ended = self._run_child([verb, "--json", *rest], own, inherited)
+        if ended.code == OutOfMemory.exit_code and not ended.killed and not self._killed:
+            self.log.warning(
+                "%s | Once more with %s of the memory budget.", self._line(ended, verb), HALF
+            )
+            ended = self._run_child([verb, "--json", *rest], own | {MEMORY_SHARE: HALF}, inherited)
         if ended.code == 0 and not ended.killed and ended.answer is not None:
             return ended.answer
-        raise self._failure(ended, arguments[0], context)
+        raise self._failure(ended, verb, context)
 
     def on_kill(self) -> None:
         """End the child and all that it started."""
+        self._killed = True
         if self._child is not None:
             self._child.kill()
+
+    def give_back(self, context: Context, line: str) -> Exception:
+        """Return the exception that gives the slot back, or the failure when it waited too long."""
+        waited = int(context.get("task_reschedule_count") or 0) * PAUSE
+        if waited < (self.execution_timeout or _WAIT_AT_MOST):
+            self.log.info("%s | Slot given back for %s s.", line, PAUSE.seconds)
+            return AirflowRescheduleException(  # type: ignore[no-untyped-call]
+                datetime.now(UTC) + PAUSE
+            )
+        return AirflowException(f"{line} (still so after {waited})")
+
+    def _run_child(
+        self, arguments: Sequence[str], environment: Mapping[str, str], inherited: Sequence[int]
+    ) -> Ended:
+        self._child = Child(arguments, environment=environment, inherited=inherited)
+        return self._child.run(self.log.info)
 
     def _failure(self, ended: Ended, verb: str, context: Context) -> Exception:
         """Return the exception that says how the child failed."""
@@ -51,18 +98,19 @@ class QsensOperator(BaseOperator):
             return AirflowException(f"qsens {verb} was ended by {ended.signal}")
         if ended.code == 0:
             return AirflowException(f"qsens {verb} printed no JSON object")
-        line = one_line(ended.answer) if ended.answer else f"qsens {verb}: see the log above"
+        line = self._line(ended, verb)
         if ended.code in _FINAL:
             return AirflowFailException(line)
-        if ended.code == TryAgain.exit_code:
-            waited = int(context.get("task_reschedule_count") or 0) * PAUSE
-            if waited < (self.execution_timeout or _WAIT_AT_MOST):
-                self.log.info("%s | Slot given back for %s s.", line, PAUSE.seconds)
-                back = datetime.now(UTC) + PAUSE
-                return AirflowRescheduleException(back)  # type: ignore[no-untyped-call]
         if ended.code == OutOfMemory.exit_code:
-            return AirflowException(f"Out of memory. {line}")
+            return AirflowFailException(f"{line} | With half the memory budget too.")
+        full = (ended.answer or {}).get("error") == DiskFull.__name__
+        if ended.code == TryAgain.exit_code and not full:
+            return self.give_back(context, line)
         return AirflowException(f"{line} (exit code {ended.code})")
+
+    @staticmethod
+    def _line(ended: Ended, verb: str) -> str:
+        return one_line(ended.answer) if ended.answer else f"qsens {verb}: see the log above"
 
 
 def one_line(error: dict[str, str]) -> str:

@@ -14,16 +14,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
 import psutil  # type: ignore[import-untyped]
 
 from qsens.config import Roots
+from qsens_airflow.parent import end_with_parent
 
 # Airflow sends SIGKILL five seconds after SIGTERM; the child must be gone before.
 GRACE_SECONDS = 3.0
+# Environment variable by which a child's whole family is found, orphans included.
+_MARK = "QSENS_CHILD"
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,14 @@ class Child:
 
     Attributes:
         arguments: Arguments of the command line.
+        environment: Variables that it gets beside those of this process.
+        inherited: Descriptors that it inherits.
     """
 
     arguments: Sequence[str]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    inherited: Sequence[int] = ()
+    _mark: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
     _process: subprocess.Popen[str] | None = field(default=None, init=False)
     _killed: bool = field(default=False, init=False)
 
@@ -70,9 +79,18 @@ class Child:
         """
         roots = Roots.from_environment()
         python = os.environ.get("QSENS_PYTHON") or sys.executable
-        environment = os.environ | {
+        # Airflow's own settings hold its secrets, and a checkpoint's code may run in there.
+        own = {
+            key: text
+            for key, text in os.environ.items()
+            if not key.lstrip("_").startswith("AIRFLOW_")
+        }
+        environment = {
+            **own,
             "QSENS_ROOT": str(roots.root),
             "QSENS_RESULTS": str(roots.results),
+            _MARK: self._mark,
+            **self.environment,
         }
         with tempfile.TemporaryFile("w+", encoding="utf-8") as stdout:
             process = subprocess.Popen(
@@ -84,6 +102,9 @@ class Child:
                 encoding="utf-8",
                 errors="replace",
                 env=environment,
+                pass_fds=self.inherited,
+                # A worker that is killed must not leave a device busy.
+                preexec_fn=end_with_parent(),
             )
             self._process = process
             assert process.stderr is not None
@@ -97,6 +118,7 @@ class Child:
                 self.kill()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=1)
+                _signal(self._family(), signal.SIGKILL)
             # A process that the child left behind may hold the pipe open: do not wait for it.
             reader.join(timeout=2)
             stdout.seek(0)
@@ -111,14 +133,15 @@ class Child:
             return
         self._killed = True
         # Runs inside a signal handler while `run` waits, so it must not reap the child itself.
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child = psutil.Process(self._process.pid)
-            processes = [*child.children(recursive=True), child]
-            _signal(processes, signal.SIGTERM)
-            end = time.monotonic() + GRACE_SECONDS
-            while any(map(_alive, processes)) and time.monotonic() < end:
-                time.sleep(0.05)
-            _signal(filter(_alive, processes), signal.SIGKILL)
+        _signal(self._family(), signal.SIGTERM)
+        end = time.monotonic() + GRACE_SECONDS
+        while self._family() and time.monotonic() < end:
+            time.sleep(0.05)
+        _signal(self._family(), signal.SIGKILL)
+
+    def _family(self) -> list[psutil.Process]:
+        """Return the processes alive of the child and all that it started."""
+        return [process for process in psutil.process_iter() if _is_marked(process, self._mark)]
 
 
 def _each_line(stream: IO[str], log: Callable[[str], None]) -> None:
@@ -136,10 +159,12 @@ def _json(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _alive(process: psutil.Process) -> bool:
+def _is_marked(process: psutil.Process, mark: str) -> bool:
     try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return bool(process.environ().get(_MARK) == mark)
+    except (psutil.Error, OSError):
         return False
 
 

@@ -1,43 +1,55 @@
-"""The operators of a sweep: validate, run a verb of the command line, return a small dict."""
+"""The operators around the grid: plan before it, publish and gate after it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-from airflow.sdk import BaseOperator, Context, XComArg
+from airflow.sdk import BaseOperator, Context
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException
 
-from qsens.config import Roots, load_sweep
+from qsens.config import Roots
 from qsens.errors import UserError
 from qsens_airflow.base import QsensOperator, one_line
+from qsens_airflow.limits import load_run
 from qsens_airflow.params import SweepParams
-from qsens_airflow.plans import plan_of_run, plan_of_sweep
+from qsens_airflow.plans import plan_of_run, plans_to_publish
+from qsens_airflow.pool import lanes_of
 
 
 class PlanOperator(QsensOperator):
     """Make the plan of this run; return one dict a cell, in the plan's order.
 
     The path of the plan is pushed under the key ``plan`` as well, for what runs without cells.
+
+    Args:
+        gpu_pool: Pool that the cells' tasks take a slot of.
     """
 
+    def __init__(self, *, gpu_pool: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gpu_pool = gpu_pool
+
     def execute(self, context: Context) -> list[dict[str, str]]:
-        """Run ``qsens plan``, or find the plan that a report-only run publishes again."""
+        """Run ``qsens plan``, or find the plans that a report-only run publishes again."""
         try:
             params = SweepParams.read(context["params"])
             overrides = params.as_overrides()
             roots = Roots.from_environment()
+            config = load_run(params.preset, overrides, roots)
             if params.mode == "report_only":
-                config = load_sweep(params.preset, overrides, roots=roots).config
-                path = str(plan_of_sweep(config, roots, params.sweep_id))
-                self.log.info("Report only: %s", path)
-                context["ti"].xcom_push(key="plan", value=path)
+                found = plans_to_publish(config, roots, params.sweep)
+                self.log.info("Report only: %s", ", ".join(map(str, found)))
+                context["ti"].xcom_push(key="plan", value="\n".join(map(str, found)))
                 return []
+            lanes = config.dag.lanes or lanes_of(self.gpu_pool, self.log.info)
         except UserError as error:
             raise AirflowFailException(one_line(error.as_dict())) from None
         out = str(plan_of_run(roots, context["run_id"]))
-        made = self.run_verb(context, "plan", "--out", out, "--", params.preset, *overrides)
+        words = ["--out", out, "--lanes", str(lanes), "--", params.preset, *overrides]
+        made = self.run_verb(context, "plan", *words)
         cells = [{"cell": str(cell["cell"]), "plan": out} for cell in made["cells"]]
         longest = conf.getint("core", "max_map_length")
         if len(cells) > longest:
@@ -51,46 +63,12 @@ class PlanOperator(QsensOperator):
         return cells
 
 
-class CellOperator(QsensOperator):
-    """Base of one cell's steps.
-
-    Args:
-        cell: The cell's id.
-        plan: Path of the plan.
-    """
-
-    template_fields: Sequence[str] = ("cell", "plan")
-    verb: ClassVar[str]
-
-    def __init__(self, *, cell: str, plan: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.cell = cell
-        self.plan = plan
-
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Make sure that the cell's result of this step is there."""
-        # The name of the mapped task in the UI; without it the task fails after its success.
-        context["cell"] = " · ".join(self.cell.split("-"))  # type: ignore[typeddict-unknown-key]
-        return self.run_verb(context, self.verb, "--plan", self.plan, "--cell", self.cell)
-
-
-class CalibrateOperator(CellOperator):
-    """Make sure that the calibration maxima of one cell are there."""
-
-    verb = "calibrate"
-
-
-class ScoreOperator(CellOperator):
-    """Make sure that the result of one cell is there."""
-
-    verb = "score"
-
-
 class PublishOperator(QsensOperator):
     """Copy what the plan's cells have given into the layout and write the reports.
 
     Args:
-        plan: Path of the plan; empty fails the task at once.
+        plan: Path of the plan, or paths of several, a line each: all are published, and the last
+            one's result is returned. Empty fails the task at once.
     """
 
     template_fields: Sequence[str] = ("plan",)
@@ -103,26 +81,35 @@ class PublishOperator(QsensOperator):
         """Run ``qsens publish``."""
         if not self.plan:
             raise AirflowFailException("nothing to publish: the task `plan` left no plan")
-        published = self.run_verb(context, "publish", "--report-only", "--plan", self.plan)
-        return {key: published[key] for key in ("sweep_id", "index", "complete", "missing")}
+        for plan in self.plan.splitlines():
+            published = self.run_verb(context, "publish", "--report-only", "--plan", plan)
+        kept = ("sweep_id", "index", "complete", "missing", "counts", "top")
+        return {key: published[key] for key in kept}
 
 
 class GateOperator(BaseOperator):
     """Fail when the grid is incomplete: the last leaf decides the colour of a run.
 
+    Of a complete one, its outlets get an event each that carries the sweep's id, the index, the
+    counts of cells and the five most sensitive groups.
+
     Args:
-        published: What ``publish`` returned.
+        published: What ``publish`` returned, or a template of it as JSON; nothing fails the task.
     """
 
     template_fields: Sequence[str] = ("published",)
 
-    def __init__(self, *, published: dict[str, Any] | XComArg, **kwargs: Any) -> None:
+    def __init__(self, *, published: dict[str, Any] | str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # A reference until Airflow has rendered it.
+        # A template until Airflow has rendered it.
         self.published: Any = published
 
     def execute(self, context: Context) -> None:
         """Log every missing cell with its reason, and fail if there is one."""
+        if isinstance(self.published, str):
+            self.published = json.loads(self.published)
+        if not self.published:
+            raise AirflowFailException("nothing was published: see the tasks before")
         missing = self.published["missing"]
         for cell in missing:
             self.log.error("missing: %s: %s", cell["cell"], cell["reason"])
@@ -130,3 +117,7 @@ class GateOperator(BaseOperator):
             names = ", ".join(cell["cell"] for cell in missing)
             raise AirflowFailException(f"sweep {self.published['sweep_id']} is PARTIAL: {names}")
         self.log.info("Complete: %s", self.published["index"])
+        for asset in self.outlets:
+            context["outlet_events"][asset].extra = {
+                key: self.published[key] for key in ("sweep_id", "index", "counts", "top")
+            }

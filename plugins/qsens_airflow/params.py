@@ -10,7 +10,7 @@ from airflow.sdk import Param
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
-from qsens.config import Roots, SweepConfig, choices
+from qsens.config import Roots, SweepConfig, choices, load_sweep
 from qsens.config.models import Frozen
 from qsens.errors import UserError
 
@@ -51,8 +51,9 @@ class SweepParams(Frozen):
     overrides: str | None = None
     """More of the configuration, as on the command line: ``key=value`` separated by spaces or line
     ends, for example ``autoquant.score_size=64 dataset.max_calib_samples=8``."""
-    sweep_id: str | None = Field(default=None, pattern=SWEEP_ID)
-    """With ``report_only``: the sweep to publish again. Empty: the newest of the model."""
+    sweep: str | None = Field(default=None, pattern=SWEEP_ID)
+    """With ``report_only``: id of the sweep to publish again. Empty: all published cells of the
+    model."""
 
     @classmethod
     def read(cls, params: Mapping[str, Any]) -> SweepParams:
@@ -77,10 +78,10 @@ class SweepParams(Frozen):
                 where=f"param {given[0]}",
                 remedy="Leave it empty, or choose mode=full.",
             )
-        if read.mode == "full" and read.sweep_id:
+        if read.mode == "full" and read.sweep:
             raise UserError(
                 "has no meaning with mode=full, which makes a sweep of its own",
-                where="param sweep_id",
+                where="param sweep",
                 remedy="Leave it empty, or choose mode=report_only.",
             )
         return read
@@ -132,6 +133,10 @@ def dag_params(preset: str, roots: Roots | None = None) -> dict[str, Param]:
         preset: Default of the param ``preset``.
         roots: Where configuration files lie; from the environment when not given.
     """
+    sizes = load_sweep(preset, roots=roots).config.dataset.sizes
+    shown: dict[str, dict[str, str]] = {
+        "size": {size: f"{size} · {count} samples" for size, count in sizes.items()}
+    }
     params = {}
     for name, field in SweepParams.model_fields.items():
         text = " ".join((field.description or "").split())
@@ -140,20 +145,26 @@ def dag_params(preset: str, roots: Roots | None = None) -> dict[str, Param]:
                 preset, description_md=text, type="string", enum=list(choices("sweep", roots))
             )
         elif name in AXES:
-            params[name] = _axis(AXES[name], roots)
+            params[name] = _axis(AXES[name], roots, shown.get(name, {}))
         elif isinstance(field.default, bool):
             params[name] = Param(field.default, description_md=text, type="boolean")
         elif allowed := _literals(field):
             params[name] = Param(field.default, description_md=text, type="string", enum=allowed)
         else:
-            rule = ("pattern", SWEEP_ID) if name == "sweep_id" else ("format", "multiline")
+            rule = ("pattern", SWEEP_ID) if name == "sweep" else ("format", "multiline")
             schema: dict[str, Any] = {"type": ["null", "string"], rule[0]: rule[1]}
             params[name] = Param(None, description_md=text, **schema)
     return params
 
 
-def _axis(key: str, roots: Roots | None) -> Param:
-    """Return the param of one axis; the form offers what the configuration allows."""
+def _axis(key: str, roots: Roots | None, shown: Mapping[str, str]) -> Param:
+    """Return the param of one axis; the form offers what the configuration allows.
+
+    Args:
+        key: Dotted key of the configuration.
+        roots: Where configuration files lie.
+        shown: What the form shows for a value, where that is not the value itself.
+    """
     field = _field(key)
     allowed = _literals(field) or list(choices(key, roots))
     text = f"{field.description} `{key}`. {_AS_PRESET}"
@@ -173,6 +184,7 @@ def _axis(key: str, roots: Roots | None) -> Param:
         items={"type": "string", "enum": allowed},
         uniqueItems=True,
         examples=allowed,
+        values_display={value: shown.get(value, value) for value in allowed},
     )
 
 

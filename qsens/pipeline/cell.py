@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 
@@ -39,22 +39,17 @@ def calibrate(
         wait: Whether to wait for another process that computes the same.
 
     Raises:
-        TryAgain: Another process computes it, and ``wait`` is false; or the disk is full.
+        TryAgain: Another process computes it, and ``wait`` is false.
+        DiskFull: There is no space left.
         UserError: It cannot be computed.
         OutOfMemory: The device has not enough memory.
     """
     store, cell = Store(plan), plan.cell(cell_id)
     started = time.monotonic()
-    if store.is_done(cell):
-        return _outcome(store, cell, "done")
-    if plan.config.autoquant.engine == "modelopt":
-        return _outcome(store, cell, "with_score")
-    pair = plan.pair(cell)
-    if pair.input_quantizer is None or not pair.input_quantizer.needs_calibration():
-        return _outcome(store, cell, "not_needed")
+    status = _calibration_status(store, cell)
+    if status is not None:
+        return _outcome(store, cell, status)
     digest = calibration_digest(plan, cell.size)
-    if store.calibration(digest).is_file():
-        return _outcome(store, cell, "done")
     lock, where = store.calibration_lock(digest), f"calibration of {cell.cell}"
     with ExitStack() as locks:
         locks.enter_context(held(lock, where=where, wait=wait))
@@ -81,7 +76,8 @@ def score(
         wait: Whether to wait for another process that computes the same result.
 
     Raises:
-        TryAgain: Another process computes it, and ``wait`` is false; or the disk is full.
+        TryAgain: Another process computes it, and ``wait`` is false.
+        DiskFull: There is no space left.
         UserError: It cannot be computed; the reason is kept for the reports.
         OutOfMemory: The device has not enough memory.
     """
@@ -110,6 +106,14 @@ def score(
     return _outcome(store, cell, "done", computed=True, started=started)
 
 
+def is_there(plan: Plan, cell: Cell, step: Literal["calibrate", "score"]) -> bool:
+    """Return whether ``step`` has nothing to compute for ``cell``."""
+    store = Store(plan)
+    if step == "calibrate":
+        return _calibration_status(store, cell) is not None
+    return store.is_done(cell)
+
+
 def failure_reason(store: Store, cell: Cell) -> str:
     """Return in words why ``cell`` has no result."""
     path = store.failure(cell)
@@ -119,6 +123,19 @@ def failure_reason(store: Store, cell: Cell) -> str:
         return str(json.loads(path.read_text(encoding="utf-8"))["what"])
     except (ValueError, KeyError, OSError):
         return "failed; its reason cannot be read"
+
+
+def _calibration_status(store: Store, cell: Cell) -> str | None:
+    """Return why nothing is to be calibrated for ``cell``; none where something is."""
+    if store.is_done(cell):
+        return "done"
+    if store.plan.config.autoquant.engine == "modelopt":
+        return "with_score"
+    pair = store.plan.pair(cell)
+    if pair.input_quantizer is None or not pair.input_quantizer.needs_calibration():
+        return "not_needed"
+    there = store.calibration(calibration_digest(store.plan, cell.size)).is_file()
+    return "done" if there else None
 
 
 def _lock_others(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:

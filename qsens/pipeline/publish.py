@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from pydantic import ValidationError
 
 from qsens.analysis.samples import SampleScores, read_samples
-from qsens.errors import UserError
 from qsens.grid import Cell, Plan
 from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest, find_manifest, read_manifest
 from qsens.pipeline.cell import failure_reason
@@ -19,21 +17,23 @@ from qsens.report.assets import ASSETS
 from qsens.report.cell import write_cell
 from qsens.report.findings import Drift
 from qsens.report.model_index import write_model_index
-from qsens.report.sweep import PAGE, SUMMARY, Summary, build_summary, write_sweep
-from qsens.store import Store, copy_file, write_text
+from qsens.report.sweep import PAGE, SUMMARY, Summary, build_summary, read_summary, write_sweep
+from qsens.report.views import protected
+from qsens.store import SHOWN, Store, copy_file, write_text
 
-# Which sweep a cell's directory shows: an older sweep, published again, must not replace it.
-_SHOWN = ".sweep"
+_TOP = 5
 
 
 def publish(plan: Plan) -> dict[str, Any]:
     """Publish what the cells of ``plan`` have; what is missing is named with its reason.
 
     Returns:
-        ``{sweep_id, index, complete, cells, missing}``, as the command prints it.
+        ``{sweep_id, index, complete, cells, missing, counts, top}``, as the command prints it:
+        ``counts`` are the cells in all, done, partial and missing; ``top`` the five groups with the
+        largest mean share of the sensitivity.
 
     Raises:
-        TryAgain: The disk is full; nothing is half-written, and the next run completes it.
+        DiskFull: Nothing is half-written, and the next run completes it.
     """
     store = Store(plan)
     manifests: dict[str, Manifest] = {}
@@ -88,6 +88,16 @@ def publish(plan: Plan) -> dict[str, Any]:
             for cell in plan.cells
         ],
         "missing": [{"cell": cell, "reason": reason} for cell, reason in missing.items()],
+        "counts": {
+            "cells": len(summary.cells),
+            "done": len(summary.done),
+            "partial": len(summary.partial),
+            "missing": len(summary.missing),
+        },
+        "top": [
+            {"layer": group.layer, "share": group.share}
+            for group in protected(summary).groups[:_TOP]
+        ],
     }
 
 
@@ -122,29 +132,6 @@ def report(directory: Path, *, single_file: bool = False) -> dict[str, Any]:
     return {"manifest": str(path), "reports": [str(file) for file in written]}
 
 
-def read_summary(path: Path) -> Summary:
-    """Read a ``summary.json``.
-
-    Raises:
-        UserError: It cannot be read, or is no summary of this version.
-    """
-    try:
-        return Summary.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}",
-            where=str(path),
-            remedy="Name a published sweep.",
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"is no summary of a sweep: {'.'.join(map(str, first['loc']))}: {first['msg']}",
-            where=str(path),
-            remedy="Publish the sweep again.",
-        ) from error
-
-
 def _samples(state: Path, manifest: Manifest) -> SampleScores | None:
     if not state.is_file():
         return None
@@ -163,7 +150,7 @@ def _publish_cell(
     store: Store, cell: Cell, manifest: Manifest, samples: SampleScores | None
 ) -> None:
     directory = store.cell_dir(cell)
-    shown = directory / _SHOWN
+    shown = directory / SHOWN
     if shown.is_file() and shown.read_text(encoding="utf-8") > store.plan.sweep_id:
         return
     published = store.published(cell)
@@ -177,7 +164,7 @@ def _publish_cell(
 def _said(store: Store) -> Summary | None:
     """Return the sweep as it was published before."""
     path = store.sweep_dir() / SUMMARY
-    return Summary.model_validate_json(path.read_bytes()) if path.is_file() else None
+    return read_summary(path) if path.is_file() else None
 
 
 def _lost(said: Summary, drift: Drift) -> bool:

@@ -6,9 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from qsens.analysis.allocation import ParetoPoint, pareto
+from qsens.analysis.options import build_units
 from qsens.analysis.ranking import Row, total_per_token
 from qsens.analysis.samples import SampleScores
-from qsens.config.models import Coverage, Frozen, Modality, Size
+from qsens.config.models import SIZES, Coverage, Frozen, Modality, Size
+from qsens.errors import UserError
 from qsens.grid import Cell, Plan
 from qsens.manifest import Manifest, dump_json
 from qsens.report import charts
@@ -122,6 +127,9 @@ class Summary(Frozen):
     """The score: ``gradient``, ``fisher``, ``kl_div``."""
     previous: str | None
     """Id of the sweep before this one; none where this is the first."""
+    pareto: tuple[ParetoPoint, ...] = ()
+    """The least damage at so many bits over all pairs at the largest size, from the cheapest to 16
+    bits; a head tied to the embedding stays at 16."""
     complete: bool
     """Whether every cell has a result and none of them is partial."""
     cells: tuple[SummaryCell, ...]
@@ -185,6 +193,7 @@ def build_summary(
         checkpoint_digest=plan.checkpoint.digest,
         method=plan.config.autoquant.method,
         previous=previous,
+        pareto=tuple(_pareto(plan, cells)),
         complete=all(cell.whole for cell in cells),
         cells=cells,
         missing=tuple(
@@ -272,6 +281,37 @@ def write_sweep(summary: Summary, directory: Path, *, single_file: bool = False)
     for path, text in zip(paths, pages.values(), strict=True):
         write_text(path, text)
     return paths
+
+
+def read_summary(path: Path) -> Summary:
+    """Read ``summary.json``.
+
+    Raises:
+        UserError: The file is no summary.
+    """
+    try:
+        return Summary.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror}",
+            where=str(path),
+            remedy="Name the summary.json of a published sweep.",
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"is no summary of a sweep: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            where=str(path),
+            remedy="Publish the sweep again with `qsens publish`.",
+        ) from error
+
+
+def _pareto(plan: Plan, cells: Sequence[SummaryCell]) -> list[ParetoPoint]:
+    """Return the curve that recipes of this sweep lie on."""
+    done = [cell for cell in cells if cell.done]
+    size = max((cell.size for cell in done), key=SIZES.index, default=None)
+    rows = {f"{cell.pair}-{cell.granularity}": cell.rows for cell in done if cell.size == size}
+    return pareto(build_units(rows, keep_head=plan.checkpoint.tied_head is not False))
 
 
 def _in_order(plan: Plan) -> list[Cell]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from airflow.sdk import DAG, BaseOperator, TaskInstanceState
 
 from qsens_airflow import base
 from qsens_airflow.base import one_line
-from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator, ScoreOperator
+from qsens_airflow.cells import ScoreOperator
+from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator
 
 pytestmark = pytest.mark.usefixtures("airflow_database", "own_signals")
 
@@ -26,6 +28,8 @@ Script = Callable[[str], Path]
 CELL = "wfp8_afp8-small"
 DONE = '{"cell": "wfp8_afp8-small", "status": "done", "computed": true}'
 ERROR = '{"error": "UserError", "what": "no such file", "where": "p.json", "remedy": "Make it."}'
+
+FULL = '{"error": "DiskFull", "what": "no space left", "where": "/d", "remedy": "Free some."}'
 
 
 def run(operator: BaseOperator, conf: dict[str, Any] | None = None) -> Any:
@@ -46,7 +50,7 @@ def score(tmp_path: Path, **arguments: Any) -> ScoreOperator:
             plan="p.json",
             retries=arguments.pop("retries", 2),
             retry_delay=timedelta(seconds=0),
-            map_index_template="{{ cell }}",
+            map_index_template="{{ task.title }}",
             **arguments,
         )
 
@@ -98,7 +102,7 @@ def test_what_the_user_must_mend_is_not_tried_again(
 
 
 @pytest.mark.parametrize(
-    "first", [f"echo '{ERROR}'; exit 74", "exit 1", "kill -9 $$", "kill -15 $$", "echo '[]'"]
+    "first", ["exit 1", "kill -9 $$", "kill -15 $$", "echo '[]'", f"echo '{FULL}'; exit 75"]
 )
 def test_what_may_pass_counts_as_a_try(tmp_path: Path, python: Script, first: str) -> None:
     python(first_then_done(first))
@@ -106,6 +110,34 @@ def test_what_may_pass_counts_as_a_try(tmp_path: Path, python: Script, first: st
     assert instance.state == TaskInstanceState.SUCCESS
     assert instance.try_number == 2
     assert runs(tmp_path) == 2
+
+
+def test_out_of_memory_is_tried_once_more_with_half_the_budget(
+    tmp_path: Path, python: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python(f"echo $QSENS_MEMORY_SHARE >> shares\n{first_then_done(f'echo {ERROR!r}; exit 74')}")
+    instance = run(score(tmp_path))
+    assert instance.state == TaskInstanceState.SUCCESS
+    assert instance.try_number == 1
+    assert (tmp_path / "shares").read_text().splitlines() == ["", "0.5"]
+    assert "Once more with 0.5 of the memory budget" in capsys.readouterr().out
+
+
+def test_out_of_memory_with_half_the_budget_is_final(
+    tmp_path: Path, python: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python(f"echo run >> runs; echo '{ERROR}'; exit 74")
+    assert run(score(tmp_path)).state == TaskInstanceState.FAILED
+    assert runs(tmp_path) == 2
+    assert "no such file | Make it. | With half the memory budget too." in capsys.readouterr().out
+
+
+def test_a_child_gets_no_setting_of_airflow(tmp_path: Path, python: Script) -> None:
+    python(f"env > env; echo '{DONE}'")
+    assert run(score(tmp_path)).state == TaskInstanceState.SUCCESS
+    variables = (tmp_path / "env").read_text()
+    assert "QSENS_ROOT=" in variables
+    assert "AIRFLOW_" not in variables
 
 
 def test_a_signal_fails_the_task_when_no_try_is_left(tmp_path: Path, python: Script) -> None:
@@ -136,11 +168,13 @@ def test_trying_again_ends_with_the_time_that_the_task_may_run(
     assert runs(tmp_path) == 3
 
 
+@pytest.mark.parametrize("child_listens", [False, True])
 def test_a_killed_task_leaves_no_process_within_five_seconds(
-    tmp_path: Path, python: Script
+    tmp_path: Path, python: Script, child_listens: bool
 ) -> None:
-    # Neither the child nor what it started listens to SIGTERM.
-    python("trap '' TERM; (trap '' TERM; sleep 300) & echo $! > grandchild; echo $$ > child; wait")
+    # What the child started never listens to SIGTERM; where the child does, that is an orphan.
+    own = "" if child_listens else "trap '' TERM;"
+    python(f"{own} (trap '' TERM; sleep 300) & echo $! > grandchild; echo $$ > child; wait")
     killed = threading.Event()
     gone: list[float] = []
 
@@ -176,7 +210,7 @@ def test_plan_refuses_a_param_that_the_dag_does_not_declare(
 ) -> None:
     python("echo run >> runs")
     with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}):
-        operator = PlanOperator(task_id="plan", retries=2)
+        operator = PlanOperator(task_id="plan", gpu_pool="default_pool", retries=2)
     assert run(operator, {"quant_pairs": ["wfp8_afp8"]}).state == TaskInstanceState.FAILED
     assert "param quant_pairs" in capsys.readouterr().out
     assert not (tmp_path / "runs").exists()
@@ -188,8 +222,8 @@ def test_plan_returns_the_cells_in_order_and_where_the_plan_lies(
     made = '{"sweep_id": "s", "cells": [{"cell": "b-small", "done": true}, {"cell": "a-small"}]}'
     python(f"echo \"$@\" > arguments; echo '{made}'")
     with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}):
-        operator = PlanOperator(task_id="plan")
-    instance = run(operator, {"size": ["medium", "small"], "overrides": "model.path='/a b/c'"})
+        operator = PlanOperator(task_id="plan", gpu_pool="default_pool")
+    instance = run(operator, {"size": ["medium", "small"], "overrides": "model.path='a b/c'"})
     path = instance.xcom_pull(task_ids="plan", key="plan")
     assert instance.xcom_pull(task_ids="plan") == [
         {"cell": "b-small", "plan": path},
@@ -197,8 +231,65 @@ def test_plan_returns_the_cells_in_order_and_where_the_plan_lies(
     ]
     assert Path(path).is_relative_to(tmp_path / "results" / ".plans")
     assert (tmp_path / "arguments").read_text() == (
-        f"-m qsens plan --json --out {path} -- demo dataset.size=small,medium model.path=/a b/c\n"
+        f"-m qsens plan --json --out {path} --lanes 1 -- demo dataset.size=small,medium "
+        "model.path=a b/c\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("slots", "overrides", "lanes"), [("3", "", "3"), ("3", "dag.lanes=2", "2"), ("", "", "1")]
+)
+def test_lanes_are_those_of_the_configuration_or_the_slots_that_are_known(
+    tmp_path: Path,
+    python: Script,
+    monkeypatch: pytest.MonkeyPatch,
+    slots: str,
+    overrides: str,
+    lanes: str,
+) -> None:
+    monkeypatch.setenv("QSENS_GPUS", slots)
+    python("""echo "$@" > arguments; echo '{"sweep_id": "s", "cells": [{"cell": "a"}]}'""")
+    with DAG(f"dag_{slots}_{lanes}", schedule=None, params={"preset": "demo"}):
+        operator = PlanOperator(task_id="plan", gpu_pool="gpu")
+    assert run(operator, {"overrides": overrides}).state == TaskInstanceState.SUCCESS
+    assert f"--lanes {lanes} --" in (tmp_path / "arguments").read_text()
+
+
+def test_a_pool_without_slots_is_refused(
+    tmp_path: Path, python: Script, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("QSENS_GPUS", "0")
+    python("echo run >> runs")
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}):
+        operator = PlanOperator(task_id="plan", gpu_pool="gpu", retries=2)
+    assert run(operator).state == TaskInstanceState.FAILED
+    assert "Airflow pool gpu, size 0: has no slot" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_grid_larger_than_a_task_may_map_is_refused(
+    tmp_path: Path, python: Script, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("AIRFLOW__CORE__MAX_MAP_LENGTH", "1")
+    python("""echo '{"sweep_id": "s", "cells": [{"cell": "a"}, {"cell": "b"}]}'""")
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}):
+        operator = PlanOperator(task_id="plan", gpu_pool="gpu", retries=2)
+    instance = run(operator)
+    assert (instance.state, instance.try_number) == (TaskInstanceState.FAILED, 1)
+    assert "2 cells, but [core] max_map_length is 1" in capsys.readouterr().out
+
+
+def test_publish_takes_several_plans_and_returns_what_the_last_one_gave(
+    tmp_path: Path, python: Script
+) -> None:
+    answer = '{"sweep_id": "\'$7\'", "index": "i", "complete": true, "missing": [], '
+    answer += '"cells": [], "counts": {}, "top": []}'
+    python(f"echo $7 >> plans; echo '{answer}'")
+    with DAG(f"dag_{tmp_path.name}", schedule=None):
+        operator = PublishOperator(task_id="publish", plan="a.json\nb.json")
+    instance = run(operator)
+    assert (tmp_path / "plans").read_text() == "a.json\nb.json\n"
+    assert instance.xcom_pull(task_ids="publish")["sweep_id"] == "b.json"
 
 
 def test_publish_without_a_plan_says_so_and_is_not_tried_again(
@@ -218,6 +309,7 @@ def test_the_gate_fails_for_an_incomplete_grid_and_lists_what_is_missing(
 ) -> None:
     missing = [] if complete else [{"cell": "wfp4_afp8-small", "reason": "does not divide"}]
     published = {"sweep_id": "s", "index": "i", "complete": complete, "missing": missing}
+    published |= {"counts": {"cells": 1}, "top": []}
     with DAG(f"dag_{tmp_path.name}_{complete}", schedule=None):
         operator = GateOperator(task_id="gate", published=published, retries=2)
     state = run(operator).state
@@ -230,3 +322,39 @@ def test_an_error_is_one_line_with_where_what_and_remedy() -> None:
     error = {"error": "UserError", "what": "two\nlines", "where": "key (file)", "remedy": "Mend."}
     assert one_line(error) == "key (file): two lines | Mend."
     assert one_line({"what": "bare", "where": "", "remedy": ""}) == "bare"
+
+
+def test_a_grid_of_171_cells_plans_and_maps(
+    tmp_path: Path, python: Script, demo_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """19 pairs at three sizes and three granularities, planned for real."""
+    pairs = tmp_path / "own" / "quant_pair"
+    pairs.mkdir(parents=True)
+    names = [f"wblock{16 * (number + 5)}_afp16" for number in range(19)]
+    for name in names:
+        size = name.removeprefix("wblock").removesuffix("_afp16")
+        (pairs / f"{name}.yaml").write_text(
+            f"weight: block{size}\nactivation: fp16\nformat: F{size}\neffective_bits: 8\n"
+            f"weight_quantizer: {{num_bits: 8, block_sizes: {{'-1': {size}}}}}\n"
+        )
+    monkeypatch.setenv("QSENS_CONFIG_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("QSENS_DATA_ROOTS", str(demo_checkpoint.directory))
+    python(f'[ $3 = plan ] && exec {sys.executable} "$@"\necho "$8" >> scored\necho \'{DONE}\'')
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}) as dag:
+        plan = PlanOperator(task_id="plan", gpu_pool="gpu")
+        ScoreOperator.partial(task_id="score").expand_kwargs(plan.output)
+    bag = DagBag(os.environ["AIRFLOW__CORE__DAGS_FOLDER"], bundle_name="dags-folder")
+    bag.bag_dag(dag)
+    sync_bag_to_db(bag, "dags-folder", None)
+    dag_run = dag.test(
+        run_conf={
+            "quant_pair": names,
+            "size": ["small", "medium", "large"],
+            "quant_granularity": ["default", "w_channel", "w_group64"],
+            "overrides": f"model.path={demo_checkpoint.directory}",
+        }
+    )
+    assert dag_run.state == "success"
+    instances = dag_run.get_task_instances()
+    assert sum(instance.task_id == "score" for instance in instances) == 171
+    assert len(set((tmp_path / "scored").read_text().splitlines())) == 171

@@ -13,7 +13,7 @@ from airflow.sdk.exceptions import ParamValidationError
 from qsens.config import Roots, load_sweep
 from qsens.errors import UserError
 from qsens_airflow.params import SweepParams, dag_params
-from qsens_airflow.plans import plan_of_run, plan_of_sweep
+from qsens_airflow.plans import plan_of_run, plans_to_publish
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIRS = ["wfp4_afp16", "wfp4_afp8", "wfp8_afp16", "wfp8_afp8"]
@@ -48,6 +48,8 @@ def test_choices_are_those_of_the_configuration(params: dict[str, Param]) -> Non
     assert set(params["quant_pair"].schema["items"]["enum"]) >= set(PAIRS)
     assert params["quant_pair"].schema["examples"] == params["quant_pair"].schema["items"]["enum"]
     assert params["size"].schema["items"]["enum"] == ["small", "medium", "large"]
+    assert params["size"].schema["values_display"]["medium"] == "medium · 128 samples"
+    assert set(params["quant_pair"].schema["values_display"]) >= set(PAIRS)
     assert {"demo", "nightly", "single"} <= set(params["preset"].schema["enum"])
     assert None in params["model"].schema["enum"]
     assert params["mode"].schema["enum"] == ["full", "report_only"]
@@ -68,8 +70,8 @@ def test_a_file_of_the_users_own_becomes_a_choice(
         {"quant_pair": ["wfp8_afp8", "wint8_afp16"]},
         {"size": ["small"], "model": "tiny_qwen3_vl"},
         {"quant_granularity": ["default"], "force": True, "overrides": None},
-        {"mode": "report_only", "sweep_id": SWEEP},
-        {"sweep_id": ""},
+        {"mode": "report_only", "sweep": SWEEP},
+        {"sweep": ""},
         {"preset": "demo", "overrides": "autoquant.score_size=64\ndataset.max_calib_samples=8"},
     ],
 )
@@ -88,7 +90,7 @@ def test_good_values_pass(params: dict[str, Param], conf: dict[str, Any]) -> Non
         {"mode": "report"},
         {"force": "yes"},
         {"preset": None},
-        {"sweep_id": "../../etc"},
+        {"sweep": "../../etc"},
     ],
 )
 def test_bad_values_are_refused_by_airflow_before_the_run(
@@ -132,8 +134,8 @@ def test_params_become_overrides_that_the_configuration_takes() -> None:
         ({"overrides": "model.path='/a"}, "quotes"),
         ({"mode": "report_only", "size": ["small"]}, "param size"),
         ({"mode": "report_only", "force": True}, "param force"),
-        ({"sweep_id": SWEEP}, "param sweep_id"),
-        ({"sweep_id": "../x"}, "param sweep_id"),
+        ({"sweep": SWEEP}, "param sweep"),
+        ({"sweep": "../x"}, "param sweep"),
     ],
 )
 def test_contradictions_are_refused(given: dict[str, Any], names: str) -> None:
@@ -151,19 +153,38 @@ def test_the_plan_of_a_run_stays_below_the_results(tmp_path: Path) -> None:
         assert ".." not in path.parts
 
 
-def test_report_only_takes_the_newest_published_sweep_or_the_one_named(tmp_path: Path) -> None:
+def sweeps_in(directory: Path, *names: str) -> list[Path]:
+    plans = [directory / name / "plan.json" for name in names]
+    for plan in plans:
+        plan.parent.mkdir(parents=True)
+        plan.write_text("{}")
+    return plans
+
+
+def test_report_only_takes_the_sweep_named_or_all_that_cells_show(tmp_path: Path) -> None:
     roots = Roots(root=ROOT, results=tmp_path, configs=(ROOT / "configs",))
     config = load_sweep("demo", roots=roots).config
-    sweeps = tmp_path / "models" / "tiny_qwen3_vl" / "layer-analysis" / "sweeps"
+    analysis = tmp_path / "models" / "tiny_qwen3_vl" / "layer-analysis"
     with pytest.raises(UserError, match="tiny_qwen3_vl"):
-        plan_of_sweep(config, roots, None)
-    for name in (SWEEP, "20250103T030405678Z-0123abcd", "20250104T030405678Z-broken"):
-        (sweeps / name).mkdir(parents=True)
-    for name in (SWEEP, "20250103T030405678Z-0123abcd"):
-        (sweeps / name / "plan.json").write_text("{}")
-    newest = sweeps / "20250103T030405678Z-0123abcd" / "plan.json"
-    assert plan_of_sweep(config, roots, None) == newest
-    assert plan_of_sweep(config, roots, "") == newest
-    assert plan_of_sweep(config, roots, SWEEP) == sweeps / SWEEP / "plan.json"
+        plans_to_publish(config, roots, None)
+    names = [f"2025010{day}T030405678Z-0123abcd" for day in (2, 3, 4, 5)]
+    plans = sweeps_in(analysis / "sweeps", *names)
+    (analysis / "sweeps" / "20250109T030405678Z-broken").mkdir()
+    # Cells show the first and the third; the second was replaced, the last added no cell.
+    for pair, name in (("weight-a-act-b", names[2]), ("weight-a-act-b/w_group64", names[0])):
+        mark = analysis / pair / "run" / ".sweep"
+        mark.parent.mkdir(parents=True)
+        mark.write_text(name)
+    assert plans_to_publish(config, roots, None) == [plans[0], plans[2], plans[3]]
+    assert plans_to_publish(config, roots, "") == [plans[0], plans[2], plans[3]]
+    assert plans_to_publish(config, roots, names[1]) == [plans[1]]
     with pytest.raises(UserError, match="20250109"):
-        plan_of_sweep(config, roots, "20250109T030405678Z-0123abcd")
+        plans_to_publish(config, roots, "20250109T030405678Z-0123abcd")
+
+
+def test_report_only_in_the_layout_tmp_takes_the_newest(tmp_path: Path) -> None:
+    roots = Roots(root=ROOT, results=tmp_path, configs=(ROOT / "configs",))
+    config = load_sweep("single", roots=roots).config
+    plans = sweeps_in(tmp_path / "tmp", SWEEP, "20250103T030405678Z-0123abcd")
+    assert plans_to_publish(config, roots, None) == plans[1:]
+    assert plans_to_publish(config, roots, SWEEP) == plans[:1]

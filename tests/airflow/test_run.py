@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,60 +17,18 @@ from qsens.store import Store
 from qsens_airflow.local import Components
 from qsens_airflow.rest import TaskState
 
+from .house import House, Run
+
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 400
-# A linear layer's weight has no third dimension: this pair fails when it is scored.
+# Floats that neither the numerics nor ModelOpt know: this pair fails when it is scored.
 BROKEN = """
-name: wint8_broken
-weight: int8
+name: wbroken_afp16
+weight: broken
 activation: fp16
-format: INT8_BROKEN
-weight_quantizer: {num_bits: 8, axis: 2}
+format: BROKEN
+weight_quantizer: {num_bits: [7, 7], axis: null}
 effective_bits: 8.0
 """
-
-
-@dataclass(frozen=True)
-class Run:
-    run_id: str
-    state: str
-    tasks: list[TaskState]
-
-    def states(self) -> dict[str, str | None]:
-        return {task.name: task.state for task in self.tasks}
-
-    def task(self, name: str) -> TaskState:
-        (found,) = [task for task in self.tasks if task.name == name]
-        return found
-
-
-@dataclass(frozen=True)
-class House:
-    """Airflow, and the root that its runs read from and write to."""
-
-    airflow: Components
-    root: Path
-
-    def run(self, **conf: Any) -> Run:
-        return self.end(self.airflow.client.trigger({"preset": "demo"} | conf))
-
-    def end(self, run_id: str) -> Run:
-        state = self.airflow.wait(run_id, seconds=SECONDS)
-        assert self.airflow.state_in_database(run_id) == state
-        return Run(run_id, state, self.airflow.client.tasks(run_id))
-
-    def published(self, run: Run) -> dict[str, Any]:
-        value = self.airflow.client.returned(run.run_id, "publish")
-        assert isinstance(value, dict)
-        return value
-
-    def files(self, run: Run) -> dict[Path, bytes]:
-        """Return every file that a run has published: its sweep's and its cells'."""
-        sweep = Path(self.published(run)["index"]).parent
-        files = [path for path in sweep.rglob("*") if path.is_file()]
-        model = sweep.parents[1]
-        files += [path for path in model.glob("weight-*/**/*") if path.is_file()]
-        return {path: path.read_bytes() for path in sorted(files)}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +36,7 @@ def house(demo_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
     root = tmp_path_factory.mktemp("house")
     checkpoint = root / "models" / "tiny_qwen3_vl" / "checkpoints" / "tiny-qwen3-vl"
     shutil.copytree(demo_checkpoint.directory, checkpoint)
-    pair = root / "configs" / "quant_pair" / "wint8_broken.yaml"
+    pair = root / "configs" / "quant_pair" / "wbroken_afp16.yaml"
     pair.parent.mkdir(parents=True)
     pair.write_text(BROKEN, encoding="utf-8")
     environment = {
@@ -107,6 +65,7 @@ def test_a_complete_grid_is_green(house: House, green: Run) -> None:
             "cell.score [wfp8_afp8 · small]",
             "cell.score [wint8_afp16 · small]",
             "publish",
+            "prune",
             "gate",
         ],
         "success",
@@ -124,19 +83,44 @@ def test_a_complete_grid_is_green(house: House, green: Run) -> None:
     ]
 
 
-def test_report_only_makes_the_same_reports_without_a_gpu_task(house: House, green: Run) -> None:
+def test_a_complete_run_causes_an_event_that_tells_what_was_found(house: House, green: Run) -> None:
+    (event,) = house.airflow.client.asset_events(green.run_id)
+    published = house.published(green)
+    assert (event["sweep_id"], event["index"]) == (published["sweep_id"], published["index"])
+    assert event["counts"] == {"cells": 2, "done": 2, "partial": 0, "missing": 0}
+    # Worked out from the rows: the mean of a group's shares of the totals of both cells.
+    summary = json.loads((Path(event["index"]).parent / "summary.json").read_text())
+    shares: dict[str, float] = {}
+    for cell in summary["cells"]:
+        scored = [row for row in cell["rows"] if row["sensitivity"] is not None]
+        total = sum(row["sensitivity"] for row in scored)
+        for row in scored:
+            shares[row["layer"]] = shares.get(row["layer"], 0.0) + row["sensitivity"] / total / 2
+    first = sorted(shares, key=lambda name: -shares[name])[:5]
+    assert [group["layer"] for group in event["top"]] == first
+    assert [group["share"] for group in event["top"]] == pytest.approx(
+        [shares[name] for name in first]
+    )
+
+
+@pytest.mark.parametrize("by", ["sweep", "model"])
+def test_report_only_makes_the_same_reports_without_a_gpu_task(
+    house: House, green: Run, by: str
+) -> None:
     before = house.files(green)
     lost = [path for path in before if path.suffix in (".md", ".html")]
     assert lost
     for path in lost:
         path.unlink()
-    run = house.run(mode="report_only")
+    sweep = house.published(green)["sweep_id"] if by == "sweep" else None
+    run = house.run(mode="report_only", sweep=sweep)
     assert run.state == "success"
     assert run.states() == {
         "plan": "success",
         "cell.calibrate": "skipped",
         "cell.score": "skipped",
         "publish": "success",
+        "prune": "success",
         "gate": "success",
     }
     assert [run.task(f"cell.{name}").tries for name in ("calibrate", "score")] == [0, 0]
@@ -145,9 +129,9 @@ def test_report_only_makes_the_same_reports_without_a_gpu_task(house: House, gre
 
 
 def test_a_cell_that_fails_fails_alone_and_the_run_is_red(house: House, green: Run) -> None:
-    run = house.run(quant_pair=["wint8_broken", "wint8_afp8"], size=["small"])
+    run = house.run(quant_pair=["wbroken_afp16", "wint8_afp8"], size=["small"])
     assert run.state == "failed"
-    broken = run.task("cell.score [wint8_broken · small]")
+    broken = run.task("cell.score [wbroken_afp16 · small]")
     # Nothing that the user must mend is tried again.
     assert (broken.state, broken.tries) == ("failed", 1)
     assert {name: state for name, state in run.states().items() if state != "success"} == {
@@ -156,10 +140,10 @@ def test_a_cell_that_fails_fails_alone_and_the_run_is_red(house: House, green: R
     }
     published = house.published(run)
     assert published["complete"] is False
-    assert [cell["cell"] for cell in published["missing"]] == ["wint8_broken-small"]
+    assert [cell["cell"] for cell in published["missing"]] == ["wbroken_afp16-small"]
     assert "PARTIAL" in Path(published["index"]).read_text(encoding="utf-8")
     log = "\n".join(house.airflow.task_log(run.run_id, run.task("gate")))
-    assert f"wint8_broken-small: {published['missing'][0]['reason']}" in log
+    assert f"wbroken_afp16-small: {published['missing'][0]['reason']}" in log
 
 
 def test_a_cell_that_is_computed_elsewhere_gives_its_slot_back_and_comes_again(
@@ -185,7 +169,7 @@ def test_a_cell_that_is_computed_elsewhere_gives_its_slot_back_and_comes_again(
     lock.acquire()
     conf = {"preset": "demo", "quant_pair": ["wint4_afp16"], "size": ["small"]}
     run_id = house.airflow.client.trigger(conf)
-    assert house.airflow.wait(run_id, seconds=SECONDS, changed=changed) == "success"
+    assert house.airflow.wait(run_id, seconds=house.seconds, changed=changed) == "success"
     assert "up_for_reschedule" in seen
     score = house.end(run_id).task("cell.score [wint4_afp16 · small]")
     assert (score.state, score.tries) == ("success", 1)
@@ -204,10 +188,41 @@ def test_publish_alone_can_be_cleared_in_an_old_run(house: House, green: Run) ->
     assert house.files(green) == before
 
 
-def test_a_run_with_a_param_that_does_not_exist_fails_in_plan(house: House) -> None:
-    run = house.run(quant_pairs=["wfp8_afp8"])
+@pytest.mark.parametrize(
+    ("conf", "line"),
+    [
+        ({"quant_pairs": ["wfp8_afp8"]}, "param quant_pairs"),
+        ({"overrides": "model.path=/etc"}, "model.path (a run of the DAG): '/etc' lies outside"),
+        ({"overrides": "model.path=nowhere"}, "the checkpoint's directory does not exist"),
+        ({"overrides": "autoquant.draws=none"}, "autoquant.draws"),
+    ],
+)
+def test_a_wrong_value_fails_in_plan_at_once_with_one_line(
+    house: House, conf: dict[str, Any], line: str
+) -> None:
+    run = house.run(**conf)
     assert run.state == "failed"
     assert (run.task("plan").state, run.task("plan").tries) == ("failed", 1)
-    log = "\n".join(house.airflow.task_log(run.run_id, run.task("plan")))
-    assert "param quant_pairs" in log
+    log = house.airflow.task_log(run.run_id, run.task("plan"))
+    assert any(line in text for text in log)
+    assert "Traceback" not in "\n".join(log)
     assert (run.task("publish").state, run.task("publish").tries) == ("failed", 1)
+    assert run.task("cell.calibrate").tries == 0
+
+
+@pytest.mark.parametrize(
+    "conf",
+    [
+        {"quant_pair": ["wfp9_afp9"]},
+        {"size": "small"},
+        {"mode": "report"},
+        {"model": "../x"},
+        {"sweep": "../x"},
+        {"force": "yes"},
+    ],
+)
+def test_a_value_that_the_form_does_not_offer_is_answered_with_400(
+    house: House, conf: dict[str, Any]
+) -> None:
+    with pytest.raises(RuntimeError, match=r"dagRuns: 400: (?!.*Traceback)"):
+        house.airflow.client.trigger({"preset": "demo"} | conf)

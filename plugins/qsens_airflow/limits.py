@@ -1,0 +1,77 @@
+"""What a run of the DAG may not do: read outside the roots, write where it likes, run foreign code.
+
+A form is open to more people than the server's files are. What files below ``configs/`` say is
+trusted; what a run adds to it is checked here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from qsens.config import Roots, SweepConfig, load_sweep
+from qsens.errors import UserError
+
+# Environment variable: more directories that a run may name, separated as in PATH.
+DATA_ROOTS = "QSENS_DATA_ROOTS"
+# Overrides that choose a file below configs/.
+_CHOICES = ("model", "dataset", "quant_pair", "quant_granularity")
+_WHERE = "a run of the DAG"
+
+
+def load_run(preset: str, overrides: Sequence[str], roots: Roots) -> SweepConfig:
+    """Return the configuration of a run, checked against what a run may set.
+
+    Args:
+        preset: The sweep preset.
+        overrides: ``key=value`` strings from the run's params.
+        roots: Where things lie.
+
+    Raises:
+        UserError: An override is wrong, or one that a run may not set.
+    """
+    config = load_sweep(preset, overrides, roots=roots).config
+    chosen = [text for text in overrides if text.partition("=")[0].strip().lstrip("+") in _CHOICES]
+    trusted = load_sweep(preset, chosen, roots=roots).config
+    _refuse_changed("model.trust_remote_code", config.model.trust_remote_code, trusted.model)
+    _refuse_changed("runner.output_dir", config.runner.output_dir, trusted.runner)
+    for key in type(config.dag).model_fields:
+        if key != "lanes":
+            _refuse_changed(f"dag.{key}", getattr(config.dag, key), trusted.dag)
+    known = set(_paths(trusted).values())
+    allowed = allowed_roots(roots)
+    for key, path in _paths(config).items():
+        if path in known or any(path.is_relative_to(root) for root in allowed):
+            continue
+        raise UserError(
+            f"'{path}' lies outside the directories that a run may read",
+            where=f"{key} ({_WHERE})",
+            remedy=f"Use a path below {', '.join(map(str, allowed))}; {DATA_ROOTS} adds others.",
+        )
+    return config
+
+
+def allowed_roots(roots: Roots) -> list[Path]:
+    """Return the directories that paths from a run must lie below, symbolic links resolved."""
+    more = [Path(text) for text in os.environ.get(DATA_ROOTS, "").split(os.pathsep) if text]
+    return list(dict.fromkeys(path.resolve() for path in (roots.root, roots.results, *more)))
+
+
+def _paths(config: SweepConfig) -> dict[str, Path]:
+    """Return every path that a sweep reads, by key, symbolic links resolved."""
+    dataset = config.dataset
+    found = {"model.path": config.model.path, "dataset.directory": dataset.directory}
+    found |= {
+        f"dataset.files.{size}": dataset.directory / dataset.files[size] for size in dataset.files
+    }
+    return {key: path.resolve() for key, path in found.items()}
+
+
+def _refuse_changed(key: str, value: object, trusted: object) -> None:
+    if value != getattr(trusted, key.rpartition(".")[2]):
+        raise UserError(
+            "cannot be set from a run of the DAG",
+            where=key,
+            remedy="Set it in a file below configs/, which the server's owner keeps.",
+        )

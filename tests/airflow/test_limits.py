@@ -1,0 +1,97 @@
+"""What a run of the DAG may set: a form must not read the server's files, or write there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qsens.config import Roots
+from qsens.errors import UserError
+from qsens_airflow.limits import DATA_ROOTS, load_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
+    """Roots apart from each other; the server's own model file names a path outside them."""
+    monkeypatch.delenv(DATA_ROOTS, raising=False)
+    own = tmp_path / "configs"
+    for name in ("root", "results", "configs/model", "configs/dataset", "outside"):
+        (tmp_path / name).mkdir(parents=True)
+    (own / "model" / "mine.yaml").write_text(
+        f"path: {tmp_path}/outside/mine\ntrust_remote_code: true\n"
+    )
+    (own / "dataset" / "mine.yaml").write_text(f"name: mine\ndirectory: {tmp_path}/outside\n")
+    return Roots(
+        root=tmp_path / "root", results=tmp_path / "results", configs=(own, ROOT / "configs")
+    )
+
+
+def test_paths_below_the_roots_pass(roots: Roots, tmp_path: Path) -> None:
+    config = load_run("demo", ["model.path=models/other"], roots)
+    assert config.model.path == tmp_path / "root" / "models" / "other"
+    load_run("demo", [f"model.path={tmp_path}/results/x", "autoquant.score_size=64"], roots)
+
+
+def test_what_the_servers_files_say_is_trusted(roots: Roots, tmp_path: Path) -> None:
+    config = load_run("demo", ["model=mine", "dataset=mine"], roots)
+    assert config.model.path == tmp_path / "outside" / "mine"
+    assert config.model.trust_remote_code
+    assert config.dataset.directory == tmp_path / "outside"
+
+
+def test_more_directories_can_be_allowed(
+    roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DATA_ROOTS, os.pathsep.join(["/nowhere", f"{tmp_path}/outside"]))
+    load_run("demo", [f"model.path={tmp_path}/outside/x"], roots)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.path=/etc", "model.path"),
+        ("model.path=../outside/x", "model.path"),
+        ("model.path=~/x", "model.path"),
+        ("model.path={root}/link/x", "model.path"),
+        ("dataset.directory=/etc", "dataset.directory"),
+        ("dataset.files={{small: ../../../etc/passwd}}", "dataset.files.small"),
+        ("dataset.files={{small: /etc/passwd}}", "dataset.files.small"),
+        ("model.trust_remote_code=true", "model.trust_remote_code"),
+        ("runner.output_dir=x", "runner.output_dir"),
+        ("runner={{output_dir: x}}", "runner.output_dir"),
+        ("dag.pool=other", "dag.pool"),
+        ("dag.notify=[{{notifier: os.system}}]", "dag.notify"),
+    ],
+)
+def test_what_a_run_may_not_set_is_refused_by_name(
+    roots: Roots, tmp_path: Path, override: str, key: str
+) -> None:
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    with pytest.raises(UserError, match="run") as caught:
+        load_run("demo", ["dataset.size=small", override.format(root=tmp_path / "root")], roots)
+    assert caught.value.where.startswith(key)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["model.path=${oc.env:HOME}", "dataset.name=a${oc.env:HOME}", "runner={output_dir: '${x}'}"],
+)
+def test_interpolation_is_refused(roots: Roots, override: str) -> None:
+    with pytest.raises(UserError, match="interpolation"):
+        load_run("demo", [override], roots)
+
+
+def test_an_escaped_interpolation_reads_nothing(
+    roots: Roots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hidden")
+    override = 'dataset.files={small: "\\u0024{oc.env:SECRET}"}'
+    assert "${" not in override
+    with pytest.raises(UserError) as caught:
+        load_run("demo", ["dataset.size=small", override], roots)
+    assert "hidden" not in str(caught.value)
+    assert "${oc.env:SECRET}" in caught.value.what

@@ -1,0 +1,132 @@
+"""What a plan refuses before any GPU time is spent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qsens.config import Roots, SweepConfig, load_sweep
+from qsens.errors import UserError
+from qsens.pipeline.checks import check_formats, covered_shapes
+from qsens.pipeline.plan import plan_sweep
+
+if TYPE_CHECKING:
+    from qsens.demo.checkpoint import DemoResult
+
+REPO = Path(__file__).resolve().parents[2]
+VISION = ("*visual*",)
+SHAPES = {
+    "model.visual.patch_embed.proj.weight": (32, 3, 2, 16, 16),
+    "model.language_model.embed_tokens.weight": (1000, 96),
+    "model.language_model.layers.0.mlp.down_proj.weight": (96, 160),
+    "model.language_model.layers.0.self_attn.q_proj.weight": (128, 96),
+    "model.language_model.norm.weight": (96,),
+    "model.language_model.layers.0.mlp.experts.down_proj": (4, 96, 64),
+}
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> Roots:
+    pairs = tmp_path / "configs" / "quant_pair"
+    pairs.mkdir(parents=True)
+    quantizers = {
+        "wthird_afp16": "{num_bits: 8, axis: 2}",
+        "wfourth_afp16": "{num_bits: 8, axis: 3}",
+        "wblocks_afp16": "{num_bits: 4, block_sizes: {'-1': 64}}",
+    }
+    for name, quantizer in quantizers.items():
+        (pairs / f"{name}.yaml").write_text(
+            f"weight: w\nactivation: fp16\nformat: F\neffective_bits: 8\n"
+            f"weight_quantizer: {quantizer}\n"
+        )
+    return Roots(root=tmp_path, results=tmp_path, configs=(pairs.parent, REPO / "configs"))
+
+
+def config(roots: Roots, pairs: str) -> SweepConfig:
+    return load_sweep("demo", [f"quant_pair={pairs}"], roots=roots).config
+
+
+def test_embeddings_norms_and_the_vision_tower_are_not_covered() -> None:
+    assert sorted(shape for shape in covered_shapes(SHAPES, VISION).values()) == [
+        (4, 96, 64),
+        (96, 160),
+        (128, 96),
+    ]
+
+
+def test_a_format_that_fits_no_weight_is_refused_by_name(roots: Roots) -> None:
+    with pytest.raises(UserError, match="dimension 3") as caught:
+        check_formats(config(roots, "wfp8_afp8,wfourth_afp16"), covered_shapes(SHAPES, VISION))
+    assert caught.value.where == "quant_pair wfourth_afp16"
+
+
+def test_a_format_that_fits_some_weights_is_a_notice(roots: Roots) -> None:
+    covered = covered_shapes(SHAPES, VISION)
+    assert check_formats(config(roots, "wthird_afp16"), covered) == [
+        "wthird_afp16: 2 of 3 weights lack a dimension that it names"
+    ]
+    (notice,) = check_formats(config(roots, "wblocks_afp16"), covered)
+    # 160 and 96 do not divide by 64; 64 does.
+    assert notice.startswith("wblocks_afp16: 2 of 3 weights do not divide into its blocks")
+    assert check_formats(config(roots, "wfp8_afp8,wint8_aint8"), covered) == []
+
+
+def test_the_plan_refuses_it_and_imports_no_torch(
+    demo_checkpoint: DemoResult, roots: Roots
+) -> None:
+    words = ["plan", "demo", f"model.path={demo_checkpoint.directory}", "quant_pair=wthird_afp16"]
+    code = f"""
+import sys
+sys.argv = ["qsens", *{words!r}]
+from qsens.cli import main
+try:
+    main()
+finally:
+    assert not {{"torch", "transformers", "modelopt"}} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"QSENS_ROOT": str(roots.root)},
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "quant_pair wthird_afp16: wthird_afp16 names dimension 2 of weights" in done.stderr
+
+
+def test_a_disk_that_is_too_small_is_refused(demo_checkpoint: DemoResult, roots: Roots) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    disk = roots.root / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount")
+    small = Roots(root=roots.root, results=disk / "results", configs=roots.configs)
+    try:
+        with pytest.raises(UserError, match=r"6 cells need about \d\d MiB, [78] MiB are free"):
+            plan_sweep("demo", [f"model.path={demo_checkpoint.directory}"], roots=small)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_lanes_come_from_the_configuration_unless_they_are_said(
+    demo_checkpoint: DemoResult, roots: Roots
+) -> None:
+    words = [f"model.path={demo_checkpoint.directory}", "dag.lanes=2"]
+    plan = plan_sweep("demo", words, roots=roots)
+    assert {cell.lane for cell in plan.cells} == {0, 1}
+    assert {cell.lane for cell in plan_sweep("demo", words, lanes=1, roots=roots).cells} == {0}
+    alone = plan_sweep("demo", words[:1], roots=roots)
+    assert {cell.lane for cell in alone.cells} == {0}
+    assert alone.digest == plan.digest
