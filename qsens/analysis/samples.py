@@ -65,7 +65,9 @@ def read_samples(path: Path, method: str) -> SampleScores | None:
             labels = np.asarray(file.get_tensor("label_tokens"), dtype=np.float64)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot be read: {error}", where=str(path), remedy="Compute the cell again, with runner.force=true."
+            f"cannot be read: {error}",
+            where=str(path),
+            remedy="Compute the cell again, with runner.force=true.",
         ) from error
     groups = metadata.get("groups", "").split("\n")
     if scores.shape != (len(groups), labels.shape[0]):

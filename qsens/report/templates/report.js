@@ -342,7 +342,7 @@
         traces.push({
           type: "scatter",
           mode: "markers",
-          name: "recipe chosen",
+          name: "recipe at the target of " + chart.target + " bits",
           x: [chart.chosen[0]],
           y: [chart.chosen[1]],
           marker: { color: COLOURS[4], symbol: "star", size: 15 },
