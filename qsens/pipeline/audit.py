@@ -71,9 +71,7 @@ def audit(
         scored = [row.layer for row in ranked if row.position is not None]
         chosen = scored if full else choose_groups(ranked, groups)
         known = read_audit(store.audit(cell))
-        if known is not None and {*(point.layer for point in known.points), *known.failures} >= {
-            *chosen
-        }:
+        if known is not None and len(known.points) + len(known.failures) >= len(chosen):
             continue
         wanted[cell.cell] = chosen
         scores[cell.cell] = {
