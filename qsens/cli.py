@@ -10,18 +10,22 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qsens import __version__
-from qsens.config import choices
+from qsens.config import DagConfig, Roots, choices
 from qsens.config.reference import describe_keys
 from qsens.errors import AnswerIsNo, QsensError, UserError
 from qsens.grid import read_plan
 from qsens.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from qsens.report.compare import Comparison
 
 app = typer.Typer(
     name="qsens",
@@ -189,6 +193,35 @@ def report(
         return
     for path in written["reports"]:
         _stdout.print(path, markup=False)
+
+
+@app.command()
+def compare(
+    one: Annotated[
+        str, typer.Argument(metavar="A", help="A directory, a sweep's id, or SWEEP/CELL.")
+    ],
+    other: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+    html: Annotated[Path | None, typer.Option(help="Where to write it as a page.")] = None,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Put the scripts into the page: 5 MB more.")
+    ] = False,
+    count: Annotated[int, typer.Option(min=1, help="Groups to print.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Lay two sweeps, or two cells, side by side: what went in, and which groups changed."""
+    from qsens.config import Roots
+    from qsens.pipeline.compare import compare as step
+    from qsens.report.compare import write_comparison
+
+    found = step(one, other, Roots.from_environment())
+    if html is not None:
+        write_comparison(found, html, single_file=single_file)
+    if as_json:
+        _print_json(found.model_dump())
+        return
+    _print_comparison(found, count)
+    if html is not None:
+        _stdout.print(str(html), markup=False)
 
 
 @app.command()
@@ -411,6 +444,34 @@ def captions(
 
 
 @app.command()
+def prune(
+    keep_sweeps: Annotated[
+        int, typer.Option(help="Sweeps of each model that are kept, the newest.")
+    ] = DagConfig().keep_sweeps,
+    keep_days: Annotated[
+        int, typer.Option(help="Days that everything is kept.")
+    ] = DagConfig().keep_days,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be removed; remove nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove old sweeps and what only they refer to."""
+    from qsens.pipeline.prune import prune as step
+
+    results = Roots.from_environment().results
+    pruned = step(results, keep_sweeps=keep_sweeps, keep_days=keep_days, dry_run=dry_run)
+    _say_notices(pruned.notes)
+    if as_json:
+        _print_json({"dry_run": dry_run, **vars(pruned)})
+        return
+    for name, removed in vars(pruned).items():
+        if name != "notes":
+            count = removed if isinstance(removed, int) else len(removed)
+            _stdout.print(f"{name}{' to remove' if dry_run else ' removed'}: {count}")
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is installed and free here, and what would fail."""
     from qsens.pipeline.doctor import examine
@@ -522,6 +583,30 @@ def _print_verified(result: dict[str, Any]) -> None:
     _stdout.print(table)
     for name in result["only_in_one"]:
         _stdout.print(f"only one engine scored {name}", markup=False)
+
+
+def _print_comparison(found: Comparison, count: int) -> None:
+    for entry in found.differences:
+        _stdout.print(f"{entry.cause}: {entry.what}: {entry.before} -> {entry.after}", markup=False)
+    table = Table(title=f"{found.before} against {found.after}", title_justify="left")
+    for column in ("cell", "samples", "total A", "total B", "Spearman", "moved"):
+        table.add_column(column)
+    for cell in found.cells:
+        rho = "-" if cell.spearman is None else f"{cell.spearman:.3f}"
+        unknown = cell.samples == "noise unknown"
+        totals = (f"{cell.total_before:.3e}", f"{cell.total_after:.3e}")
+        table.add_row(cell.name, cell.samples, *totals, rho, "-" if unknown else str(cell.moved))
+    _stdout.print(table)
+    table = Table(title="groups that changed most", title_justify="left")
+    for column in ("cell", "group", "A", "B", "change", "verdict"):
+        table.add_column(column, overflow="fold")
+    changed = [(cell, group) for cell in found.cells for group in cell.groups]
+    changed.sort(key=lambda pair: (not pair[1].moved, -abs(pair[1].relative or 0.0)))
+    for cell, group in changed[:count]:
+        scores = ("-" if value is None else f"{value:.3e}" for value in (group.before, group.after))
+        change = "-" if group.relative is None else f"{100 * group.relative:+.1f} %"
+        table.add_row(escape(cell.name), escape(group.layer), *scores, change, group.status)
+    _stdout.print(table)
 
 
 def _print_keys(as_json: bool) -> None:

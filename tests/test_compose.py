@@ -171,7 +171,7 @@ def test_every_variable_of_qsens_exists_in_the_code(airflow_services: list[Servi
     }
     assert named == {
         "QSENS_ROOT", "QSENS_RESULTS", "QSENS_PRESET", "QSENS_SCHEDULE", "QSENS_QUEUE",
-        "QSENS_POOL",
+        "QSENS_POOL", "QSENS_GPUS",
     }  # fmt: skip
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
     named |= set(re.findall(r"\b(QSENS_\w+)=", dockerfile))

@@ -65,7 +65,9 @@ class DatasetConfig(Frozen):
     files: dict[Size, str] = Field(
         default={size: f"coco2017_captions_{size}.txt" for size in SIZES}, min_length=1
     )
-    """One file a size, relative to ``directory``; each is the head of the next."""
+    """One file a size, relative to ``directory``; each is the head of the next. One caption a line
+    (``.txt``), ``{"image": path, "caption": text}`` a line (``.jsonl``), or a table
+    (``.sqlite``), where sizes may share a file that has a split of each."""
     sizes: dict[Size, Annotated[int, Field(ge=1, le=1_000_000)]] = Field(
         default={"small": 16, "medium": 128, "large": 512}, min_length=1
     )

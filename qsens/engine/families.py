@@ -21,6 +21,8 @@ from qsens.errors import UserError
 class Parts:
     """Patterns (fnmatch) of the names of linear and convolution modules, by part.
 
+    Those of the tower match the names in files as well, which may be older than the modules'.
+
     Attributes:
         language: The language model's layers, without the head.
         vision: The vision tower with what projects its output; empty where there is none.
@@ -64,7 +66,12 @@ FAMILIES = (
         ("gemma3",),
         Parts(
             language=("model.language_model.*",),
-            vision=("model.vision_tower.*", "model.multi_modal_projector.*"),
+            vision=(
+                "model.vision_tower.*",
+                "model.multi_modal_projector.*",
+                "vision_tower.*",
+                "multi_modal_projector.*",
+            ),
             head=_HEAD,
         ),
     ),
@@ -194,7 +201,7 @@ def _places(path: Path) -> list[str]:
 
 def _grouped(names: Iterable[str]) -> list[str]:
     """Return names up to their first number, each once: ``model.layers.*``."""
-    places = {}
+    places: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         at = next((i for i, part in enumerate(parts) if part.isdigit()), None)

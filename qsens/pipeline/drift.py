@@ -83,11 +83,11 @@ def find_drift(plan: Plan, summary: Summary, sweeps: Path) -> Drift | None:
             refused.append(NotCompared(cell=cell.cell, reason=f"a result {error.what}"))
             continue
         causes += differences(*(inputs(result.manifest) for result in pair))
-        reason, paired = _comparable(*pair)
+        reason, paired = comparable(*pair)
         if reason is not None:
             refused.append(NotCompared(cell=cell.cell, reason=reason))
             continue
-        one, other = (_normalised(result.samples) for result in pair)
+        one, other = (normalised(result.samples) for result in pair if result.samples is not None)
         compared.append(cell.cell)
         all_paired &= paired
         for layer, change in changes(one, other, paired=paired).items():
@@ -114,12 +114,12 @@ def find_drift(plan: Plan, summary: Summary, sweeps: Path) -> Drift | None:
             )
             for (cell, layer), change in moved(found).items()
         ),
-        differences=_distinct(causes),
+        differences=distinct(causes),
         not_compared=tuple(refused),
     )
 
 
-def _comparable(before: Result, after: Result) -> tuple[str | None, bool]:
+def comparable(before: Result, after: Result) -> tuple[str | None, bool]:
     """Return why two results cannot be compared, if so, and whether their samples are the same."""
     methods = [result.manifest.scheme.auto_quantize_method for result in (before, after)]
     if methods[0] != methods[1]:
@@ -161,13 +161,13 @@ def _plan_differences(directory: Path, plan: Plan) -> tuple[Difference, ...]:
     return differences(*(settings(one.config.model_dump(mode="json")) for one in (earlier, plan)))
 
 
-def _normalised(samples: SampleScores | None) -> SampleScores:
-    assert samples is not None
+def normalised(samples: SampleScores) -> SampleScores:
+    """Return the same, with names as they compare."""
     names = tuple(normalise_name(name) for name in samples.groups)
     return SampleScores(names, samples.scores, samples.tokens)
 
 
-def _distinct(found: Iterable[Difference]) -> tuple[Difference, ...]:
+def distinct(found: Iterable[Difference]) -> tuple[Difference, ...]:
     """Return each difference once; a setting that plan and manifest both state counts once."""
     aliases = {
         "autoquant.method": "method",

@@ -5,6 +5,7 @@ Never imports torch.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ from qsens.config import Roots, load_sweep
 from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
 from qsens.engine.files import identify, shapes
-from qsens.grid import Plan, make_plan
+from qsens.grid import Plan, calibration_digest, make_plan
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
 from qsens.store import Store, write_text
 
@@ -62,9 +63,21 @@ def plan_sweep(
         notices=(*loaded.notices, *notices),
     )
     check_disk(plan, weights)
+    _mark_used(plan)
     if out is not None:
         write_text(out, plan_json(plan))
     return plan
+
+
+def _mark_used(plan: Plan) -> None:
+    """Note that somebody plans with the results that are there, so that none is pruned as old."""
+    store = Store(plan)
+    used = [store.manifest(cell) for cell in plan.cells]
+    used += [store.calibration(calibration_digest(plan, size)) for size in plan.samples]
+    for path in used:
+        # A results root that cannot be written to is left as it is.
+        with contextlib.suppress(OSError):
+            os.utime(path)
 
 
 def plan_json(plan: Plan) -> str:

@@ -36,7 +36,7 @@ def publish(plan: Plan) -> dict[str, Any]:
         largest mean share of the sensitivity.
 
     Raises:
-        TryAgain: The disk is full; nothing is half-written, and the next run completes it.
+        DiskFull: Nothing is half-written, and the next run completes it.
     """
     store = Store(plan)
     manifests: dict[str, Manifest] = {}

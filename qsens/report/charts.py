@@ -131,7 +131,7 @@ def drift(found: Drift | None) -> Chart | None:
         return None
     kept = found.moved[:_MOVED]
     return {
-        "names": [look.shown(f"{moved.cell}: {moved.layer}") for moved in kept],
+        "names": [look.shown(f"{moved.layer} ({moved.cell})", 400) for moved in kept],
         "before": [moved.before for moved in kept],
         "after": [moved.after for moved in kept],
         "half_width": [moved.half_width for moved in kept],

@@ -21,6 +21,7 @@ from qsens.engine.families import (
     remember_head,
     resolve_parts,
 )
+from qsens.engine.files import shapes
 from qsens.engine.scores import silent
 from qsens.errors import UserError
 from qsens.grid import Plan
@@ -96,6 +97,21 @@ def test_parts_are_where_the_table_says(name: str, tmp_path: Path) -> None:
         n for n in modules if any(fnmatch.fnmatchcase(n, p) for p in config.vision_patterns)
     }
     assert bool(vision) == (name in SEEING)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tower_is_found_in_the_files_too(name: str, tmp_path: Path) -> None:
+    """Planning sees weights only: those of the tower must not count as covered."""
+    checkpoint = save(configuration(name, tied=False), tmp_path / "checkpoint")
+    patterns = resolve_parts(ModelConfig(path=checkpoint)).vision_patterns
+    tower = [
+        key
+        for key in shapes(checkpoint)
+        if any(fnmatch.fnmatchcase(key.removesuffix(".weight"), pattern) for pattern in patterns)
+    ]
+    expected = ("visual", "vision_tower", "multi_modal_projector")
+    assert tower == [key for key in shapes(checkpoint) if any(part in key for part in expected)]
+    assert bool(tower) == (name in SEEING)
 
 
 def test_old_and_new_weight_names_give_the_same_numbers(tmp_path: Path) -> None:

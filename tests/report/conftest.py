@@ -102,10 +102,11 @@ def plan(
     pairs: tuple[str, ...] = ("wint8_afp16", "wfp8_afp8"), lanes: int = 1, **more: Any
 ) -> Plan:
     """Return a plan of these pairs at the sizes small and medium."""
+    dataset = more.pop("dataset", DatasetConfig(size=("small", "medium")))
     config = SweepConfig(
         preset="nightly",
         model=ModelConfig(name="tiny", short_name="tiny"),
-        dataset=DatasetConfig(size=("small", "medium")),
+        dataset=dataset,
         quant_pair=tuple(
             PairConfig(
                 name=name,
@@ -130,7 +131,7 @@ def plan(
             architecture="TinyForCausalLM",
             weight_bytes=1,
         ),
-        samples={"small": sample, "medium": sample},
+        samples=dict.fromkeys(dataset.size, sample),
         versions={"qsens": "0.1.0"},
         lanes=lanes,
         now=datetime(2030, 1, 2, 3, 4, 5, 678000, tzinfo=UTC),

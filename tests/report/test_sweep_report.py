@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
+from scipy import stats
 
+from qsens.config import DatasetConfig
+from qsens.manifest import read_manifest
 from qsens.report import Summary, build_summary, write_sweep
+from qsens.report.charts import pareto
 from qsens.report.views import heat_table, protected
 
 A, B = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
@@ -198,3 +203,87 @@ def test_hostile_text_is_text(make: Any, tmp_path: Path) -> None:
         line.startswith("# ") and "7" in line for line in md.read_text(encoding="utf-8").split("\n")
     )
     assert json.loads(data.read_text(encoding="utf-8"))["cells"][0]["rows"][0]["layer"] == bad
+
+
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
+
+
+def int8_at_three_sizes(make: Any) -> tuple[Summary, dict[str, Any]]:
+    dataset = DatasetConfig()
+    plan = make.plan(pairs=("wint8_aint8",), dataset=dataset)
+    files = {
+        f"wint8_aint8-{size}": REFERENCE / f"qwen3_vl_4b-wint8_aint8-lm-{size}.json"
+        for size in dataset.size
+    }
+    manifests = {cell: read_manifest(path) for cell, path in files.items()}
+    raw = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in files.items()}
+    return build_summary(plan, manifests, {}, {}, None), raw
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the published manifests are not here")
+def test_the_published_sizes_give_the_stability_table(make: Any, tmp_path: Path) -> None:
+    summary, raw = int8_at_three_sizes(make)
+    scores = {
+        cell: {
+            key: row["scores"][0]
+            for key, row in data["layer_sensitivity"].items()
+            if key.startswith("language_model")
+        }
+        for cell, data in raw.items()
+    }
+    names = sorted(scores["wint8_aint8-small"])
+    assert len(names) == 144
+    found = {(entry.smaller, entry.larger): entry for entry in summary.sizes_compared}
+    assert list(found) == [("small", "medium"), ("medium", "large")]
+    for (one, other), entry in found.items():
+        a, b = ([scores[f"wint8_aint8-{size}"][name] for name in names] for size in (one, other))
+        assert entry.groups == 144
+        assert entry.spearman == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+        assert entry.kendall == pytest.approx(stats.kendalltau(a, b).statistic, abs=1e-12)
+        for cut in (5, 10, 20):
+            tops = [{names[at] for at in np.argsort(values)[-cut:]} for values in (a, b)]
+            assert entry.overlap[cut] == len(tops[0] & tops[1])
+    # Large scored what medium scored: their agreement says nothing about samples.
+    assert [entry.independent for entry in summary.sizes_compared] == ["in part", "no"]
+    md, _, html, chart = write_sweep(summary, tmp_path)
+    assert "no: both scored the same 128 samples" in md.read_text(encoding="utf-8")
+    assert "no: both scored the same 128 samples" in make.page(html).text
+    assert "not known" in md.read_text(encoding="utf-8")
+    assert chart.read_text(encoding="utf-8").count("<rect") == 1 + 40
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the published manifests are not here")
+def test_the_published_sizes_give_heat_map_and_profile(make: Any, tmp_path: Path) -> None:
+    summary, raw = int8_at_three_sizes(make)
+    page = make.page(write_sweep(summary, tmp_path)[2])
+    (text,) = [script for script in page.scripts if script.startswith("{")]
+    charts = json.loads(text)["charts"]
+    assert set(charts) == {"heat", "profiles", "sizes"}
+    large = raw["wint8_aint8-large"]["layer_sensitivity"]
+    total = sum(row["scores"][0] for row in large.values())
+    heat = charts["heat"]
+    assert heat["columns"] == ["wint8_aint8"]
+    assert len(heat["names"]) == 144
+    for name, (share,) in zip(heat["names"], heat["values"], strict=True):
+        expected = large[f"{name}.quant_recipe"]["scores"][0] / total
+        assert share == pytest.approx(expected, rel=1e-5)
+    profile = charts["profiles"]["wint8_aint8"]
+    assert profile["depths"] == list(range(36))
+    (down,) = [line for line in profile["lines"] if line["name"] == "down"]
+    key = "language_model.layers.4.mlp.down_proj.quant_recipe"
+    assert down["values"][4] == pytest.approx(large[key]["scores"][0] / total, rel=1e-5)
+    assert [size["size"] for size in charts["sizes"]["wint8_aint8"]["sizes"]] == [
+        "small",
+        "medium",
+        "large",
+    ]
+
+
+def test_a_pareto_curve_is_drawn_where_the_summary_has_one() -> None:
+    points = [{"bits": 4.25, "damage": 2.0, "choice": {}}, {"bits": 16.0, "damage": 0.0}]
+    assert pareto({}) is None
+    assert pareto({"pareto": points, "recipe": points[0]}) == {
+        "bits": [4.25, 16.0],
+        "damage": [2.0, 0.0],
+        "chosen": [4.25, 2.0],
+    }

@@ -8,6 +8,7 @@
   const plotlyPath = own && own.dataset.plotly;
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const PAGE_ROWS = 300;
+  const FEW_ROWS = 10;
   let printing = false;
 
   function make(tag, properties, ...children) {
@@ -26,6 +27,7 @@
     name: (value) => String(value),
     int: (value) => String(value),
     num: (value) => String(value),
+    signed: (value) => (value > 0 ? "+" : "") + (100 * value).toFixed(1) + " %",
     bits: (value) => String(Number(value.toFixed(3))),
     sci: scientific,
     pct: (value) => (value > 0 && value < 0.0001 ? "<0.01 %" : (100 * value).toFixed(2) + " %"),
@@ -145,7 +147,7 @@
       fill();
     });
     const place = table.closest(".scroll") || table;
-    place.before(make("div", { className: "tools" }, filter, count));
+    if (rows.length > FEW_ROWS) place.before(make("div", { className: "tools" }, filter, count));
     place.after(more);
     fill();
   }
@@ -197,7 +199,7 @@
   function labels(names, narrow) {
     return {
       tickvals: names.map((_, at) => at),
-      ticktext: names.map((name) => tail(name, narrow ? 18 : 44)),
+      ticktext: names.map((name) => tail(name, narrow ? 18 : 48)),
       range: [names.length - 0.5, -0.5],
       zeroline: false,
       tickfont: { size: 11 },
@@ -257,7 +259,7 @@
         })),
         layout: {
           height: 380,
-          xaxis: { title: { text: "depth (index of the layer)" } },
+          xaxis: { title: { text: "depth (index of the layer)" }, tickformat: "d", tick0: 0, dtick: Math.max(1, Math.ceil(chart.depths.length / 20)) },
           yaxis: { title: { text: "share of the total" }, type: "log", tickformat: ".1~%", dtick: 1 },
         },
       };
@@ -285,7 +287,7 @@
         })),
         layout: {
           height: 120 + 30 * chart.names.length,
-          xaxis: { type: "log", title: { text: chart.per_token ? "score per token, with 95 % interval" : "sensitivity" }, exponentformat: "e" },
+          xaxis: { type: "log", title: { text: chart.per_token ? "score per token" : "sensitivity" }, exponentformat: "e" },
           yaxis: labels(chart.names, narrow),
         },
       };
@@ -313,7 +315,7 @@
         }),
         layout: {
           height: 120 + 24 * chart.names.length,
-          xaxis: { type: "log", title: { text: "score per token, with 95 % interval" }, exponentformat: "e" },
+          xaxis: { type: "log", title: { text: "score per token" }, exponentformat: "e" },
           yaxis: labels(chart.names, narrow),
           showlegend: true,
         },
@@ -354,16 +356,19 @@
     drift(chart, choice, narrow) {
       const look = theme();
       const rows = chart.names.map((_, row) => row);
+      const log = chart.before.concat(chart.after).every((value) => value > 0);
+      const place = (value) => (log ? Math.log10(value) : value);
+      const names = chart.names.map(plain);
       return {
         traces: [
-          { type: "scatter", mode: "markers", name: "before", x: chart.before, y: rows, marker: { color: COLOURS[6], symbol: "circle-open", size: 8 }, text: chart.names.map(plain), hovertemplate: "%{text}: before %{x:.3e}<extra></extra>" },
-          { type: "scatter", mode: "markers", name: "after, with the 95 % interval of the change", x: chart.after, y: rows, error_x: { type: "data", array: chart.half_width }, marker: { color: COLOURS[4], symbol: "diamond", size: 8 }, text: chart.names.map(plain), hovertemplate: "%{text}: after %{x:.3e}<extra></extra>" },
+          { type: "scatter", mode: "markers", name: "before", x: chart.before, y: rows, marker: { color: COLOURS[6], symbol: "circle-open", size: 8 }, text: names, hovertemplate: "%{text}: before %{x:.3e}<extra></extra>" },
+          { type: "scatter", mode: "markers", name: "now", x: chart.after, y: rows, error_x: { type: "data", array: chart.half_width }, marker: { color: COLOURS[4], symbol: "diamond", size: 8 }, text: names, hovertemplate: "%{text}: now %{x:.3e}<extra></extra>" },
         ],
         layout: {
           height: 140 + 26 * rows.length,
-          xaxis: { title: { text: "score per token" }, exponentformat: "e", rangemode: "tozero" },
+          xaxis: { type: log ? "log" : "linear", title: { text: "score per token" }, exponentformat: "e" },
           yaxis: labels(chart.names, narrow),
-          annotations: rows.map((row) => ({ x: chart.after[row], y: row, ax: chart.before[row], ay: row, xref: "x", yref: "y", axref: "x", ayref: "y", showarrow: true, arrowhead: 2, arrowwidth: 1.4, arrowcolor: look.soft, text: "" })),
+          annotations: rows.map((row) => ({ x: place(chart.after[row]), y: row, ax: place(chart.before[row]), ay: row, xref: "x", yref: "y", axref: "x", ayref: "y", showarrow: true, arrowhead: 2, arrowwidth: 1.4, arrowcolor: look.soft, text: "" })),
         },
       };
     },
