@@ -289,7 +289,7 @@ def recipe(
     sweep: Annotated[
         str, typer.Argument(metavar="SWEEP", help="A sweep's directory, summary.json, or id.")
     ],
-    bits: Annotated[float, typer.Option(min=0, max=16, help="Bits a weight, at most.")],
+    bits: Annotated[float, typer.Option(help="Bits a weight, at most.")],
     to: Annotated[RecipeTarget, typer.Option("--to", help="Who takes the recipe.")],
     size: Annotated[
         Literal["small", "medium", "large"] | None,
