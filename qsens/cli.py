@@ -252,11 +252,44 @@ def verify(
 
 
 @app.command()
+def audit(
+    plan: PlanFile,
+    pairs: Annotated[
+        list[str] | None, typer.Option("--pair", help="A pair to audit; all when left out.")
+    ] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of each pair.")] = 12,
+    full: Annotated[bool, typer.Option("--full", help="Measure all groups.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check the scores of a plan against the true KL divergence of some groups.
+
+    Exit code 3 if a pair's scores are not to be trusted. Publish again to see it in reports.
+    """
+    from qsens.pipeline.audit import audit as step
+
+    read = read_plan(plan)
+    with ProgressLine(_stderr, cells=["audit"]) as line:
+        found = step(
+            read,
+            pairs=pairs or (),
+            groups=groups,
+            full=full,
+            progress=lambda *steps: line.update("audit", *steps),
+        )
+    if as_json:
+        _print_json(found)
+    else:
+        _print_audits(found)
+    if any(entry["judgement"]["verdict"] == "do not trust" for entry in found["audits"]):
+        sys.exit(AnswerIsNo.exit_code)
+
+
+@app.command()
 def recipe(
     sweep: Annotated[
         str, typer.Argument(metavar="SWEEP", help="A sweep's directory, summary.json, or id.")
     ],
-    bits: Annotated[float, typer.Option(min=0, max=16, help="Bits a weight, at most.")],
+    bits: Annotated[float, typer.Option(help="Bits a weight, at most.")],
     to: Annotated[RecipeTarget, typer.Option("--to", help="Who takes the recipe.")],
     size: Annotated[
         Literal["small", "medium", "large"] | None,
@@ -495,6 +528,28 @@ def _print_published(published: dict[str, Any], as_json: bool) -> None:
     for entry in published["missing"]:
         _stdout.print(f"PARTIAL: {entry['cell']}: {entry['reason']}", style="red", markup=False)
     _stdout.print(published["index"], markup=False)
+
+
+def _print_audits(found: dict[str, Any]) -> None:
+    table = Table(title="scores against the true KL divergence", title_justify="left")
+    for column in ("cell", "groups", "rho", "estimate / truth", "verdict", "why"):
+        table.add_column(column)
+    for entry in found["audits"]:
+        judged = entry["judgement"]
+        rho, ratio = (
+            "" if judged[name] is None else f"{judged[name]:.3f}" for name in ("rho", "ratio")
+        )
+        table.add_row(
+            entry["cell"],
+            str(len(entry["points"])),
+            rho,
+            "" if judged["verdict"] == "do not trust" else ratio,
+            judged["verdict"],
+            judged["reason"],
+        )
+    _stdout.print(table)
+    for entry in found["missing"]:
+        _stdout.print(f"not audited: {entry['cell']}: {entry['reason']}", markup=False)
 
 
 def _print_recipe(found: dict[str, Any]) -> None:

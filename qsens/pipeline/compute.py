@@ -39,7 +39,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Loaded:
+    """A model with the samples of a cell.
+
+    Attributes:
+        model: The model.
+        samples: The samples.
+        device: Where the model lies.
+        seconds: What loading took.
+    """
+
     model: nn.Module
     samples: Samples
     device: torch.device
@@ -50,7 +59,7 @@ class _Loaded:
 def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> None:
     """Compute the maxima of the sizes of ``cells`` in one run; each cell stands for its size."""
     plan = store.plan
-    loaded = _load(plan, max(cells, key=plan.samples_used), progress)
+    loaded = load_for(plan, max(cells, key=plan.samples_used), progress)
     groups = find_groups(loaded.model, plan.config.model.vision_patterns)
     counts = sorted({plan.samples_used(cell) for cell in cells})
     found = _calibrate(plan, loaded, groups, counts, progress)
@@ -65,7 +74,7 @@ def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
     """Compute one cell by ModelOpt's ``auto_quantize``."""
     plan = store.plan
     config = plan.config
-    loaded = _load(plan, cell, progress)
+    loaded = load_for(plan, cell, progress)
     refused = _without_labels(plan, cell, loaded.samples)
     if refused is not None:
         raise refused
@@ -92,11 +101,11 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
     """
     plan = store.plan
     config = plan.config
-    loaded = _load(plan, max(cells, key=plan.samples_used), progress)
+    loaded = load_for(plan, max(cells, key=plan.samples_used), progress)
     model, samples = loaded.model, loaded.samples
     groups = find_groups(model, config.model.vision_patterns)
     sizes = list(config.dataset.sizes.values())
-    requests = [_request(plan, cell) for cell in cells]
+    requests = [request_of(plan, cell) for cell in cells]
     candidates = distinct(requests)
     budget = plan_budget(
         model,
@@ -174,12 +183,12 @@ def both_engines(
     """
     plan = store.plan
     config = plan.config
-    loaded = _load(plan, cell, progress)
+    loaded = load_for(plan, cell, progress)
     model, samples = loaded.model, loaded.samples
     groups = find_groups(model, config.model.vision_patterns)
     scored, batch_size = plan.samples_scored(cell), config.autoquant.batch_size
     sizes = list(config.dataset.sizes.values())
-    request = _request(plan, cell)
+    request = request_of(plan, cell)
     candidates = distinct([request])
     started = time.monotonic()
     maxima: dict[int, Maxima] = {}
@@ -214,7 +223,7 @@ def _by_name(scores: CellScores) -> dict[str, float]:
     }
 
 
-def _load(plan: Plan, cell: Cell, progress: Progress) -> _Loaded:
+def load_for(plan: Plan, cell: Cell, progress: Progress) -> Loaded:
     """Load the model and the samples of ``cell``."""
     config = plan.config
     device = resolve_device(config.autoquant.device)
@@ -226,10 +235,11 @@ def _load(plan: Plan, cell: Cell, progress: Progress) -> _Loaded:
     progress("load", 1, 1)
     if device.type == "cpu" and config.model.dtype == "bfloat16":
         log.warning("bfloat16 on a CPU is slow: set model.dtype=float32 for work on a CPU")
-    return _Loaded(model, samples, device, time.monotonic() - started)
+    return Loaded(model, samples, device, time.monotonic() - started)
 
 
-def _request(plan: Plan, cell: Cell) -> Request:
+def request_of(plan: Plan, cell: Cell) -> Request:
+    """Return what ``cell`` asks of a pass."""
     pair = plan.pair(cell)
     return Request(
         cell=cell.cell,
@@ -267,7 +277,7 @@ def _stored_maxima(
 
 def _calibrate(
     plan: Plan,
-    loaded: _Loaded,
+    loaded: Loaded,
     groups: Sequence[Group],
     counts: Sequence[int],
     progress: Progress,
@@ -289,7 +299,7 @@ def _cell_scores(
     groups: Sequence[Group],
     candidates: Candidates,
     found: PassScores,
-    loaded: _Loaded,
+    loaded: Loaded,
 ) -> CellScores:
     """Read one cell's scores off a pass."""
     index = candidates.of_cell[cell.cell]
@@ -371,7 +381,7 @@ def _write(
     store: Store,
     cell: Cell,
     scores: CellScores,
-    loaded: _Loaded,
+    loaded: Loaded,
     timings: Mapping[str, float] | None = None,
     memory: Mapping[str, float] | None = None,
 ) -> None:
