@@ -73,7 +73,7 @@ def qsens_sweep() -> None:
             task_id="calibrate",
             cell=cell,
             plan=plan,
-            map_index_template="{{ cell }}",
+            map_index_template="{{ task.title }}",
             doc_md="Makes sure that the cell's calibration maxima are there.",
             **settings.gpu_task(),
         )
@@ -81,7 +81,7 @@ def qsens_sweep() -> None:
             task_id="score",
             cell=cell,
             plan=plan,
-            map_index_template="{{ cell }}",
+            map_index_template="{{ task.title }}",
             doc_md="Makes sure that the cell's result is there: one score a layer.",
             **settings.gpu_task(),
         )

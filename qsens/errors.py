@@ -5,7 +5,8 @@ QsensError
 ├── UserError          2   the user must mend it: configuration, paths, the checkpoint
 ├── AnswerIsNo         3   it ran, and the answer is no: verify, audit, an infeasible recipe
 ├── OutOfMemory       74   the device or the host has no memory left for this budget
-└── TryAgain          75   it may pass: a lock held elsewhere, a full disk
+└── TryAgain          75   it may pass: a lock held elsewhere
+    └── DiskFull      75   it passes when somebody has made room
 ```
 
 Anything else that reaches the command line is a bug and shows its traceback.
@@ -70,3 +71,7 @@ class TryAgain(QsensError):
     """A condition that may pass by itself."""
 
     exit_code = 75
+
+
+class DiskFull(TryAgain):
+    """There is no space left; nothing was half-written."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qsens.errors import TryAgain
+from qsens.errors import DiskFull, TryAgain
 from qsens.grid import Cell, Plan
 from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX
 
@@ -150,7 +150,7 @@ def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 with LF line ends, whole or not at all.
 
     Raises:
-        TryAgain: The disk is full.
+        DiskFull: The disk is full.
     """
     with write_file(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
@@ -169,7 +169,7 @@ def write_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is fsynced and renamed to ``path``.
 
     Raises:
-        TryAgain: The disk is full; nothing is left behind.
+        DiskFull: The disk is full; nothing is left behind.
     """
     with _full_disk_is_said(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,7 +197,7 @@ def write_directory(path: Path, *, last: str) -> Iterator[Path]:
     overwritten.
 
     Raises:
-        TryAgain: The disk is full; nothing is left behind.
+        DiskFull: The disk is full; nothing is left behind.
     """
     with _full_disk_is_said(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def _full_disk_is_said(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise TryAgain(
+        raise DiskFull(
             "no space left on the disk; nothing was written",
             where=str(path.parent),
             remedy="Free some space, then run it again: what is done already is kept.",

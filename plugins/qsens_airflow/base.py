@@ -13,7 +13,7 @@ from airflow.sdk.exceptions import (
     AirflowRescheduleException,
 )
 
-from qsens.errors import AnswerIsNo, OutOfMemory, TryAgain, UserError
+from qsens.errors import AnswerIsNo, DiskFull, OutOfMemory, TryAgain, UserError
 from qsens_airflow.child import Child, Ended
 
 _FINAL = (UserError.exit_code, AnswerIsNo.exit_code)
@@ -36,7 +36,7 @@ class QsensOperator(BaseOperator):
     * 74, out of memory: it is run once more in the same try with half the memory budget, and a
       second 74 is final;
     * 75, it may pass by itself: the slot is given back and the task comes again, for as long as it
-      may run, before that counts as a try;
+      may run, before that counts as a try. A full disk counts at once: somebody has to know;
     * all else, death by a signal included, counts as a try.
     """
 
@@ -103,7 +103,8 @@ class QsensOperator(BaseOperator):
             return AirflowFailException(line)
         if ended.code == OutOfMemory.exit_code:
             return AirflowFailException(f"{line} | With half the memory budget too.")
-        if ended.code == TryAgain.exit_code:
+        full = (ended.answer or {}).get("error") == DiskFull.__name__
+        if ended.code == TryAgain.exit_code and not full:
             return self.give_back(context, line)
         return AirflowException(f"{line} (exit code {ended.code})")
 

@@ -32,10 +32,13 @@ class CellOperator(QsensOperator):
         self.cell = cell
         self.plan = plan
 
+    @property
+    def title(self) -> str:
+        """What the UI shows for the mapped task: ``wfp8_afp8 · small``."""
+        return " · ".join(self.cell.split("-"))
+
     def execute(self, context: Context) -> dict[str, Any]:
         """Make sure that the cell's result of this step is there."""
-        # The name of the mapped task in the UI; without it the task fails after its success.
-        context["cell"] = " · ".join(self.cell.split("-"))  # type: ignore[typeddict-unknown-key]
         with self._device(context) as (environment, inherited):
             return self.run_verb(
                 context,

@@ -134,7 +134,9 @@ def dag_params(preset: str, roots: Roots | None = None) -> dict[str, Param]:
         roots: Where configuration files lie; from the environment when not given.
     """
     sizes = load_sweep(preset, roots=roots).config.dataset.sizes
-    shown = {"size": {size: f"{size} · {count} samples" for size, count in sizes.items()}}
+    shown: dict[str, dict[str, str]] = {
+        "size": {size: f"{size} · {count} samples" for size, count in sizes.items()}
+    }
     params = {}
     for name, field in SweepParams.model_fields.items():
         text = " ".join((field.description or "").split())

@@ -105,20 +105,29 @@ class Client:
             for task in answer["task_instances"]
         ]
 
-    def clear(self, run_id: str, task_ids: Sequence[str]) -> None:
-        """Run some tasks of a finished run again, and nothing else."""
+    def clear(
+        self, run_id: str, tasks: Sequence[str | tuple[str, int]], *, downstream: bool = False
+    ) -> None:
+        """Run some tasks of a finished run again.
+
+        Args:
+            run_id: The run.
+            tasks: Tasks, or a task with its position in a mapped group.
+            downstream: Whether all that depends on them runs again too.
+        """
         body = {
             "dry_run": False,
             "dag_run_id": run_id,
-            "task_ids": list(task_ids),
+            "task_ids": list(tasks),
+            "include_downstream": downstream,
             "only_failed": False,
         }
         self._call("POST", f"{self._dag}/clearTaskInstances", body)
 
-    def returned(self, run_id: str, task_id: str) -> Any:
-        """Return what an unmapped task returned."""
+    def returned(self, run_id: str, task_id: str, map_index: int = -1) -> Any:
+        """Return what a task returned."""
         path = f"{self._run(run_id)}/taskInstances/{task_id}/xcomEntries/return_value"
-        return self._call("GET", path)["value"]
+        return self._call("GET", f"{path}?map_index={map_index}")["value"]
 
     def asset_events(self, run_id: str) -> list[dict[str, Any]]:
         """Return the extra of every asset event that a run has caused."""

@@ -39,7 +39,8 @@ def calibrate(
         wait: Whether to wait for another process that computes the same.
 
     Raises:
-        TryAgain: Another process computes it, and ``wait`` is false; or the disk is full.
+        TryAgain: Another process computes it, and ``wait`` is false.
+        DiskFull: There is no space left.
         UserError: It cannot be computed.
         OutOfMemory: The device has not enough memory.
     """
@@ -75,7 +76,8 @@ def score(
         wait: Whether to wait for another process that computes the same result.
 
     Raises:
-        TryAgain: Another process computes it, and ``wait`` is false; or the disk is full.
+        TryAgain: Another process computes it, and ``wait`` is false.
+        DiskFull: There is no space left.
         UserError: It cannot be computed; the reason is kept for the reports.
         OutOfMemory: The device has not enough memory.
     """

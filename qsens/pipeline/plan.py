@@ -15,6 +15,7 @@ from typing import Any
 
 from qsens.config import Roots, load_sweep
 from qsens.engine.captions import identify_samples
+from qsens.engine.families import resolve_parts
 from qsens.engine.files import identify, shapes
 from qsens.grid import Plan, calibration_digest, make_plan
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
@@ -47,6 +48,7 @@ def plan_sweep(
     roots = roots or Roots.from_environment()
     loaded = load_sweep(preset, overrides, roots=roots)
     config = loaded.config
+    config = config.model_copy(update={"model": resolve_parts(config.model)})
     checkpoint = identify(config.model.path, cache=roots.results / ".cells" / "digests.json")
     samples, notices = identify_samples(config.dataset, config.dataset.size)
     weights = shapes(config.model.path)

@@ -130,7 +130,7 @@ def test_settings_come_from_the_preset_and_the_environment(
         task = weekly.get_task(name)
         assert (task.pool, task.queue, task.retries) == ("gpus", "gpu", 7)
         assert task.execution_timeout == timedelta(minutes=30)
-        assert task.map_index_template == "{{ cell }}"
+        assert task.map_index_template == "{{ task.title }}"
     # What needs no GPU takes no GPU slot.
     assert {weekly.get_task(name).pool for name in ("plan", "publish", "prune", "gate")} == {
         "default_pool"
@@ -156,3 +156,8 @@ def test_everything_is_documented(dag: Any) -> None:
     assert dag.doc_md
     assert all(task.doc_md for task in dag.tasks)
     assert all(dag.params.get_param(name).schema["description_md"] for name in dag.params)
+
+
+def test_the_gate_gives_the_asset_an_event(dag: Any) -> None:
+    assert [asset.name for asset in dag.get_task("gate").outlets] == ["qsens_layer_analysis"]
+    assert not any(dag.get_task(name).outlets for name in ("plan", "publish", "cell.score"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,6 +29,8 @@ CELL = "wfp8_afp8-small"
 DONE = '{"cell": "wfp8_afp8-small", "status": "done", "computed": true}'
 ERROR = '{"error": "UserError", "what": "no such file", "where": "p.json", "remedy": "Make it."}'
 
+FULL = '{"error": "DiskFull", "what": "no space left", "where": "/d", "remedy": "Free some."}'
+
 
 def run(operator: BaseOperator, conf: dict[str, Any] | None = None) -> Any:
     """Run the operator's DAG in this process; return its task instance as the database has it."""
@@ -47,7 +50,7 @@ def score(tmp_path: Path, **arguments: Any) -> ScoreOperator:
             plan="p.json",
             retries=arguments.pop("retries", 2),
             retry_delay=timedelta(seconds=0),
-            map_index_template="{{ cell }}",
+            map_index_template="{{ task.title }}",
             **arguments,
         )
 
@@ -98,7 +101,9 @@ def test_what_the_user_must_mend_is_not_tried_again(
     assert "p.json: no such file | Make it." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("first", ["exit 1", "kill -9 $$", "kill -15 $$", "echo '[]'"])
+@pytest.mark.parametrize(
+    "first", ["exit 1", "kill -9 $$", "kill -15 $$", "echo '[]'", f"echo '{FULL}'; exit 75"]
+)
 def test_what_may_pass_counts_as_a_try(tmp_path: Path, python: Script, first: str) -> None:
     python(first_then_done(first))
     instance = run(score(tmp_path))
@@ -317,3 +322,39 @@ def test_an_error_is_one_line_with_where_what_and_remedy() -> None:
     error = {"error": "UserError", "what": "two\nlines", "where": "key (file)", "remedy": "Mend."}
     assert one_line(error) == "key (file): two lines | Mend."
     assert one_line({"what": "bare", "where": "", "remedy": ""}) == "bare"
+
+
+def test_a_grid_of_171_cells_plans_and_maps(
+    tmp_path: Path, python: Script, demo_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """19 pairs at three sizes and three granularities, planned for real."""
+    pairs = tmp_path / "own" / "quant_pair"
+    pairs.mkdir(parents=True)
+    names = [f"wblock{16 * (number + 5)}_afp16" for number in range(19)]
+    for name in names:
+        size = name.removeprefix("wblock").removesuffix("_afp16")
+        (pairs / f"{name}.yaml").write_text(
+            f"weight: block{size}\nactivation: fp16\nformat: F{size}\neffective_bits: 8\n"
+            f"weight_quantizer: {{num_bits: 8, block_sizes: {{'-1': {size}}}}}\n"
+        )
+    monkeypatch.setenv("QSENS_CONFIG_DIR", str(tmp_path / "own"))
+    monkeypatch.setenv("QSENS_DATA_ROOTS", str(demo_checkpoint.directory))
+    python(f'[ $3 = plan ] && exec {sys.executable} "$@"\necho "$8" >> scored\necho \'{DONE}\'')
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}) as dag:
+        plan = PlanOperator(task_id="plan", gpu_pool="gpu")
+        ScoreOperator.partial(task_id="score").expand_kwargs(plan.output)
+    bag = DagBag(os.environ["AIRFLOW__CORE__DAGS_FOLDER"], bundle_name="dags-folder")
+    bag.bag_dag(dag)
+    sync_bag_to_db(bag, "dags-folder", None)
+    dag_run = dag.test(
+        run_conf={
+            "quant_pair": names,
+            "size": ["small", "medium", "large"],
+            "quant_granularity": ["default", "w_channel", "w_group64"],
+            "overrides": f"model.path={demo_checkpoint.directory}",
+        }
+    )
+    assert dag_run.state == "success"
+    instances = dag_run.get_task_instances()
+    assert sum(instance.task_id == "score" for instance in instances) == 171
+    assert len(set((tmp_path / "scored").read_text().splitlines())) == 171

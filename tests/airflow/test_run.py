@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from qsens.store import Store
 from qsens_airflow.local import Components
 from qsens_airflow.rest import TaskState
 
+from .house import House, Run
+
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 400
 # Floats that neither the numerics nor ModelOpt know: this pair fails when it is scored.
 BROKEN = """
 name: wbroken_afp16
@@ -29,49 +29,6 @@ format: BROKEN
 weight_quantizer: {num_bits: [7, 7], axis: null}
 effective_bits: 8.0
 """
-
-
-@dataclass(frozen=True)
-class Run:
-    run_id: str
-    state: str
-    tasks: list[TaskState]
-
-    def states(self) -> dict[str, str | None]:
-        return {task.name: task.state for task in self.tasks}
-
-    def task(self, name: str) -> TaskState:
-        (found,) = [task for task in self.tasks if task.name == name]
-        return found
-
-
-@dataclass(frozen=True)
-class House:
-    """Airflow, and the root that its runs read from and write to."""
-
-    airflow: Components
-    root: Path
-
-    def run(self, **conf: Any) -> Run:
-        return self.end(self.airflow.client.trigger({"preset": "demo"} | conf))
-
-    def end(self, run_id: str) -> Run:
-        state = self.airflow.wait(run_id, seconds=SECONDS)
-        assert self.airflow.state_in_database(run_id) == state
-        return Run(run_id, state, self.airflow.client.tasks(run_id))
-
-    def published(self, run: Run) -> dict[str, Any]:
-        value = self.airflow.client.returned(run.run_id, "publish")
-        assert isinstance(value, dict)
-        return value
-
-    def files(self, run: Run) -> dict[Path, bytes]:
-        """Return every file that a run has published: its sweep's and its cells'."""
-        sweep = Path(self.published(run)["index"]).parent
-        files = [path for path in sweep.rglob("*") if path.is_file()]
-        model = sweep.parents[1]
-        files += [path for path in model.glob("weight-*/**/*") if path.is_file()]
-        return {path: path.read_bytes() for path in sorted(files)}
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +169,7 @@ def test_a_cell_that_is_computed_elsewhere_gives_its_slot_back_and_comes_again(
     lock.acquire()
     conf = {"preset": "demo", "quant_pair": ["wint4_afp16"], "size": ["small"]}
     run_id = house.airflow.client.trigger(conf)
-    assert house.airflow.wait(run_id, seconds=SECONDS, changed=changed) == "success"
+    assert house.airflow.wait(run_id, seconds=house.seconds, changed=changed) == "success"
     assert "up_for_reschedule" in seen
     score = house.end(run_id).task("cell.score [wint4_afp16 · small]")
     assert (score.state, score.tries) == ("success", 1)

@@ -1,0 +1,32 @@
+"""The memory that a pass may take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from qsens.config import ModelConfig
+from qsens.engine.budget import GIB, MEMORY_SHARE, plan_budget
+from qsens.engine.candidates import Request, distinct
+from qsens.engine.checkpoint import load_model
+from qsens.engine.groups import find_groups
+
+if TYPE_CHECKING:
+    from qsens.demo.checkpoint import DemoResult
+
+
+def test_a_share_of_the_budget_halves_it_and_lets_fewer_tokens_through(
+    demo_checkpoint: DemoResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(path=demo_checkpoint.directory, dtype="float32")
+    model = load_model(config, torch.device("cpu"))
+    groups = find_groups(model, config.vision_patterns)
+    candidates = distinct([Request("a", {"num_bits": 8, "axis": 0}, None, 16, 16)])
+    whole = plan_budget(model, groups, candidates, limit_gb=0.125)
+    monkeypatch.setenv(MEMORY_SHARE, "0.5")
+    half = plan_budget(model, groups, candidates, limit_gb=0.125)
+    assert (whole.limit, half.limit) == (GIB // 8, GIB // 16)
+    assert half.predicted <= half.limit
+    assert half.max_tokens < whole.max_tokens
