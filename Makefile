@@ -11,10 +11,10 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo up test check bench format clean
+.PHONY: help demo up down test test-stack check bench format clean
 
 help: ## Show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; set PYTHON=/path/to/python3.11" >&2; exit 2; }
@@ -31,6 +31,9 @@ up: $(VENV)/.ready ## Start a local Airflow and say where it is; Ctrl-C ends it
 
 test: $(VENV)/.ready ## Run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-stack: $(VENV)/.ready ## Run the distributed stack and its faults (apt-get install postgresql redis-server chromium)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=0 tests/stack
 
 check: $(VENV)/.ready ## Lint, check formatting, types and layers
 	$(BIN)/ruff check .

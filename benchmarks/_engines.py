@@ -23,6 +23,7 @@ from qsens.engine import fused, reference
 from qsens.engine.budget import plan_budget
 from qsens.engine.calibrate import Maxima, calibrate
 from qsens.engine.candidates import Candidates, Request, distinct
+from qsens.engine.families import head_of
 from qsens.engine.groups import Group, find_groups
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches, make_batch, nominal_labels
@@ -350,7 +351,7 @@ def _sensitivities(
 def _work(
     load: Workload, samples: Samples, groups: Sequence[Group], candidates: Candidates
 ) -> Work:
-    head: nn.Module = load.model.get_output_embeddings()  # type: ignore[operator]
+    head: nn.Module = head_of(load.model)
     weight: torch.Tensor = head.weight  # type: ignore[assignment]
     names = {name for name, module in load.model.named_modules() if module is head}
     return count_work(

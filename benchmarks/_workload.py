@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, choices, load_sweep
 from qsens.engine.captions import read_captions
 from qsens.engine.checkpoint import load_model, load_tokenizer
+from qsens.engine.families import family_of, resolve_parts
 from qsens.engine.samples import Samples, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,9 +200,13 @@ def build(
     if model is not None:
         config = ModelConfig(path=model.resolve(), dtype=dtype)  # type: ignore[arg-type]
         loaded = load_model(config, device)
+        disabled = resolve_parts(config).vision_patterns
         samples = tokenize(lines, load_tokenizer(config), longest=dataset.calib_seq_len)
     else:
         assert shape is not None
+        family = family_of("qwen3_vl")
+        assert family is not None
+        disabled = family.parts.vision
         loaded = build_shape(shape, device, getattr(torch, dtype))
         vocabulary = SHAPES[shape]["text_config"]["vocab_size"]
         samples = random_samples(lines, vocabulary, longest=dataset.calib_seq_len)
@@ -210,7 +215,7 @@ def build(
         model=loaded,
         samples=samples,
         captions=file.name,
-        disabled=ModelConfig().vision_patterns,
+        disabled=disabled,
         batch_size=batch_size,
         score_size=score_size,
         sizes=dict(dataset.sizes),

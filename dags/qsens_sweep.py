@@ -1,4 +1,4 @@
-"""The DAG ``qsens_sweep``: plan, then every cell's calibration and score, then publish, then gate.
+"""The DAG ``qsens_sweep``: plan, every cell's calibration and score, publish, prune, gate.
 
 What it can be given, and its settings, come from the configuration; see
 :mod:`qsens_airflow.settings` for the environment variables that choose the preset and the schedule.
@@ -12,8 +12,10 @@ from airflow.sdk import TriggerRule, dag, task_group
 
 from qsens_airflow.assets import LAYER_ANALYSIS
 from qsens_airflow.cells import CalibrateOperator, ScoreOperator
+from qsens_airflow.notices import remember, tell
 from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator
 from qsens_airflow.params import dag_params
+from qsens_airflow.prune import PruneOperator
 from qsens_airflow.settings import DagSettings
 
 DOC = """
@@ -21,7 +23,7 @@ DOC = """
 
 Sweeps precision pairs × calibration sizes over a checkpoint, and publishes manifests and reports.
 
-`plan` → one `cell` a pair and size: `calibrate` → `score` → `publish` → `gate`
+`plan` → one `cell` a pair and size: `calibrate` → `score` → `publish` → `prune` → `gate`
 
 * **A run is green only if its grid is complete.** Cells fail alone; `publish` says PARTIAL for
   what is missing, and `gate` turns the run red and lists every missing cell with its reason.
@@ -30,6 +32,8 @@ Sweeps precision pairs × calibration sizes over a checkpoint, and publishes man
   runs a GPU task.
 * **Refused before any GPU time is spent:** a checkpoint or captions that are not there, a format
   that fits no weight, a full disk, a pool that does not exist or has no slot.
+* **One message a run**, from `gate`, to the notifiers of the configuration (`dag.notify`): when
+  it failed, is PARTIAL, or moved beyond noise.
 * Other DAGs can wait for the asset `qsens_layer_analysis`: it has an event of every complete run.
 * Results must lie on storage that all workers share (`QSENS_RESULTS`).
 """
@@ -58,6 +62,7 @@ def qsens_sweep() -> None:
     plan = PlanOperator(
         task_id="plan",
         gpu_pool=settings.pool,
+        on_failure_callback=remember,
         doc_md="Validates the params, writes `plan.json` and returns one entry a cell. "
         "With `mode=report_only` it finds the plans of published sweeps and returns no cell.",
     )
@@ -87,18 +92,30 @@ def qsens_sweep() -> None:
         # Not the XComArg: that raises, and is tried again, when `plan` has failed.
         plan="{{ ti.xcom_pull(task_ids='plan', key='plan') or '' }}",
         trigger_rule=TriggerRule.ALL_DONE,
+        on_failure_callback=remember,
         doc_md="Copies results into the layout and writes the reports; computes nothing. "
         "Clear this task alone to make the reports of an old run again.",
     )
+    prune = PruneOperator(
+        task_id="prune",
+        keep_sweeps=settings.dag.keep_sweeps,
+        keep_days=settings.dag.keep_days,
+        retries=0,
+        doc_md="Removes old sweeps and what only they refer to. Its failure changes nothing else.",
+    )
     gate = GateOperator(
         task_id="gate",
-        published=publish.output,
+        # Runs whatever happened, since it is what tells; the XComArg would raise then.
+        published="{{ ti.xcom_pull(task_ids='publish') | tojson }}",
+        trigger_rule=TriggerRule.ALL_DONE,
         outlets=[LAYER_ANALYSIS],
         retries=0,
+        on_success_callback=tell,
+        on_failure_callback=tell,
         doc_md="Fails when cells are missing; its log lists each with its reason. Otherwise the "
         "asset `qsens_layer_analysis` gets an event: index, counts, the five first groups.",
     )
-    each_cell.expand_kwargs(plan.output) >> publish >> gate
+    each_cell.expand_kwargs(plan.output) >> publish >> prune >> gate
     plan >> publish
 
 

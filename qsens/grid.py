@@ -36,6 +36,8 @@ class CheckpointIdentity(Frozen):
     """Class name from ``config.json``."""
     weight_bytes: int
     """Bytes of all weight files."""
+    tied_head: bool | None = None
+    """Whether the head's weight is the embedding's; none where an older plan does not say."""
 
 
 class SamplesIdentity(Frozen):
@@ -266,6 +268,7 @@ def calibration_digest(plan: Plan, size: Size) -> str:
             "dtype": config.model.dtype,
             "trust_remote_code": config.model.trust_remote_code,
             "vision_patterns": config.model.vision_patterns,
+            "head_patterns": config.model.head_patterns,
             "modality": config.dataset.modality,
             "samples": plan.samples[size].digest,
             "count": min(config.dataset.limit(size), plan.samples[size].available),
@@ -302,6 +305,7 @@ def _identity(
         "dtype": config.model.dtype,
         "trust_remote_code": config.model.trust_remote_code,
         "vision_patterns": config.model.vision_patterns,
+        "head_patterns": config.model.head_patterns,
         "names": [config.model.name, config.model.short_name, dataset.name],
         "modality": dataset.modality,
         "size": size,

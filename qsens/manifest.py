@@ -21,7 +21,8 @@ SCHEMA_VERSION = 1
 MANIFEST_SUFFIX = "_quant_manifest.json"
 STATE_SUFFIX = "_autoquant_state.safetensors"
 GROUP_SUFFIX = ".quant_recipe"
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Leaves of the modules that servers fuse into one product.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 Status = Literal["scored", "disabled", "no_gradient", "non_finite", "failed"]
 Kind = Literal["qkv", "o", "gate_up", "down", "experts", "head", "vision", "other"]
@@ -329,7 +330,7 @@ def _complete(key: str, row: GroupSensitivity, layers: Mapping[str, Layer]) -> G
     """Give a row of the older layout what the newer one states."""
     name = group_name(key)
     parent, _, leaf = name.rpartition(".")
-    fused = next((leaves for leaves in _FUSED if leaf in leaves), (leaf,))
+    fused = next((leaves for leaves in FUSED if leaf in leaves), (leaf,))
     members = [f"{parent}.{sibling}" for sibling in fused if f"{parent}.{sibling}" in layers]
     unquantized = row.formats[0].startswith("NONE")
     score = row.scores[0]

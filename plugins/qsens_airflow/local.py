@@ -9,24 +9,23 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import httpx
-import psutil  # type: ignore[import-untyped]
 from filelock import FileLock, Timeout
 
 from qsens.errors import TryAgain
 from qsens_airflow.environment import environment_of
 from qsens_airflow.parent import end_with_parent
 from qsens_airflow.pool import CONNECTION_VARIABLE, connection_text
+from qsens_airflow.processes import end, free_port
 from qsens_airflow.rest import UNFINISHED, Client, TaskState
 
 DAG_ID = "qsens_sweep"
@@ -58,7 +57,7 @@ class Components:
         self.user = "qsens"
         self.password_file = self.home / "passwords.json"
         self._password = secrets.token_urlsafe(24)
-        self._port = _free_port()
+        self._port = free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._client: Client | None = None
         self.url = f"http://127.0.0.1:{self._port}"
@@ -144,7 +143,7 @@ class Components:
             RuntimeError: A component has ended.
         """
         seen: dict[tuple[str, int], str | None] = {}
-        end = time.monotonic() + seconds
+        last = time.monotonic() + seconds
         while True:
             state = self.client.state(run_id)
             for task in self.client.tasks(run_id):
@@ -155,7 +154,7 @@ class Components:
             if state not in UNFINISHED:
                 return state
             self._check()
-            if time.monotonic() > end:
+            if time.monotonic() > last:
                 raise TimeoutError(f"run {run_id} is still {state} after {seconds:.0f} s")
             time.sleep(0.5)
 
@@ -181,23 +180,7 @@ class Components:
         if self._client is not None:
             self._client.close()
             self._client = None
-        alive = [process for process in self._processes.values() if process.poll() is None]
-        # Tasks have process groups of their own, and outlive a scheduler that is killed.
-        family: set[psutil.Process] = set()
-        for process in alive:
-            process.terminate()
-        end = time.monotonic() + _STOP_SECONDS
-        while time.monotonic() < end:
-            family |= _descendants(alive)
-            if all(process.poll() is not None for process in alive):
-                break
-            time.sleep(0.1)
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        for process in alive:
-            process.kill()
-            process.wait()
+        end(self._processes.values(), grace=_STOP_SECONDS)
         self._processes.clear()
         self._lock.release()
 
@@ -224,10 +207,10 @@ class Components:
         return self.logs / f"{name}.log"
 
     def _wait(self, what: str, ready: Callable[[], bool]) -> None:
-        end = time.monotonic() + _START_SECONDS
+        last = time.monotonic() + _START_SECONDS
         while not ready():
             self._check()
-            if time.monotonic() > end:
+            if time.monotonic() > last:
                 raise TimeoutError(f"waited {_START_SECONDS} s for {what}; logs: {self.logs}")
             time.sleep(0.3)
 
@@ -257,20 +240,6 @@ class Components:
             return False
         parts = ("metadatabase", "scheduler", "dag_processor")
         return all(health[part]["status"] == "healthy" for part in parts)
-
-
-def _descendants(processes: Iterable[subprocess.Popen[bytes]]) -> set[psutil.Process]:
-    found: set[psutil.Process] = set()
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found |= set(psutil.Process(process.pid).children(recursive=True))
-    return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _lines(path: Path) -> list[str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from airflow.sdk import BaseOperator, Context, XComArg
+from airflow.sdk import BaseOperator, Context
 from airflow.sdk.configuration import conf
 from airflow.sdk.exceptions import AirflowFailException
 
@@ -93,18 +94,22 @@ class GateOperator(BaseOperator):
     counts of cells and the five most sensitive groups.
 
     Args:
-        published: What ``publish`` returned.
+        published: What ``publish`` returned, or a template of it as JSON; nothing fails the task.
     """
 
     template_fields: Sequence[str] = ("published",)
 
-    def __init__(self, *, published: dict[str, Any] | XComArg, **kwargs: Any) -> None:
+    def __init__(self, *, published: dict[str, Any] | str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # A reference until Airflow has rendered it.
+        # A template until Airflow has rendered it.
         self.published: Any = published
 
     def execute(self, context: Context) -> None:
         """Log every missing cell with its reason, and fail if there is one."""
+        if isinstance(self.published, str):
+            self.published = json.loads(self.published)
+        if not self.published:
+            raise AirflowFailException("nothing was published: see the tasks before")
         missing = self.published["missing"]
         for cell in missing:
             self.log.error("missing: %s: %s", cell["cell"], cell["reason"])

@@ -67,9 +67,13 @@ class Client:
             raise RuntimeError(errors[0]["stack_trace"])
         return self._http.get(self._dag).status_code == httpx.codes.OK
 
+    def unpause(self) -> None:
+        """Let the DAG run."""
+        self._call("PATCH", self._dag, {"is_paused": False})
+
     def trigger(self, conf: Mapping[str, Any]) -> str:
         """Let the DAG run if it is paused, start a run with params, and return its id."""
-        self._call("PATCH", self._dag, {"is_paused": False})
+        self.unpause()
         run_id = f"manual__{datetime.now(UTC).isoformat()}"
         body = {"dag_run_id": run_id, "logical_date": None, "conf": dict(conf)}
         self._call("POST", f"{self._dag}/dagRuns", body)

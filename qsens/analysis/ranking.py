@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+from qsens.analysis.stability import Spread, Verdict
 from qsens.config.models import Frozen
 from qsens.manifest import GroupSensitivity, Kind, Manifest, Status, group_name, kind_of
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 class Row(Frozen):
@@ -37,6 +41,14 @@ class Row(Frozen):
     """1 is the most sensitive; none where the group is not scored."""
     share: float | None
     """Share of the total sensitivity, 0 to 1; 0 where the total is 0, none where not scored."""
+    interval: tuple[float, float] | None = None
+    """95 % interval of ``sensitivity_per_token`` by the bootstrap over samples, 6 digits."""
+    positions: tuple[int, int] | None = None
+    """95 % interval of ``position``."""
+    verdict: Verdict | None = None
+    """``stable`` where ``positions`` stays on one side of the cuts after 5, 10 and 20."""
+    samples_needed: int | None = None
+    """An estimate of how many samples would make it stable; none where it is, or cannot be told."""
 
 
 class Totals(Frozen):
@@ -80,7 +92,20 @@ class MeanShare(Frozen):
     """How many cells score it."""
 
 
-def rank(manifest: Manifest) -> Ranking:
+class Part(Frozen):
+    """Sums over some of the scored groups."""
+
+    groups: int
+    """How many they are."""
+    sensitivity: float
+    """Sum of their sensitivities."""
+    share: float
+    """Sum of their shares of the total, 0 to 1."""
+    first: str
+    """The most sensitive of them."""
+
+
+def rank(manifest: Manifest, spreads: Mapping[str, Spread] | None = None) -> Ranking:
     """Rank the groups of a manifest, most sensitive first; ties are broken by name.
 
     Only finite scores are ranked: a row that claims to be scored and holds none is listed as
@@ -88,6 +113,7 @@ def rank(manifest: Manifest) -> Ranking:
 
     Args:
         manifest: A manifest as ``read_manifest`` returns it.
+        spreads: How far each group may be off, by name, where it is known.
     """
     groups = [(group_name(key), group) for key, group in manifest.layer_sensitivity.items()]
     unranked = [_unranked(name, group) for name, group in groups]
@@ -102,6 +128,7 @@ def rank(manifest: Manifest) -> Ranking:
                 "position": position,
                 "share": (row.sensitivity or 0.0) / total if total > 0 else 0.0,
             }
+            | _spread((spreads or {}).get(row.layer))
         )
         for position, row in enumerate(scored, start=1)
     ]
@@ -154,6 +181,18 @@ def mean_shares(cells: Iterable[Sequence[Row]]) -> list[MeanShare]:
     return sorted(means, key=lambda mean: (-mean.share, mean.layer))
 
 
+def by_kind(rows: Iterable[Row]) -> dict[Kind, Part]:
+    """Add up the scored rows of each kind of module, largest share first."""
+    parts = _parts((row.kind, row) for row in rows)
+    return dict(sorted(parts.items(), key=lambda item: (-item[1].share, item[0])))
+
+
+def by_depth(rows: Iterable[Row]) -> dict[int, Part]:
+    """Add up the scored rows of each layer, by its index; rows outside the layers are left out."""
+    parts = _parts((row.depth, row) for row in rows if row.depth is not None)
+    return dict(sorted(parts.items()))
+
+
 def normalise_name(name: str) -> str:
     """Return a group's name as names compare: without a leading ``model.``."""
     return name.removeprefix("model.")
@@ -162,6 +201,33 @@ def normalise_name(name: str) -> str:
 def finite(value: float | None) -> float | None:
     """Return ``value``, or none where it is not a finite number."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def _parts(rows: Iterable[tuple[_Key, Row]]) -> dict[_Key, Part]:
+    members: dict[_Key, list[Row]] = {}
+    for key, row in rows:
+        if row.position is not None:
+            members.setdefault(key, []).append(row)
+    return {
+        key: Part(
+            groups=len(found),
+            sensitivity=math.fsum(row.sensitivity or 0.0 for row in found),
+            share=math.fsum(row.share or 0.0 for row in found),
+            first=min(found, key=lambda row: row.position or 0).layer,
+        )
+        for key, found in members.items()
+    }
+
+
+def _spread(spread: Spread | None) -> dict[str, Any]:
+    if spread is None:
+        return {}
+    return {
+        "interval": (spread.low, spread.high),
+        "positions": (spread.first, spread.last),
+        "verdict": spread.verdict,
+        "samples_needed": spread.samples_needed,
+    }
 
 
 def _unranked(name: str, group: GroupSensitivity) -> Row:

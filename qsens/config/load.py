@@ -21,7 +21,15 @@ from qsens.errors import UserError
 
 # Keys that choose a file below configs/, and whether several may be chosen.
 _CHOICES = {"model": False, "dataset": False, "quant_pair": True, "quant_granularity": True}
-_LISTS = {"quant_pair", "quant_granularity", "coverage", "dataset.size"}
+_LISTS = {
+    "quant_pair",
+    "quant_granularity",
+    "coverage",
+    "dataset.size",
+    "model.language_patterns",
+    "model.vision_patterns",
+    "model.head_patterns",
+}
 _COMMAND_LINE = "the command line"
 # Set in each file's own section, so that paths can start where the file lies.
 _HERE = "here"
@@ -265,6 +273,8 @@ def _names_from_path(nested: dict[str, Any], given: dict[str, Any]) -> list[str]
     if not name:
         return []
     nested["model"] |= {"name": name, "short_name": name}
+    if not any(key.startswith("model.hub") for key in given):
+        nested["model"]["hub"] = {"repository": None, "revision": "main"}
     return [f"model.name and model.short_name are '{name}', from the last part of model.path"]
 
 

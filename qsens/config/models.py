@@ -18,6 +18,17 @@ Coverage = Literal["lm_only"]
 Modality = Literal["text"]
 
 
+class HubConfig(Frozen):
+    """Where ``qsens fetch-model`` gets a checkpoint; no number depends on it."""
+
+    repository: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None = (
+        None
+    )
+    """Its repository on the hub, ``owner/name``; null for a checkpoint that is no hub's."""
+    revision: str = Field(default="main", min_length=1)
+    """Branch, tag or, so that nobody can change it, commit."""
+
+
 class ModelConfig(Frozen):
     """The checkpoint under study; files under ``configs/model/``."""
 
@@ -31,8 +42,15 @@ class ModelConfig(Frozen):
     """Data type that the weights are loaded in; never chosen by the device."""
     trust_remote_code: bool = False
     """Whether Python code that lies in the checkpoint may run. Leave it off unless you read it."""
-    vision_patterns: tuple[str, ...] = ("*visual*", "*vision_tower*", "*vision_model*")
-    """Module name patterns (fnmatch) of the vision tower, left unquantized by ``lm_only``."""
+    language_patterns: tuple[str, ...] = ()
+    """Module name patterns (fnmatch) of the language model's layers; from the family when empty."""
+    vision_patterns: tuple[str, ...] = ()
+    """The same of the vision tower and what projects its output; left unquantized by
+    ``lm_only``."""
+    head_patterns: tuple[str, ...] = ()
+    """The same of the head, one module."""
+    hub: HubConfig = HubConfig()
+    """Where the checkpoint comes from."""
 
 
 class DatasetConfig(Frozen):
@@ -47,7 +65,9 @@ class DatasetConfig(Frozen):
     files: dict[Size, str] = Field(
         default={size: f"coco2017_captions_{size}.txt" for size in SIZES}, min_length=1
     )
-    """One file a size, relative to ``directory``; each is the head of the next."""
+    """One file a size, relative to ``directory``; each is the head of the next. One caption a line
+    (``.txt``), ``{"image": path, "caption": text}`` a line (``.jsonl``), or a table
+    (``.sqlite``), where sizes may share a file that has a split of each."""
     sizes: dict[Size, Annotated[int, Field(ge=1, le=1_000_000)]] = Field(
         default={"small": 16, "medium": 128, "large": 512}, min_length=1
     )

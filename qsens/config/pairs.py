@@ -58,16 +58,25 @@ class ScalesConfig(Frozen):
         """Return whether both say the same, however it is spelled."""
         return self._spelled() == other._spelled()
 
+    def block_type(self) -> tuple[int, int] | None:
+        """Return (exponent, mantissa) bits of block scales of their own type; none without."""
+        bits = (self.block_sizes or {}).get("scale_bits")
+        return bits if isinstance(bits, tuple) else None
+
+    def sizes(self) -> dict[int, int | None]:
+        """Return the size of blocks by axis; a size of none is the whole axis."""
+        return {
+            int(key): size
+            for key, size in (self.block_sizes or {}).items()
+            if _is_axis(key) and (size is None or isinstance(size, int))
+        }
+
     def block_bits(self) -> float:
         """Return the bits that block scales add to a value: 16 bits a block.
 
         Scales of a tensor or of a channel count nothing: a channel has thousands of values.
         """
-        sizes = [
-            size
-            for key, size in (self.block_sizes or {}).items()
-            if _is_axis(key) and isinstance(size, int)
-        ]
+        sizes = [size for size in self.sizes().values() if size is not None]
         return SCALE_BITS / math.prod(sizes) if sizes else 0.0
 
     def _spelled(self) -> tuple[Any, ...]:
@@ -164,12 +173,15 @@ class PairConfig(Frozen):
         _refuse_calibrated_parts(self.input_quantizer)
         return self
 
+    def weight_cfg(self) -> dict[str, Any]:
+        """Return the weight quantizer's mapping as ModelOpt takes it, the effective bits stated."""
+        return {**self.weight_quantizer.modelopt(), "effective_bits": self.effective_bits}
+
     def quant_cfg(self) -> list[dict[str, Any]]:
         """Return ModelOpt's ``quant_cfg`` list for this pair, the effective bits stated."""
-        weight = {**self.weight_quantizer.modelopt(), "effective_bits": self.effective_bits}
         entries: list[dict[str, Any]] = [
             {"quantizer_name": "*", "enable": False},
-            {"quantizer_name": "*weight_quantizer", "cfg": weight},
+            {"quantizer_name": "*weight_quantizer", "cfg": self.weight_cfg()},
         ]
         if self.input_quantizer is not None:
             cfg = self.input_quantizer.modelopt()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qsens.engine.candidates import Candidates
+from qsens.engine.families import head_of
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import HEAD_ROWS
 from qsens.engine.quantizer import WEIGHT_CHUNK
@@ -81,7 +82,7 @@ def plan_budget(
     if keeps:
         tokens, per_token = min(_WAVE_TOKENS, recorded), per_token + records
     predicted = int(fixed + tokens * per_token)
-    head: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+    head: torch.Tensor = head_of(model).weight
     more = (limit - predicted) // (head.numel() * size)
     formats = max(1, min(_HEAD_FORMATS, len(candidates.weights), 1 + more))
     return Budget(
@@ -137,7 +138,7 @@ def _footprint(
     losses: int,
 ) -> tuple[float, float, float]:
     """Return the bytes of a pass: those that depend on no token, those of a token, its records."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = head_of(model)
     # A candidate of a small size scores few of the tokens: counted as the share that it does.
     share = [scored / max(candidates.scored) for scored in candidates.scored]
     of_weight: Counter[int] = Counter()

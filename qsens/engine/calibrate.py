@@ -51,13 +51,13 @@ class Running:
 
     @torch.no_grad()
     def take(self, name: str, x: torch.Tensor) -> None:
-        """Take a module's input, ``(samples, longest, channels)``."""
+        """Take a module's input: ``(samples, longest, channels)``, or rows of a vision tower."""
         if self._last is not None and self._last[1] is x:
             self._largest[name] = self._largest[self._last[0]]  # q, k and v read one input
             return
         self._last = name, x
         rows = x.flatten(0, -2)
-        rows = rows if self._real is None else rows[self._real]
+        rows = rows[self._real] if self._real is not None and x.ndim == 3 else rows
         largest = torch.linalg.vector_norm(rows, ord=torch.inf, dtype=torch.float32)
         self._largest[name] = torch.maximum(self._largest[name], largest)
 

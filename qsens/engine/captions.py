@@ -1,4 +1,4 @@
-"""Caption files, read without torch: one caption a line."""
+"""Captions of sample files, read without torch."""
 
 from __future__ import annotations
 
@@ -9,26 +9,46 @@ from pathlib import Path
 from qsens.config import DatasetConfig
 from qsens.config.models import SIZES, Size
 from qsens.engine.files import digest_file
+from qsens.engine.records import JSONL, SQLITE, read_records
 from qsens.errors import UserError
 from qsens.grid import SamplesIdentity
 
 
-def read_captions(path: Path) -> list[str]:
-    """Return the captions of a file: non-empty lines, stripped, in order.
+def read_captions(path: Path, split: str = "") -> list[str]:
+    """Return the captions of a file, stripped, in order, without empty ones.
 
-    A byte-order mark and CRLF line ends are taken as what they are.
+    A text file holds one a line; a byte-order mark and CRLF line ends are taken as what they are.
+    ``.jsonl`` and ``.sqlite`` are those of :mod:`qsens.engine.records`.
+
+    Args:
+        path: The file.
+        split: Which samples of an SQLite file: the name of the size.
 
     Raises:
-        UserError: The file is missing, empty, or no UTF-8; the message names the line.
+        UserError: The file is missing, empty, broken, or no UTF-8; the message names the line.
     """
     try:
-        data = path.read_bytes()
+        with path.open("rb"):
+            pass
+        if path.suffix in (*JSONL, *SQLITE):
+            captions = [record.caption for record in read_records(path, split)]
+        else:
+            captions = _lines(path)
     except OSError as error:
         raise UserError(
             f"cannot be read: {error.strerror}",
             where=f"captions file {path}",
             remedy="Set dataset.directory, or choose another data set, such as dataset=demo.",
         ) from error
+    if not captions:
+        raise UserError(
+            "holds no caption", where=f"captions file {path}", remedy="Write one caption a line."
+        )
+    return captions
+
+
+def _lines(path: Path) -> list[str]:
+    data = path.read_bytes()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -39,12 +59,7 @@ def read_captions(path: Path) -> list[str]:
             remedy="Save the file as UTF-8.",
         ) from error
     captions = [line.strip() for line in text.replace("\r\n", "\n").split("\n")]
-    captions = [caption for caption in captions if caption]
-    if not captions:
-        raise UserError(
-            "holds no caption", where=f"captions file {path}", remedy="Write one caption a line."
-        )
-    return captions
+    return [caption for caption in captions if caption]
 
 
 def identify_samples(
@@ -63,7 +78,7 @@ def identify_samples(
     notices = []
     for size in sizes:
         path = dataset.path(size)
-        captions = read_captions(path)
+        captions = read_captions(path, size)
         heads[size] = captions[: dataset.limit(size)]
         found[size] = SamplesIdentity(path=path, digest=digest_file(path), available=len(captions))
         if len(captions) < dataset.asked(size):

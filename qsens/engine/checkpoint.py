@@ -15,8 +15,12 @@ from transformers import (
 )
 
 from qsens.config import ModelConfig
+from qsens.engine.families import find_head, remember_head, resolve_parts
 from qsens.engine.files import read_config, weight_files
 from qsens.errors import UserError
+
+# What ModelOpt makes quantized modules of.
+QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -53,7 +57,8 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """Load the model in evaluation mode, in the data type of its model file.
 
     Raises:
-        UserError: The files are not whole, or this transformers cannot load the architecture.
+        UserError: The files are not whole, this transformers cannot load the architecture, or the
+            patterns of its parts leave a module out.
     """
     weight_files(config.path)
     settings = _settings(config)
@@ -88,6 +93,8 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
             where=f"model.path = {config.path}",
             remedy="The score of a randomly filled layer means nothing: get the whole checkpoint.",
         )
+    names = [name for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)]
+    remember_head(model, find_head(names, resolve_parts(config)))
     model.requires_grad_(False)
     module: nn.Module = model.to(device).eval()
     return module

@@ -18,6 +18,7 @@ from torch import nn
 from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
+from qsens.engine.families import head_of
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import HEAD_ROWS, layers_of
 from qsens.engine.quantizer import quantize, quantize_weight
@@ -40,7 +41,8 @@ def diverge(
     """Measure ``KL(p || q)`` of every candidate on every covered group, in nats.
 
     ``p`` is the model's distribution of the next token, ``q`` that of the model with one group
-    quantized; the divergences are summed over a sample's real tokens. The arguments are those of
+    quantized; the divergences are summed over the positions of a sample that count, see
+    :meth:`qsens.engine.samples.Batch.predicts`. The arguments are those of
     :func:`qsens.engine.fused.score`; so is the result, but for ``errors``, which are not measured.
     """
     started = time.monotonic()
@@ -77,7 +79,7 @@ def diverge(
                             reason = f"{group.name}: {error}".splitlines()[0]
                             failures.setdefault((position, candidate), reason)
                             continue
-                        per_sample = _divergence(reference, changed, moved.attention_mask)
+                        per_sample = _divergence(reference, changed, moved.predicts())
                         found[position, candidate, list(batch.samples)] = per_sample.cpu()
             progress("score", done + 1, len(batches))
     return PassScores(
@@ -126,9 +128,7 @@ class _Layers:
             self.order, self.outputs, self.skip = [], {}, frozenset()
         else:
             self.skip = frozenset(self._before(behind))
-        output = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
+        output = self.model(**batch.inputs(), attention_mask=batch.attention_mask, use_cache=False)
         logits: torch.Tensor = output.logits
         return logits
 
@@ -141,7 +141,7 @@ class _Layers:
         if inside:
             return self.order[: min(inside)]
         # The head lies behind all layers; what else lies outside them may lie before the first.
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = head_of(self.model)
         is_head = all(self.model.get_submodule(member) is head for member in members)
         return self.order if is_head else []
 
@@ -178,33 +178,37 @@ def _perturbed(
                 module.weight,  # type: ignore[arg-type]
                 candidates.weights[weight],
             )
-            module.forward = _linear(quantized, module.bias, chosen.cfg, amax)  # type: ignore
+            module.forward = _changed(module, quantized, chosen.cfg, amax)  # type: ignore
             stack.callback(delattr, module, "forward")
             hook = module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
             stack.callback(hook.remove)
         yield
 
 
-def _linear(
+def _changed(
+    module: nn.Module,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     cfg: Mapping[str, Any] | None,
     amax: torch.Tensor | None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     def forward(x: torch.Tensor) -> torch.Tensor:
         if cfg is not None:
             x = quantize(x, cfg, None if amax is None else amax.to(x.device))
-        return F.linear(x, weight, bias)
+        bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+        if isinstance(module, nn.Linear):
+            return F.linear(x, weight, bias)
+        output: torch.Tensor = module._conv_forward(x, weight, bias)  # type: ignore[operator]
+        return output
 
     return forward
 
 
 def _divergence(
-    reference: torch.Tensor, changed: torch.Tensor, attention_mask: torch.Tensor
+    reference: torch.Tensor, changed: torch.Tensor, counts: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``sum KL(p || q)`` over the real tokens of each sample, float64."""
-    per_token = torch.zeros(attention_mask.shape, dtype=torch.float64, device=reference.device)
-    where = attention_mask.bool().nonzero(as_tuple=True)
+    """Return ``sum KL(p || q)`` over the positions of each sample that count, float64."""
+    per_token = torch.zeros(counts.shape, dtype=torch.float64, device=reference.device)
+    where = counts.nonzero(as_tuple=True)
     values = torch.empty(len(where[0]), dtype=torch.float64, device=reference.device)
     for start in range(0, len(values), HEAD_ROWS):
         rows = tuple(index[start : start + HEAD_ROWS] for index in where)

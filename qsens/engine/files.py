@@ -25,6 +25,7 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_HEADS = ("lm_head.weight", "output_layer.weight")
 _REMEDY = "Download the checkpoint again, or set model.path to a whole one."
 
 
@@ -66,6 +67,7 @@ def identify(path: Path, *, cache: Path | None = None) -> CheckpointIdentity:
         tokenizer_digest=digest_of({file.name: digests[file] for file in tokenizer}),
         architecture=str((config.get("architectures") or ["unknown"])[0]),
         weight_bytes=sum(file.stat().st_size for file in weights),
+        tied_head=_has_tied_head(config, weights),
     )
 
 
@@ -161,6 +163,15 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
         for file in weight_files(path)
         for name, entry in read_header(file).items()
     }
+
+
+def _has_tied_head(config: dict[str, Any], weights: list[Path]) -> bool:
+    """Return whether ``config`` ties the head, or the files hold no weight for one."""
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    if config.get("tie_word_embeddings", inner) is True:
+        return True
+    return not any(name.endswith(_HEADS) for file in weights for name in read_header(file))
 
 
 def digest_file(path: Path) -> str:

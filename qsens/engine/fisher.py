@@ -124,21 +124,19 @@ class _FisherPass(Pass):
         """Estimate the head exactly to second order; return each draw's gradients at its input."""
         head = self.run.head
         batches = [flight.batch for flight in flights]
-        real = [batch.attention_mask.bool() for batch in batches]
+        real = [batch.predicts() for batch in batches]
         rows = torch.cat(
             [flight.hidden.detach()[mask] for flight, mask in zip(flights, real, strict=True)]
         )
-        layout = lay_out(batches, self.candidates, self.device, labels=False)
+        layout = lay_out(batches, self.candidates, self.device, "predictions")
         labels = torch.cat(
             [_labels(batch)[mask] for batch, mask in zip(batches, real, strict=True)]
         )
         quantiles = torch.cat(
             [
-                self._quantiles(index, int(length))
+                self._quantiles(index, length)
                 for batch in batches
-                for index, length in zip(
-                    batch.samples, batch.attention_mask.sum(dim=1).tolist(), strict=True
-                )
+                for index, length in zip(batch.samples, batch.lengths("predictions"), strict=True)
             ]
         ).to(self.device)
         ledger = Ledger(1, layout, self.device)

@@ -25,9 +25,16 @@ from qsens.engine.candidates import Candidates
 from qsens.engine.change import Segment, change_norms
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
-from qsens.engine.model_pass import HEAD_ROWS, Flight, ModelPass, Rows
+from qsens.engine.model_pass import HEAD_ROWS, Flight, ModelPass, Rows, weight_of
 from qsens.engine.quantizer import quantize_weight
-from qsens.engine.samples import Batch, Samples, batch_tokens, padded_batches, padding_share
+from qsens.engine.samples import (
+    Batch,
+    Samples,
+    Unit,
+    batch_tokens,
+    padded_batches,
+    padding_share,
+)
 from qsens.engine.scores import PassScores, Progress, silent
 from qsens.engine.stack import Inputs, Stack
 
@@ -170,7 +177,8 @@ class Pass:
         self.linears = {name: model.get_submodule(name) for name in self.group_of}
         self.run = ModelPass(model, self.linears)
         self.device = self.run.device
-        self.inputs = Inputs(candidates, self.device, self._fail)
+        shapes = {name: weight_of(module).shape[1:] for name, module in self.linears.items()}
+        self.inputs = Inputs(candidates, self.device, shapes, self._fail)
         self.found: Mapping[int, Maxima] = {}
         self.head_name = next(
             (name for name, module in self.linears.items() if module is self.run.head), None
@@ -222,20 +230,28 @@ class Pass:
             self.calibrate(running.snapshots())
         with torch.no_grad():
             slopes, found = self.head(flights)
-            layout = lay_out(batches, self.candidates, self.device, labels=False)
+            layouts: dict[Unit, Layout] = {}
             for layer in self.run.backward(flights, slopes):
-                if layer:
-                    found.append(self._layer(layer, layout))
+                for unit in sorted({rows.unit for rows in layer.values()}):
+                    if unit not in layouts:
+                        layouts[unit] = lay_out(batches, self.candidates, self.device, unit)
+                    alike = {
+                        name: layer.pop(name) for name in list(layer) if layer[name].unit == unit
+                    }
+                    found.append(self._layer(alike, layouts[unit]))
+            for name in self.run.sliding:
+                reason = ValueError("a convolution whose windows are not whole patches")
+                self._fail(name, range(len(self.candidates.pairs)), reason)
             # Read at the end of a wave: until here, nothing has waited for the device.
             if found:
-                self.book(found, list(layout.order))
+                self.book(found, [index for batch in batches for index in batch.samples])
 
     def ledger(self, modules: int, layout: Layout) -> Ledger:
         """Return an empty ledger."""
         return Ledger(modules, layout, self.device)
 
     def _layer(self, layer: dict[str, Rows], layout: Layout) -> Sums:
-        """Score every candidate on the modules of one layer."""
+        """Score every candidate on modules of one layer whose rows are the same."""
         names = list(layer)
         ledger = self.ledger(len(names), layout)
         read: torch.Tensor | None = None
@@ -289,7 +305,7 @@ class Pass:
         rows = _cat([part[index] for part, index in zip(hidden, where, strict=True)])
         tokens = [batch.input_ids[:, 1:].flatten() for batch in batches]
         labels = _cat([part[index] for part, index in zip(tokens, where, strict=True)])
-        layout = lay_out(batches, self.candidates, self.device, labels=True)
+        layout = lay_out(batches, self.candidates, self.device, "labels")
         ledger = Ledger(1, layout, self.device)
         back = torch.empty_like(rows)
         losses = torch.empty(len(rows), dtype=torch.float64, device=self.device)
@@ -369,8 +385,8 @@ class Pass:
     def weight(self, name: str, index: int, slots: Sequence[Slot]) -> torch.Tensor | None:
         """Return a module's quantized weight; None where that fails, which is noted."""
         try:
-            weight: torch.Tensor = self.linears[name].weight  # type: ignore[assignment]
-            return quantize_weight(weight, self.candidates.weights[index])
+            weight = weight_of(self.linears[name])
+            return quantize_weight(weight, self.candidates.weights[index]).flatten(1)
         except Exception as error:
             self._fail(name, [slot.candidate for slot in slots], error)
             return None

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
 from torch import nn
 
+from qsens.engine.checkpoint import QUANTIZABLE
 from qsens.manifest import Kind, depth_of, kind_of
-
-_QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def find_groups(model: nn.Module, disabled: Iterable[str] = ()) -> list[Group]:
     searcher.model = model
     members: dict[str, list[str]] = defaultdict(list)
     modules = {
-        name: module for name, module in model.named_modules() if isinstance(module, _QUANTIZABLE)
+        name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)
     }
     for name in modules:
         members[_group_key(searcher, name)].append(name)
@@ -64,7 +63,7 @@ def find_groups(model: nn.Module, disabled: Iterable[str] = ()) -> list[Group]:
             Group(
                 name=names[0],
                 members=tuple(names),
-                kind=kind_of(names[0]),
+                kind=kind_of(names[0], vision=matches),
                 depth=depth_of(names[0]),
                 weights=sum(modules[name].weight.numel() for name in names),
                 covered=not matches,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from qsens.engine.candidates import Candidates
-from qsens.engine.samples import Batch
+from qsens.engine.samples import Batch, Unit
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Layout:
 
 
 def lay_out(
-    batches: Sequence[Batch], candidates: Candidates, device: torch.device, *, labels: bool
+    batches: Sequence[Batch], candidates: Candidates, device: torch.device, unit: Unit
 ) -> Layout:
-    """Lay out the real tokens of ``batches``, or those that have a label."""
-    lengths = [(batch.attention_mask.sum(dim=1) - int(labels)).tolist() for batch in batches]
+    """Lay out the rows of ``batches`` in a tensor of ``unit``."""
+    lengths = [batch.lengths(unit) for batch in batches]
     flat = [length for part in lengths for length in part]
     rows = sum(flat)
     starts = list(itertools.accumulate(flat, initial=0))

@@ -7,13 +7,14 @@ The forward pass keeps each layer's input and output and nothing between, unless
 keep its record as well. The backward pass takes one layer at a time for *all* batches of a wave: a
 layer without a record runs again, now with one, and its modules hand out their rows. So memory need
 not grow with depth, and whoever works on a module's weight does it once a wave, however many
-batches there are. No code of a model is repeated here.
+batches there are. Modules outside the layers (a vision tower's patch embedding and mergers) keep
+their record, and hand out their rows with the layer that their gradient comes from. No code of a
+model is repeated here.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +25,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qsens.engine.samples import Batch
+from qsens.engine.families import head_of
+from qsens.engine.samples import Batch, Unit
 from qsens.errors import UserError
 
 # Rows of the head's output that are held at once in more than the model's own data type.
 HEAD_ROWS = 512
+
+_UNITS: tuple[Unit, ...] = ("tokens", "patches", "visual")
 
 Tap = Callable[[str, torch.Tensor], None]
 """Called with a module's name and its input."""
@@ -36,15 +40,18 @@ Tap = Callable[[str, torch.Tensor], None]
 
 @dataclass
 class Rows:
-    """The real tokens of one module over a wave, in the order of its batches.
+    """The rows of one module over a wave, in the order of its batches: its real tokens, or those
+    of the pictures.
 
     Attributes:
+        unit: What the rows are.
         inputs: ``(tokens, in)``; the very same object where modules read one input.
         outputs: ``(tokens, out)``.
         slopes: Gradients at the output, of every loss that goes backward,
             ``(losses, tokens, out)``.
     """
 
+    unit: Unit
     inputs: torch.Tensor
     outputs: torch.Tensor
     slopes: torch.Tensor
@@ -70,46 +77,62 @@ class Flight:
     Attributes:
         batch: The batch, on the model's device.
         real: Indices of the real tokens, padding counted; none where nothing is padded.
-        tokens: How many real tokens there are.
+        counts: How many rows a tensor of each unit has.
         hidden: The head's input, ``(samples, longest, hidden)``.
     """
 
     batch: Batch
     real: torch.Tensor | None
-    tokens: int
+    counts: dict[Unit, int]
     hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     calls: list[_Call] = field(default_factory=list)
 
     def rows(self, tensor: torch.Tensor, into: torch.Tensor) -> None:
-        """Write the real tokens of ``(samples, longest, channels)`` to ``(tokens, channels)``."""
+        """Write the rows of ``(samples, longest, channels)`` or ``(rows, channels)``."""
         flat = tensor.flatten(0, -2)
-        if self.real is None:
+        if self.real is None or tensor.ndim == 2:
             into.copy_(flat)
         else:
             torch.index_select(flat, 0, self.real, out=into)
+
+    def unit(self, tensor: torch.Tensor) -> Unit:
+        """Return what the rows of a module's output are.
+
+        Raises:
+            RuntimeError: They are neither tokens nor those of the pictures.
+        """
+        if tensor.ndim > 2:
+            return "tokens"
+        for unit in ("patches", "visual"):
+            if self.counts[unit] == len(tensor):
+                return unit
+        raise RuntimeError(f"{len(tensor)} rows that belong to no sample")
 
 
 class _Collector:
     """Gathers the rows of a layer's modules, batch after batch.
 
     Args:
-        total: Real tokens of the wave.
+        totals: Rows of the wave, by unit.
         losses: Losses that go backward, one after the other.
 
     Attributes:
         loss: Index of the loss that goes backward now.
     """
 
-    def __init__(self, total: int, losses: int) -> None:
-        self.total = total
+    def __init__(self, totals: Mapping[Unit, int], losses: int) -> None:
+        self.totals = totals
         self.losses = losses
         self.loss = 0
         self.rows: dict[str, Rows] = {}
 
     @contextmanager
-    def batch(self, flight: Flight, start: int) -> Iterator[None]:
-        """Take the rows of ``flight`` while the context lasts; they begin at ``start``."""
-        self._flight, self._at = flight, slice(start, start + flight.tokens)
+    def batch(self, flight: Flight, starts: Mapping[Unit, int]) -> Iterator[None]:
+        """Take the rows of ``flight`` while the context lasts; they begin at ``starts``."""
+        self._flight = flight
+        self._at = {
+            unit: slice(start, start + flight.counts[unit]) for unit, start in starts.items()
+        }
         self._by_address: dict[int, torch.Tensor] = {}
         self._filled: set[int] = set()
         self._missing = set(self.rows)
@@ -117,7 +140,7 @@ class _Collector:
         for name in self._missing:  # no gradient of this batch reached it
             rows = self.rows[name]
             for tensor in (rows.inputs, rows.outputs, *rows.slopes):
-                tensor[self._at] = 0
+                tensor[self._at[rows.unit]] = 0
 
     def take(
         self, name: str, inputs: torch.Tensor, outputs: torch.Tensor, slopes: torch.Tensor
@@ -127,26 +150,29 @@ class _Collector:
         if rows is None:
             # q, k and v read one tensor: its rows are taken once and are one object.
             shared = self._by_address.get(inputs.data_ptr())
+            unit = self._flight.unit(outputs)
             rows = Rows(
-                self._new(inputs) if shared is None else shared,
-                self._new(outputs),
-                self._new(slopes, self.losses),
+                unit,
+                self._new(unit, inputs) if shared is None else shared,
+                self._new(unit, outputs),
+                self._new(unit, slopes, self.losses),
             )
             self.rows[name] = rows
             self._missing.add(name)
             self._by_address[inputs.data_ptr()] = rows.inputs
+        at = self._at[rows.unit]
         if name in self._missing:
             self._missing.remove(name)
             if id(rows.inputs) not in self._filled:
                 self._filled.add(id(rows.inputs))
-                self._flight.rows(inputs, rows.inputs[self._at])
-            self._flight.rows(outputs, rows.outputs[self._at])
-        self._flight.rows(slopes, rows.slopes[self.loss, self._at])
+                self._flight.rows(inputs, rows.inputs[at])
+            self._flight.rows(outputs, rows.outputs[at])
+        self._flight.rows(slopes, rows.slopes[self.loss, at])
 
-    def _new(self, like: torch.Tensor, *more: int) -> torch.Tensor:
+    def _new(self, unit: Unit, like: torch.Tensor, *more: int) -> torch.Tensor:
         # Earlier batches that did not reach the module count as zeros.
-        make = like.new_zeros if self._at.start else like.new_empty
-        return make(*more, self.total, like.shape[-1])
+        make = like.new_zeros if self._at[unit].start else like.new_empty
+        return make(*more, self.totals[unit], like.shape[-1])
 
 
 class ModelPass:
@@ -156,6 +182,9 @@ class ModelPass:
         model: A Hugging Face model with an output embedding that is a linear module.
         modules: The modules to hand out, by name; the head may be among them and is left out.
 
+    Attributes:
+        sliding: Convolutions whose windows are not whole patches: their outputs are no rows.
+
     Raises:
         UserError: What the model does after its head is more than a linear module.
     """
@@ -163,7 +192,7 @@ class ModelPass:
     def __init__(self, model: Any, modules: Mapping[str, nn.Module]) -> None:
         self.model = model
         self.device: torch.device = next(model.parameters()).device
-        head = model.get_output_embeddings()
+        head = head_of(model)
         config = model.config.get_text_config()
         bent = getattr(config, "final_logit_softcapping", None) or getattr(
             config, "logits_scaling", None
@@ -177,8 +206,14 @@ class ModelPass:
         self.head: nn.Linear = head
         self.modules = {name: module for name, module in modules.items() if module is not head}
         self._layers = layers_of(model)
+        self._outside = {
+            name
+            for name in self.modules
+            if not any(name.startswith(f"{layer}.") for layer in self._layers)
+        }
+        self.sliding: set[str] = set()
         self._flight: Flight | None = None
-        self._collector = _Collector(0, 1)
+        self._collector = _Collector({}, 1)
         self._keeps = False
         self._looking = False
         self._inside = False
@@ -238,7 +273,7 @@ class ModelPass:
         No mask is handed over: padding stands on the right, where no real token looks under causal
         attention, and attention kernels are several times faster without one.
         """
-        output = self.model(input_ids=batch.input_ids.to(self.device), use_cache=False)
+        output = self.model(**batch.to(self.device).inputs(), use_cache=False)
         hidden: torch.Tensor = output.logits
         return hidden
 
@@ -255,8 +290,8 @@ class ModelPass:
         """Run a batch forward; keep each layer's input and output."""
         real = batch.real_tokens()
         moved = batch.to(self.device)
-        tokens = batch.input_ids.numel() if real is None else len(real)
-        flight = Flight(moved, None if real is None else real.to(self.device), tokens)
+        counts = {unit: sum(batch.lengths(unit)) for unit in _UNITS}
+        flight = Flight(moved, None if real is None else real.to(self.device), counts)
         self._flight = flight
         with torch.enable_grad():
             flight.hidden = self.hidden(moved)
@@ -275,11 +310,18 @@ class ModelPass:
         Yields:
             The rows of each module, by its name. A module that no gradient reached is not there.
         """
-        for flight, given in zip(flights, slopes, strict=True):
-            for index, slope in enumerate(given):
-                torch.autograd.backward(flight.hidden, slope, retain_graph=index + 1 < len(given))
-                _hand_on(flight, index)
-        starts = list(itertools.accumulate((flight.tokens for flight in flights), initial=0))
+        starts: list[dict[Unit, int]] = [dict.fromkeys(_UNITS, 0)]
+        for flight in flights:
+            starts.append({unit: at + flight.counts[unit] for unit, at in starts[-1].items()})
+        self._collector = _Collector(starts[-1], len(slopes[0]))
+        for flight, start, given in zip(flights, starts, slopes, strict=False):
+            with self._collector.batch(flight, start):
+                for index, slope in enumerate(given):
+                    self._collector.loss = index
+                    more = index + 1 < len(given)
+                    torch.autograd.backward(flight.hidden, slope, retain_graph=more)
+                    _hand_on(flight, index)
+        yield self._collector.rows
         while any(flight.calls for flight in flights):
             self._collector = _Collector(starts[-1], len(slopes[0]))
             for flight, start in zip(flights, starts, strict=False):
@@ -335,15 +377,25 @@ class ModelPass:
 
     def _forward_hook(
         self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> None:
-        if not self._inside:
-            return
+    ) -> torch.Tensor | None:
+        outside = name in self._outside and self._flight is not None
+        if not (self._inside or outside):
+            return None
         entered, left = args[0].detach(), output.detach()
+        convolution = not isinstance(module, nn.Linear)
+        if convolution:
+            entered, left = entered.flatten(1), left.flatten(1)
+            if left.shape[1] != len(weight_of(module)):
+                self.sliding.add(name)
+                return None
+        if not output.requires_grad:  # what the weights are frozen for; the first of a tower
+            output = output.detach().requires_grad_()
 
         def keep(slope: torch.Tensor) -> None:
-            self._collector.take(name, entered, left, slope)
+            self._collector.take(name, entered, left, slope.flatten(1) if convolution else slope)
 
         output.register_hook(keep)  # type: ignore[no-untyped-call]
+        return output
 
 
 def _hand_on(flight: Flight, loss: int) -> None:
@@ -353,6 +405,12 @@ def _hand_on(flight: Flight, loss: int) -> None:
         if found is not None:
             before = call.slopes.get(loss)
             call.slopes[loss] = found if before is None else before + found
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """Return a linear module's or a convolution's weight, ``(out, ...)``."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:

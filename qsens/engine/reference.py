@@ -135,9 +135,7 @@ class _Steps:
         elif self.calibrated is None:
             self.calibrated = time.monotonic()
         moved = batch.to(self.device)
-        output = model(
-            input_ids=moved.input_ids, attention_mask=moved.attention_mask, use_cache=False
-        )
+        output = model(**moved.inputs(), attention_mask=moved.attention_mask, use_cache=False)
         logits: torch.Tensor = output.logits
         return logits
 

@@ -1,8 +1,9 @@
 """Samples as token ids, nominal batches, and the batches that really run. Needs torch.
 
-A label is a real token predicted from a real token, so a sample of ``L`` tokens has ``L - 1``
-labels. Which tokens are real is known from the sample's length, never from a token's id: a
-tokenizer without a pad token, or whose pad token is its end token, works like any other.
+A label is a real token predicted from a real token, so a sample of ``L`` tokens of text has
+``L - 1`` labels; of a sample with a picture, only the tokens of its caption are labels. Which
+tokens are real is known from the sample's length, never from a token's id: a tokenizer without a
+pad token, or whose pad token is its end token, works like any other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +20,24 @@ from qsens.errors import UserError
 
 # Enough for matrix products to be efficient, few enough for their results to stay small.
 BATCH_TOKENS = 8192
+
+Unit = Literal["tokens", "labels", "predictions", "patches", "visual"]
+"""What the rows of a tensor are, sample after sample: real tokens; positions whose next token is a
+label; positions whose distribution counts; patches of pictures; patches as the language model
+sees them."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as the vision tower reads it.
+
+    Attributes:
+        patches: As the checkpoint's processor makes them, ``(frames * rows * columns, channels)``.
+        grid: Frames, rows and columns of patches.
+    """
+
+    patches: torch.Tensor
+    grid: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -28,10 +47,17 @@ class Samples:
     Attributes:
         ids: Token ids of each sample, at most ``calib_seq_len`` long, without padding.
         truncated: Whether each sample was cut.
+        spans: Where the labels of each sample begin and end; empty for text, which has a label
+            wherever a token stands before it.
+        pictures: The picture of each sample; empty for text.
+        image_token: Id of the token that stands for a patch of a picture.
     """
 
     ids: tuple[tuple[int, ...], ...]
     truncated: tuple[bool, ...]
+    spans: tuple[tuple[int, int], ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    image_token: int | None = None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -43,7 +69,20 @@ class Samples:
 
     def labels(self, count: int | None = None) -> list[int]:
         """Return the label tokens ``T_i`` of each of the first ``count`` samples."""
+        if self.spans:
+            return [end - start for start, end in self.spans[:count]]
         return [max(0, len(ids) - 1) for ids in self.ids[:count]]
+
+    def predictions(self, count: int | None = None) -> int:
+        """Return the positions whose distribution counts, of the first ``count`` samples.
+
+        Of text that is every real token; with a picture, every position that predicts a label.
+        """
+        return sum(self.labels(count)) if self.spans else self.tokens(count)
+
+    def patches(self, count: int | None = None) -> int:
+        """Return the patches of the pictures of the first ``count`` samples."""
+        return sum(len(picture.patches) for picture in self.pictures[:count])
 
 
 @dataclass(frozen=True)
@@ -54,11 +93,20 @@ class Batch:
         samples: Indices of the samples, in file order.
         input_ids: Token ids, ``(samples, longest)``, int64, padded on the right with 0.
         attention_mask: 1 at real tokens, 0 at padding, same shape, int64.
+        labels: Where a token is a label, same shape, bool; none for text, where every real token
+            is one but the first.
+        patches: Patches of all pictures, one picture after the other, ``(patches, channels)``.
+        grids: Frames, rows and columns of each picture, ``(samples, 3)``, int64.
+        visual: 1 where a token stands for a patch, shape of ``input_ids``, int64.
     """
 
     samples: tuple[int, ...]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    labels: torch.Tensor | None = None
+    patches: torch.Tensor | None = None
+    grids: torch.Tensor | None = None
+    visual: torch.Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -67,7 +115,22 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
-        return Batch(self.samples, self.input_ids.to(device), self.attention_mask.to(device))
+        moved = (
+            None if tensor is None else tensor.to(device)
+            for tensor in (self.labels, self.patches, self.grids, self.visual)
+        )
+        return Batch(
+            self.samples, self.input_ids.to(device), self.attention_mask.to(device), *moved
+        )
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Return what the model is called with, but for a mask."""
+        given = {"input_ids": self.input_ids}
+        if self.patches is not None and self.grids is not None and self.visual is not None:
+            given["pixel_values"] = self.patches
+            given["image_grid_thw"] = self.grids
+            given["mm_token_type_ids"] = self.visual
+        return given
 
     def real_tokens(self) -> torch.Tensor | None:
         """Return the indices of its real tokens, padding counted; none if nothing is padded."""
@@ -77,7 +140,29 @@ class Batch:
 
     def label_mask(self) -> torch.Tensor:
         """Return where the next token is a label, ``(samples, longest - 1)``, bool."""
-        return self.attention_mask[:, 1:].bool()
+        return self.attention_mask[:, 1:].bool() if self.labels is None else self.labels[:, 1:]
+
+    def predicts(self) -> torch.Tensor:
+        """Return the positions whose distribution counts, ``(samples, longest)``, bool."""
+        if self.labels is None:
+            return self.attention_mask.bool()
+        return self.labels.roll(-1, dims=1)  # the first token is never a label
+
+    def lengths(self, unit: Unit) -> list[int]:
+        """Return how many rows each sample has in a tensor of ``unit``."""
+        if unit == "patches":
+            if self.grids is None:
+                return [0] * len(self.samples)
+            counts: list[int] = self.grids.prod(dim=1).tolist()
+            return counts
+        where = {
+            "tokens": self.attention_mask,
+            "labels": self.label_mask(),
+            "predictions": self.predicts(),
+            "visual": torch.zeros_like(self.input_ids) if self.visual is None else self.visual,
+        }[unit]
+        lengths: list[int] = where.sum(dim=1).tolist()
+        return lengths
 
 
 def tokenize(captions: Sequence[str], tokenizer: Any, *, longest: int) -> Samples:
@@ -208,4 +293,19 @@ def make_batch(samples: Samples, indices: Sequence[int], width: int | None = Non
         length = len(samples.ids[index])
         ids[row, :length] = torch.tensor(samples.ids[index])
         mask[row, :length] = 1
-    return Batch(tuple(indices), ids, mask)
+    if not samples.pictures:
+        return Batch(tuple(indices), ids, mask)
+    labels = torch.zeros_like(ids, dtype=torch.bool)
+    for row, index in enumerate(indices):
+        start, end = samples.spans[index]
+        labels[row, start:end] = True
+    pictures = [samples.pictures[index] for index in indices]
+    return Batch(
+        tuple(indices),
+        ids,
+        mask,
+        labels=labels,
+        patches=torch.cat([picture.patches for picture in pictures]),
+        grids=torch.tensor([picture.grid for picture in pictures]),
+        visual=(ids == samples.image_token).long() * mask,
+    )

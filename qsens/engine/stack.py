@@ -58,12 +58,20 @@ class Inputs:
     Args:
         candidates: What is computed.
         device: Where the modules are.
+        shapes: Shape of a row of each module's input; a convolution's has several dimensions.
         fail: Told of inputs that cannot be quantized.
     """
 
-    def __init__(self, candidates: Candidates, device: torch.device, fail: Fail) -> None:
+    def __init__(
+        self,
+        candidates: Candidates,
+        device: torch.device,
+        shapes: Mapping[str, Sequence[int]],
+        fail: Fail,
+    ) -> None:
         self.candidates = candidates
         self._device = device
+        self._shapes = shapes
         self._fail = fail
         self._maxima: dict[int, Maxima] = {}
         self._ranges: dict[int, dict[str, float]] = {}
@@ -122,7 +130,8 @@ class Inputs:
                 out.copy_(rows)
                 return
             amax = None if entry.snapshot is None else self._maxima[entry.snapshot][name]
-            quantize(rows, entry.cfg, amax, out=out)
+            shape = self._shapes[name]
+            quantize(rows.view(-1, *shape), entry.cfg, amax, out=out.view(-1, *shape))
         except Exception as error:
             out.copy_(rows)
             pairs = enumerate(self.candidates.pairs)

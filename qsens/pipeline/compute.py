@@ -226,7 +226,7 @@ def _load(plan: Plan, cell: Cell, progress: Progress) -> _Loaded:
     device = resolve_device(config.autoquant.device)
     progress("load", 0, 1)
     started = time.monotonic()
-    captions = read_captions(plan.samples[cell.size].path)[: plan.samples_used(cell)]
+    captions = read_captions(plan.samples[cell.size].path, cell.size)[: plan.samples_used(cell)]
     samples = tokenize(captions, load_tokenizer(config.model), longest=config.dataset.calib_seq_len)
     model = load_model(config.model, device)
     progress("load", 1, 1)

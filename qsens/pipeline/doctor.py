@@ -11,7 +11,8 @@ from typing import Any
 
 from qsens.config import Roots, choices, load_sweep
 from qsens.engine.captions import identify_samples
-from qsens.engine.files import read_config, weight_files
+from qsens.engine.families import resolve_parts
+from qsens.engine.files import weight_files
 from qsens.errors import QsensError
 from qsens.pipeline.plan import installed_version
 
@@ -59,7 +60,7 @@ def _preset(name: str, roots: Roots) -> str:
     """Say whether a preset could be planned; hashes nothing."""
     try:
         config = load_sweep(name, roots=roots).config
-        read_config(config.model.path)
+        resolve_parts(config.model)
         weight_files(config.model.path)
         identify_samples(config.dataset, config.dataset.size)
     except QsensError as error:

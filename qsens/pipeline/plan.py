@@ -5,6 +5,9 @@ Never imports torch.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,8 +15,9 @@ from typing import Any
 
 from qsens.config import Roots, load_sweep
 from qsens.engine.captions import identify_samples
+from qsens.engine.families import resolve_parts
 from qsens.engine.files import identify, shapes
-from qsens.grid import Plan, make_plan
+from qsens.grid import Plan, calibration_digest, make_plan
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
 from qsens.store import Store, write_text
 
@@ -44,6 +48,7 @@ def plan_sweep(
     roots = roots or Roots.from_environment()
     loaded = load_sweep(preset, overrides, roots=roots)
     config = loaded.config
+    config = config.model_copy(update={"model": resolve_parts(config.model)})
     checkpoint = identify(config.model.path, cache=roots.results / ".cells" / "digests.json")
     samples, notices = identify_samples(config.dataset, config.dataset.size)
     weights = shapes(config.model.path)
@@ -58,9 +63,21 @@ def plan_sweep(
         notices=(*loaded.notices, *notices),
     )
     check_disk(plan, weights)
+    _mark_used(plan)
     if out is not None:
         write_text(out, plan_json(plan))
     return plan
+
+
+def _mark_used(plan: Plan) -> None:
+    """Note that somebody plans with the results that are there, so that none is pruned as old."""
+    store = Store(plan)
+    used = [store.manifest(cell) for cell in plan.cells]
+    used += [store.calibration(calibration_digest(plan, size)) for size in plan.samples]
+    for path in used:
+        # A results root that cannot be written to is left as it is.
+        with contextlib.suppress(OSError):
+            os.utime(path)
 
 
 def plan_json(plan: Plan) -> str:
@@ -89,8 +106,18 @@ def describe(plan: Plan, path: Path | None) -> dict[str, Any]:
 
 
 def installed_version(name: str) -> str:
-    """Return the installed version of a distribution, or ``none``."""
+    """Return the version of a distribution, or ``none``.
+
+    Where it is not installed, because another environment computes, the file of pins that both
+    were made from says it: ``QSENS_CONSTRAINTS``.
+    """
     try:
         return version(name)
     except PackageNotFoundError:
-        return "none"
+        pins = os.environ.get("QSENS_CONSTRAINTS")
+        found = re.search(
+            rf"^{re.escape(name)}==(\S+)",
+            Path(pins).read_text(encoding="utf-8") if pins else "",
+            re.MULTILINE | re.IGNORECASE,
+        )
+        return found[1] if found else "none"

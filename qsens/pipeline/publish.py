@@ -7,13 +7,18 @@ from typing import Any
 
 from filelock import FileLock
 
+from qsens.analysis.samples import SampleScores, read_samples
 from qsens.grid import Cell, Plan
-from qsens.manifest import Manifest, find_manifest, read_manifest
+from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest, find_manifest, read_manifest
 from qsens.pipeline.cell import failure_reason
+from qsens.pipeline.drift import find_drift
 from qsens.pipeline.plan import plan_json
+from qsens.report.assets import ASSETS
 from qsens.report.cell import write_cell
+from qsens.report.findings import Drift
 from qsens.report.model_index import write_model_index
-from qsens.report.sweep import Summary, build_summary, protected, write_sweep
+from qsens.report.sweep import PAGE, SUMMARY, Summary, build_summary, read_summary, write_sweep
+from qsens.report.views import protected
 from qsens.store import SHOWN, Store, copy_file, write_text
 
 _TOP = 5
@@ -32,18 +37,24 @@ def publish(plan: Plan) -> dict[str, Any]:
     """
     store = Store(plan)
     manifests: dict[str, Manifest] = {}
+    samples: dict[str, SampleScores] = {}
     missing: dict[str, str] = {}
     model_dir = store.model_dir()
     model_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(model_dir / ".publish.lock"):
         for cell in plan.cells:
             if store.is_done(cell):
-                manifests[cell.cell] = read_manifest(store.manifest(cell))
-                _publish_cell(store, cell, manifests[cell.cell])
+                manifest = read_manifest(store.manifest(cell))
+                manifests[cell.cell] = manifest
+                found = _samples(store.state(cell), manifest)
+                if found is not None:
+                    samples[cell.cell] = found
+                _publish_cell(store, cell, manifest, found)
             else:
                 missing[cell.cell] = failure_reason(store, cell)
         sweep_dir = store.sweep_dir()
         write_text(sweep_dir / "plan.json", plan_json(plan))
+        said = _said(store)
         summary = build_summary(
             plan,
             manifests,
@@ -52,14 +63,19 @@ def publish(plan: Plan) -> dict[str, Any]:
                 cell.cell: store.cell_dir(cell).relative_to(model_dir).as_posix()
                 for cell in plan.cells
             },
-            _previous(store),
+            said.previous if said else _previous(store),
+            samples,
         )
+        drift = find_drift(plan, summary, model_dir / "sweeps")
+        if said and said.drift and drift and _lost(said, drift):
+            drift = said.drift
+        summary = summary.model_copy(update={"drift": drift})
         write_sweep(summary, sweep_dir)
         if sweep_dir != model_dir:
             write_model_index(model_dir)
     return {
         "sweep_id": plan.sweep_id,
-        "index": str(sweep_dir / "index.html"),
+        "index": str(sweep_dir / PAGE),
         "complete": summary.complete,
         "cells": [
             {
@@ -85,21 +101,54 @@ def publish(plan: Plan) -> dict[str, Any]:
     }
 
 
-def report(directory: Path) -> dict[str, Any]:
-    """Write the reports of the one manifest in ``directory``, of ours or of the older layout.
+def report(directory: Path, *, single_file: bool = False) -> dict[str, Any]:
+    """Write the reports of a directory: of the one manifest in it, or of the sweep.
+
+    Args:
+        directory: Holds one manifest, of ours or of the older layout, or a ``summary.json``.
+        single_file: Whether the page holds its scripts, instead of sharing them.
 
     Returns:
-        ``{manifest, reports: [...]}``
+        ``{manifest, reports: [...]}``, or ``{summary, reports: [...]}``
 
     Raises:
         UserError: There is no manifest, or more than one, or it is broken.
     """
+    if (directory / SUMMARY).is_file():
+        written = write_sweep(
+            read_summary(directory / SUMMARY), directory.resolve(), single_file=single_file
+        )
+        return {"summary": str(directory / SUMMARY), "reports": [str(file) for file in written]}
     path = find_manifest(directory)
-    written = write_cell(read_manifest(path), path.parent)
+    manifest = read_manifest(path)
+    state = path.with_name(path.name.removesuffix(MANIFEST_SUFFIX) + STATE_SUFFIX)
+    written = write_cell(
+        manifest,
+        path.parent,
+        _samples(state, manifest),
+        assets=_assets(path.parent),
+        single_file=single_file,
+    )
     return {"manifest": str(path), "reports": [str(file) for file in written]}
 
 
-def _publish_cell(store: Store, cell: Cell, manifest: Manifest) -> None:
+def _samples(state: Path, manifest: Manifest) -> SampleScores | None:
+    if not state.is_file():
+        return None
+    return read_samples(state, manifest.scheme.auto_quantize_method)
+
+
+def _assets(directory: Path) -> Path:
+    """Return the scripts that the layout shares; those beside the page in any other directory."""
+    for parent in directory.resolve().parents[:4]:
+        if parent.name == "layer-analysis":
+            return parent / ASSETS
+    return directory / ASSETS
+
+
+def _publish_cell(
+    store: Store, cell: Cell, manifest: Manifest, samples: SampleScores | None
+) -> None:
     directory = store.cell_dir(cell)
     shown = directory / SHOWN
     if shown.is_file() and shown.read_text(encoding="utf-8") > store.plan.sweep_id:
@@ -107,22 +156,30 @@ def _publish_cell(store: Store, cell: Cell, manifest: Manifest) -> None:
     published = store.published(cell)
     if store.state(cell).is_file():
         copy_file(store.state(cell), published["state"])
-    write_cell(manifest, directory)
+    write_cell(manifest, directory, samples, assets=store.model_dir() / ASSETS)
     write_text(shown, store.plan.sweep_id)
     copy_file(store.manifest(cell), published["manifest"])
 
 
+def _said(store: Store) -> Summary | None:
+    """Return the sweep as it was published before."""
+    path = store.sweep_dir() / SUMMARY
+    return read_summary(path) if path.is_file() else None
+
+
+def _lost(said: Summary, drift: Drift) -> bool:
+    """Return whether results that a comparison once had are gone: then it stays as it was said."""
+    return said.drift is not None and not set(said.drift.compared) <= set(drift.compared)
+
+
 def _previous(store: Store) -> str | None:
     """Return the sweep before this one; once said, it stays, so that reports can be made again."""
-    path = store.sweep_dir() / "summary.json"
-    if path.is_file():
-        return Summary.model_validate_json(path.read_bytes()).previous
     sweeps = store.model_dir() / "sweeps"
     if store.sweep_dir().parent != sweeps:
         return None
     earlier = [
         entry.name
         for entry in sweeps.glob("*")
-        if entry.name < store.plan.sweep_id and (entry / "summary.json").is_file()
+        if entry.name < store.plan.sweep_id and (entry / SUMMARY).is_file()
     ]
     return max(earlier, default=None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from qsens.analysis.allocation import allocate
+from qsens.analysis.allocation import allocate_one
 from qsens.engine.scores import CellScores, GroupScore
 from qsens.grid import Cell, Plan
 from qsens.manifest import (
@@ -51,7 +51,7 @@ def build_manifest(
     config, pair = plan.config, plan.pair(cell)
     covered = [score for score in scores.groups if score.group.covered]
     bits = pair.effective_bits
-    found = allocate(
+    found = allocate_one(
         [score.sensitivity for score in covered],
         [score.group.weights for score in covered],
         format_bits=bits,

@@ -1,18 +1,18 @@
-"""The report of one cell, from its manifest alone: Markdown, JSON and one static HTML page."""
+"""The report of one cell, from its manifest and samples: Markdown, JSON and one HTML page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qsens.analysis.ranking import Row, Totals, finite, rank
+from qsens.analysis.ranking import Row, Totals, by_kind, finite, rank
+from qsens.analysis.samples import SampleScores
+from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, bootstrap, settled
 from qsens.config.models import Frozen
 from qsens.manifest import (
     Dataset,
-    Kind,
     Manifest,
     Model,
     Quantization,
@@ -21,15 +21,18 @@ from qsens.manifest import (
     Versions,
     dump_json,
 )
+from qsens.report import charts
 from qsens.report import format as look
+from qsens.report.assets import ASSETS, embedded, linked, page_data
+from qsens.report.findings import CellStability
 from qsens.report.render import render_html, render_markdown
+from qsens.report.svg import depth_svg
 from qsens.store import write_text
 
 REPORT_VERSION = 1
 BASENAME = "per-layer-sensitivity"
 PROTECTED = 5
-_DEPTHS_SHOWN = 200
-_KINDS_BY_DEPTH: tuple[Kind, ...] = ("qkv", "o", "gate_up", "down", "experts", "other", "vision")
+_ROWS_IN_PAGE = 300
 
 
 class Search(Frozen):
@@ -79,6 +82,8 @@ class CellReport(Frozen):
     """The outcome of the search."""
     totals: Totals
     """Sums over the rows."""
+    stability: CellStability | None = None
+    """How sure the ranking is; none without scores of every sample."""
     rows: tuple[Row, ...]
     """Scored groups, most sensitive first; then the others, by status and name."""
 
@@ -114,57 +119,74 @@ class CellReport(Frozen):
         return statuses.get("failed", 0) + statuses.get("non_finite", 0)
 
 
-@dataclass(frozen=True)
-class DepthMap:
-    """Shares of the total by kind and depth, for a heat map.
-
-    Attributes:
-        depths: Depths that hold a scored group, ascending.
-        kinds: Each kind with its share at each of those depths, none where there is no group.
-        top: The largest share.
-        left_out: Scored groups without a place in it.
-    """
-
-    depths: tuple[int, ...]
-    kinds: tuple[tuple[Kind, tuple[float | None, ...]], ...]
-    top: float
-    left_out: int
-
-
-def write_cell(manifest: Manifest, directory: Path) -> list[Path]:
-    """Write the three reports of a cell; equal manifests give equal bytes.
+def write_cell(
+    manifest: Manifest,
+    directory: Path,
+    samples: SampleScores | None = None,
+    *,
+    assets: Path | None = None,
+    single_file: bool = False,
+) -> list[Path]:
+    """Write the reports of a cell; equal manifests and samples give equal bytes.
 
     Args:
         manifest: A manifest as ``read_manifest`` returns it.
         directory: Where the reports go.
+        samples: Scores of every sample, where there are any: they say how sure the ranking is.
+        assets: Directory of the scripts that pages share; one in ``directory`` when not given.
+        single_file: Whether the page holds its scripts, instead of sharing them.
 
     Returns:
-        The Markdown, JSON and HTML file.
+        The Markdown, JSON and HTML file, and the chart of the Markdown where there is one.
     """
-    report = build_cell(manifest)
+    report = build_cell(manifest, samples)
+    found = charts.depth_map(report.ranked)
+    picture = depth_svg(found)
     context: dict[str, Any] = {
         "report": report,
+        "method": report.scheme.auto_quantize_method,
         "facts": facts(report),
+        "kinds": by_kind(report.rows),
         "protected": report.ranked[:PROTECTED],
         "protected_share": math.fsum(row.share or 0.0 for row in report.ranked[:PROTECTED]),
         "per_token": any(row.sensitivity_per_token is not None for row in report.rows),
+        "picture": f"{BASENAME}.svg" if picture else None,
     }
     scores = [row.sensitivity for row in report.ranked if row.sensitivity]
-    scale = {"low": min(scores, default=0.0), "high": max(scores, default=0.0)}
+    drawn = {
+        "profile": charts.profile(report.ranked),
+        "first": charts.first_groups(report.ranked),
+    }
     pages = {
         ".md": render_markdown("cell.md", **context),
         ".json": dump_json(_as_json(report)),
-        ".html": render_html("cell.html", **context, **scale, depth_map=depth_map(report.ranked)),
-    }
+        ".html": render_html(
+            "cell.html",
+            **context,
+            low=min(scores, default=0.0),
+            high=max(scores, default=0.0),
+            depth_map=found,
+            rows_in_page=_ROWS_IN_PAGE,
+            drawn=drawn,
+            scripts=embedded() if single_file else linked(directory, assets or directory / ASSETS),
+            data=page_data(
+                {
+                    "charts": {name: chart for name, chart in drawn.items() if chart},
+                    "tables": {"groups": _rest(report, per_token=context["per_token"])},
+                }
+            ),
+        ),
+    } | ({".svg": picture} if picture else {})
     paths = [directory / f"{BASENAME}{suffix}" for suffix in pages]
     for path, text in zip(paths, pages.values(), strict=True):
         write_text(path, text)
     return paths
 
 
-def build_cell(manifest: Manifest) -> CellReport:
-    """Return the report of a cell from its manifest alone."""
-    ranking = rank(manifest)
+def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellReport:
+    """Return the report of a cell from its manifest, and the scores of its samples if any."""
+    spreads = bootstrap(samples) if samples is not None else {}
+    ranking = rank(manifest, spreads)
     state = manifest.autoquant_state
     return CellReport(
         cell=manifest.cell,
@@ -185,6 +207,7 @@ def build_cell(manifest: Manifest) -> CellReport:
             constraint_met=state.is_satisfied,
         ),
         totals=ranking.totals,
+        stability=_stability(samples, spreads) if samples is not None and spreads else None,
         rows=ranking.rows,
     )
 
@@ -236,27 +259,40 @@ def facts(report: CellReport) -> list[tuple[str, str]]:
     return [(label, value) for label, value in known if value is not None]
 
 
-def depth_map(rows: Sequence[Row]) -> DepthMap | None:
-    """Return the shares of scored rows by kind and depth; none where depth says nothing."""
-    shares: dict[tuple[Kind, int], float] = {}
-    for row in rows:
-        if row.depth is not None and row.share is not None and row.kind in _KINDS_BY_DEPTH:
-            place = (row.kind, row.depth)
-            shares[place] = shares.get(place, 0.0) + row.share
-    depths = tuple(sorted({depth for _, depth in shares}))
-    if not 2 <= len(depths) <= _DEPTHS_SHOWN:
-        return None
-    present = {kind for kind, _ in shares}
-    return DepthMap(
-        depths=depths,
-        kinds=tuple(
-            (kind, tuple(shares.get((kind, depth)) for depth in depths))
-            for kind in _KINDS_BY_DEPTH
-            if kind in present
-        ),
-        top=max(shares.values()),
-        left_out=sum(row.depth is None or row.kind not in _KINDS_BY_DEPTH for row in rows),
+def _stability(samples: SampleScores, spreads: Mapping[str, Spread]) -> CellStability:
+    first = settled(spreads, PROTECTED)
+    stable = sum(spread.verdict == "stable" for spread in spreads.values())
+    return CellStability(
+        samples=samples.count,
+        resamples=RESAMPLES,
+        level=LEVEL,
+        stable=stable,
+        undecided=len(spreads) - stable,
+        first=PROTECTED,
+        first_stable=first.stable,
+        samples_needed=first.samples_needed,
     )
+
+
+def _rest(report: CellReport, *, per_token: bool) -> list[list[Any]]:
+    """Return the rows that the page does not hold as elements, column by column as there."""
+    sure = report.stability is not None
+    return [
+        [
+            row.position,
+            look.shown(row.layer) + look.companions(row),
+            row.kind,
+            row.num_bits,
+            row.sensitivity,
+            *([row.sensitivity_per_token] if per_token else []),
+            *([row.interval] if sure else []),
+            row.share,
+            *([row.positions] if sure else []),
+            row.size_cost,
+            row.verdict or row.status,
+        ]
+        for row in report.rows[_ROWS_IN_PAGE:]
+    ]
 
 
 def checkpoint_name(path: str) -> str:
@@ -272,7 +308,10 @@ def _as_json(report: CellReport) -> Any:
         if isinstance(value, Section):
             data[name] = value.model_dump(exclude_none=True)
         elif name == "rows":
-            data[name] = [row.model_dump() for row in report.rows]
+            # What only the samples can tell is left out where they are not there.
+            unknown = {"interval", "positions", "verdict", "samples_needed"}
+            hidden = unknown if report.stability is None else set()
+            data[name] = [row.model_dump(exclude=hidden) for row in report.rows]
         elif isinstance(value, Frozen):
             data[name] = value.model_dump()
         elif value is not None:

@@ -69,6 +69,46 @@ def yes_no(value: bool | None) -> str:
     return ABSENT if value is None else "yes" if value else "no"
 
 
+def units(method: str) -> tuple[str, str]:
+    """Return the units of a score, and of a score per token, by the score's method."""
+    return {
+        "gradient": ("nats²", "nats² a token"),
+        "fisher": ("nats", "nats a token"),
+        "kl_div": ("nats", "nats a token"),
+    }.get(method, ("unit of the method", "unit of the method"))
+
+
+def signed_percent(change: float | None) -> str:
+    """Return a relative change in per cent, with its sign."""
+    return ABSENT if change is None else f"{100 * change:+.1f} %"
+
+
+def span(ends: tuple[float, float] | None) -> str:
+    """Return an interval of a score."""
+    return ABSENT if ends is None else f"{ends[0]:.3e} to {ends[1]:.3e}"
+
+
+def places(ends: tuple[int, int] | None) -> str:
+    """Return an interval of a position."""
+    if ends is None:
+        return ABSENT
+    return str(ends[0]) if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+
+
+def correlation(value: float | None) -> str:
+    """Return a rank correlation with three decimals; what is not 1 never reads as 1."""
+    if value is None:
+        return ABSENT
+    return ">0.999" if 0.9995 <= value < 1 - 1e-12 else f"{value:.3f}"
+
+
+def about(number: int | None) -> str:
+    """Return an estimated number to two digits."""
+    if number is None:
+        return ABSENT
+    return f"{int(float(f'{number:.2g}')):,}".replace(",", " ")
+
+
 def count(things: int | Sized, noun: str, plural: str = "") -> str:
     """Return a number, or how many things there are, with its noun: ``1 cell``, ``2 cells``."""
     number = things if isinstance(things, int) else len(things)

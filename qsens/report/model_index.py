@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qsens.report import format as look
+from qsens.report.assets import ASSETS, linked, page_data
 from qsens.report.render import render_html
 from qsens.report.sweep import PAGE, SUMMARY, SUMMARY_VERSION, SWEEPS
 from qsens.store import write_text
@@ -101,6 +102,8 @@ def write_model_index(model_directory: Path) -> Path:
         model=models[newest] if newest is not None else model_directory.parent.name,
         entries=entries,
         skipped=skipped,
+        scripts=linked(model_directory, model_directory / ASSETS),
+        data=page_data({}),
     )
     path = model_directory / PAGE
     write_text(path, page)

@@ -6,19 +6,35 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from qsens.report import format as look
+from qsens.report import words
+from qsens.report.charts import column_name
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _FILTERS = {
+    "about": look.about,
     "bits": look.bits,
+    "column_name": column_name,
     "companions": look.companions,
+    "correlation": look.correlation,
     "count": look.count,
+    "drift_words": words.drift_words,
+    "independent_words": words.independent_words,
+    # What `link` returns, or a name of our own: nothing in it needs an escape.
+    "link_target": Markup,
     "mebibytes": look.mebibytes,
     "moment": look.moment,
     "percent": look.percent,
+    "places": look.places,
     "scientific": look.scientific,
+    "settled_words": words.settled_words,
     "shown": look.shown,
+    "signed_percent": look.signed_percent,
+    "span": look.span,
+    "stable_words": words.stable_words,
+    "units": look.units,
     "yes_no": look.yes_no,
 }
 

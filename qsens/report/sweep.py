@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qsens.analysis.ranking import MeanShare, Row, mean_shares, normalise_name, total_per_token
+from pydantic import ValidationError
+
+from qsens.analysis.allocation import ParetoPoint, pareto
+from qsens.analysis.options import build_units
+from qsens.analysis.ranking import Row, total_per_token
+from qsens.analysis.samples import SampleScores
 from qsens.config.models import SIZES, Coverage, Frozen, Modality, Size
+from qsens.errors import UserError
 from qsens.grid import Cell, Plan
 from qsens.manifest import Manifest, dump_json
+from qsens.report import charts
 from qsens.report import format as look
+from qsens.report.assets import ASSETS, embedded, linked, page_data
 from qsens.report.cell import BASENAME, PROTECTED, build_cell
+from qsens.report.findings import CellStability, Drift, SizesCompared, compare_all_sizes
 from qsens.report.render import render_html, render_markdown
+from qsens.report.svg import heat_svg
+from qsens.report.views import heat_table, pair_lines, protected, stable_in
 from qsens.store import write_text
 
 SUMMARY_VERSION = 1
 SUMMARY = "summary.json"
 PAGE = "index.html"
 SWEEPS = "sweeps"
+CHART = "summary.svg"
+_ROWS_IN_PAGE = 200
 
 
 class SummaryCell(Frozen):
@@ -59,6 +71,8 @@ class SummaryCell(Frozen):
     """Samples that calibration used."""
     samples_scored: int | None
     """Samples that the score used."""
+    stability: CellStability | None = None
+    """How sure the ranking is; none without scores of every sample."""
     rows: tuple[Row, ...]
     """All groups: the scored ones, most sensitive first; then the others."""
 
@@ -109,14 +123,23 @@ class Summary(Frozen):
     """Directory of the model's results under ``models/``."""
     checkpoint_digest: str
     """SHA-256 over the contents of the checkpoint's configuration and weight files."""
+    method: str = "gradient"
+    """The score: ``gradient``, ``fisher``, ``kl_div``."""
     previous: str | None
     """Id of the sweep before this one; none where this is the first."""
+    pareto: tuple[ParetoPoint, ...] = ()
+    """The least damage at so many bits over all pairs at the largest size, from the cheapest to 16
+    bits; a head tied to the embedding stays at 16."""
     complete: bool
     """Whether every cell has a result and none of them is partial."""
     cells: tuple[SummaryCell, ...]
     """All cells, by pair, granularity, coverage and size in the order of the configuration."""
     missing: tuple[MissingCell, ...]
     """The cells without a result, in the same order."""
+    sizes_compared: tuple[SizesCompared, ...] = ()
+    """Each size of a pair against the next that has a result."""
+    drift: Drift | None = None
+    """What changed since the sweep before; none where there is none."""
 
     @property
     def done(self) -> tuple[SummaryCell, ...]:
@@ -129,44 +152,14 @@ class Summary(Frozen):
         return tuple(cell for cell in self.cells if cell.partial)
 
 
-@dataclass(frozen=True)
-class Protected:
-    """The groups to protect first, and what they were ranked over.
-
-    Attributes:
-        groups: Groups by the mean of their shares, largest first; all of them.
-        cells: How many cells the mean is over.
-        whole: Whether those cells are whole; partial ones are used only where no cell is whole.
-    """
-
-    groups: tuple[MeanShare, ...]
-    cells: int
-    whole: bool
-
-
-@dataclass(frozen=True)
-class Heat:
-    """Groups by cells at one size, for the heat table.
-
-    Attributes:
-        size: The largest size that has a result.
-        cells: The cells at that size.
-        rows: Each group with its row in each of the cells, none where the cell lacks it.
-        top: The largest share in the table.
-    """
-
-    size: Size
-    cells: tuple[SummaryCell, ...]
-    rows: tuple[tuple[str, tuple[Row | None, ...]], ...]
-    top: float
-
-
 def build_summary(
     plan: Plan,
     manifests: Mapping[str, Manifest],
     missing: Mapping[str, str],
     directories: Mapping[str, str],
     previous: str | None,
+    samples: Mapping[str, SampleScores] | None = None,
+    drift: Drift | None = None,
 ) -> Summary:
     """Lay out what a sweep found; lanes have no influence on it.
 
@@ -176,9 +169,17 @@ def build_summary(
         missing: Why there is no result, by cell id.
         directories: Where each cell's reports lie, relative to the model's directory, by cell id.
         previous: Id of the sweep before this one.
+        samples: Scores of every sample, by cell id, where there are any.
+        drift: What changed since the sweep before.
     """
     cells = tuple(
-        _done(plan, cell, manifests[cell.cell], directories.get(cell.cell))
+        _done(
+            plan,
+            cell,
+            manifests[cell.cell],
+            directories.get(cell.cell),
+            (samples or {}).get(cell.cell),
+        )
         if cell.cell in manifests
         else _missing(plan, cell, missing.get(cell.cell, "no result"))
         for cell in _in_order(plan)
@@ -190,7 +191,9 @@ def build_summary(
         preset=plan.config.preset,
         model=plan.config.model.name,
         checkpoint_digest=plan.checkpoint.digest,
+        method=plan.config.autoquant.method,
         previous=previous,
+        pareto=tuple(_pareto(plan, cells)),
         complete=all(cell.whole for cell in cells),
         cells=cells,
         missing=tuple(
@@ -198,28 +201,41 @@ def build_summary(
             for cell in cells
             if not cell.done
         ),
+        sizes_compared=compare_all_sizes(cells),
+        drift=drift,
     )
 
 
-def write_sweep(summary: Summary, directory: Path) -> list[Path]:
-    """Write the three reports of a sweep; equal summaries give equal bytes.
+def write_sweep(summary: Summary, directory: Path, *, single_file: bool = False) -> list[Path]:
+    """Write the reports of a sweep; equal summaries give equal bytes.
 
-    Links to the cells' reports are relative: from ``sweeps/<sweep id>/`` they lead two levels up
-    to the model's directory; any other directory is taken for the model's directory itself.
+    Links to the cells' reports and to the scripts are relative: from ``sweeps/<sweep id>/`` they
+    lead two levels up to the model's directory; any other directory is taken for the model's
+    directory itself.
 
     Args:
         summary: The sweep.
         directory: Where the reports go.
+        single_file: Whether the page holds its scripts, instead of sharing them.
 
     Returns:
-        The Markdown, JSON and HTML file.
+        The Markdown, JSON and HTML file, and the chart of the Markdown where there is one.
     """
     nested = directory.name == summary.sweep_id and directory.parent.name == SWEEPS
     up = "../.." if nested else "."
+    assets = (directory.parents[1] if nested else directory) / ASSETS
+    groups = protected(summary)
+    heat = heat_table(summary)
+    data = look.plain(summary.model_dump())
+    picture = heat_svg(heat)
     context: dict[str, Any] = {
         "summary": summary,
-        "protected": protected(summary),
-        "protected_groups": protected(summary).groups[:PROTECTED],
+        "protected": groups,
+        "protected_groups": groups.groups[:PROTECTED],
+        "stable_in": {
+            group.layer: stable_in(summary, group.layer) for group in groups.groups[:PROTECTED]
+        },
+        "pairs": pair_lines(summary, PROTECTED),
         "links": {
             cell.cell: look.link(up, cell.directory, f"{BASENAME}.html")
             for cell in summary.done
@@ -228,48 +244,74 @@ def write_sweep(summary: Summary, directory: Path) -> list[Path]:
         "previous_link": look.link("..", summary.previous, PAGE) if summary.previous else None,
         "per_token": any(cell.total_per_token is not None for cell in summary.cells),
         "index_link": look.link(up, PAGE) if nested else None,
+        "picture": CHART if picture else None,
     }
+    drawn = {
+        "heat": charts.heat(heat),
+        "profiles": charts.profiles(summary.cells),
+        "sizes": charts.sizes(summary.cells),
+        "pareto": charts.pareto(data),
+        "drift": charts.drift(summary.drift),
+    }
+    rest = heat.rows[_ROWS_IN_PAGE:] if heat else ()
     pages = {
         "summary.md": render_markdown("sweep.md", **context),
-        SUMMARY: dump_json(look.plain(summary.model_dump())),
-        PAGE: render_html("sweep.html", **context, heat=heat_table(summary)),
-    }
+        SUMMARY: dump_json(data),
+        PAGE: render_html(
+            "sweep.html",
+            **context,
+            heat=heat,
+            rows_in_page=_ROWS_IN_PAGE,
+            drawn=drawn,
+            scripts=embedded() if single_file else linked(directory, assets),
+            data=page_data(
+                {
+                    "charts": {name: chart for name, chart in drawn.items() if chart},
+                    "tables": {
+                        "heat": [
+                            [look.shown(name), *[row.share if row else None for row in cells]]
+                            for name, cells in rest
+                        ]
+                    },
+                }
+            ),
+        ),
+    } | ({CHART: picture} if picture else {})
     paths = [directory / name for name in pages]
     for path, text in zip(paths, pages.values(), strict=True):
         write_text(path, text)
     return paths
 
 
-def protected(summary: Summary) -> Protected:
-    """Rank the groups by the mean of their shares of the total, over the whole cells.
+def read_summary(path: Path) -> Summary:
+    """Read ``summary.json``.
 
-    Where no cell is whole, the partial ones are used. The mean is over the cells that score the
-    group.
+    Raises:
+        UserError: The file is no summary.
     """
-    whole = [cell.rows for cell in summary.cells if cell.whole]
-    used = whole or [cell.rows for cell in summary.done]
-    return Protected(groups=tuple(mean_shares(used)), cells=len(used), whole=bool(whole))
+    try:
+        return Summary.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror}",
+            where=str(path),
+            remedy="Name the summary.json of a published sweep.",
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"is no summary of a sweep: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            where=str(path),
+            remedy="Publish the sweep again with `qsens publish`.",
+        ) from error
 
 
-def heat_table(summary: Summary) -> Heat | None:
-    """Return the groups by cells at the largest size that has a result; none without results."""
-    sizes = {cell.size for cell in summary.done}
-    if not sizes:
-        return None
-    size = max(sizes, key=SIZES.index)
-    cells = tuple(cell for cell in summary.done if cell.size == size)
-    by_name = [{normalise_name(row.layer): row for row in cell.rows} for cell in cells]
-    means = mean_shares(cell.rows for cell in cells)
-    shares = [row.share for cell in cells for row in cell.rows if row.share is not None]
-    return Heat(
-        size=size,
-        cells=cells,
-        rows=tuple(
-            (mean.layer, tuple(rows.get(normalise_name(mean.layer)) for rows in by_name))
-            for mean in means
-        ),
-        top=max(shares, default=0.0),
-    )
+def _pareto(plan: Plan, cells: Sequence[SummaryCell]) -> list[ParetoPoint]:
+    """Return the curve that recipes of this sweep lie on."""
+    done = [cell for cell in cells if cell.done]
+    size = max((cell.size for cell in done), key=SIZES.index, default=None)
+    rows = {f"{cell.pair}-{cell.granularity}": cell.rows for cell in done if cell.size == size}
+    return pareto(build_units(rows, keep_head=plan.checkpoint.tied_head is not False))
 
 
 def _in_order(plan: Plan) -> list[Cell]:
@@ -289,9 +331,17 @@ def _in_order(plan: Plan) -> list[Cell]:
     return sorted(plan.cells, key=place)
 
 
-def _done(plan: Plan, cell: Cell, manifest: Manifest, directory: str | None) -> SummaryCell:
-    report = build_cell(manifest)
+def _done(
+    plan: Plan,
+    cell: Cell,
+    manifest: Manifest,
+    directory: str | None,
+    samples: SampleScores | None,
+) -> SummaryCell:
+    report = build_cell(manifest, samples)
     dataset, quantization = report.dataset, report.quantization
+    # The older layout does not say how many samples it used.
+    scored = min(plan.config.dataset.limit(cell.size), report.scheme.auto_quantize_score_size)
     return SummaryCell(
         **_identity(cell),
         status="done",
@@ -303,7 +353,8 @@ def _done(plan: Plan, cell: Cell, manifest: Manifest, directory: str | None) -> 
         effective_bits_reached=report.search.effective_bits_reached,
         constraint_met=report.search.constraint_met,
         samples_used=dataset.samples_used if dataset else None,
-        samples_scored=dataset.samples_scored if dataset else None,
+        samples_scored=dataset.samples_scored if dataset else scored,
+        stability=report.stability,
         rows=report.rows,
     )
 

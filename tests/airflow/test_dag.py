@@ -97,10 +97,13 @@ def test_the_order_of_the_tasks(dag: Any) -> None:
         "plan": ["cell.calibrate", "cell.score", "publish"],
         "cell.calibrate": ["cell.score"],
         "cell.score": ["publish"],
-        "publish": ["gate"],
+        "publish": ["prune"],
+        "prune": ["gate"],
         "gate": [],
     }
     assert dag.get_task("publish").trigger_rule == "all_done"
+    assert dag.get_task("gate").trigger_rule == "all_done"
+    assert (dag.get_task("prune").keep_sweeps, dag.get_task("prune").keep_days) == (30, 90)
     assert [task.task_id for task in dag.leaves] == ["gate"]
 
 
@@ -129,7 +132,9 @@ def test_settings_come_from_the_preset_and_the_environment(
         assert task.execution_timeout == timedelta(minutes=30)
         assert task.map_index_template == "{{ task.title }}"
     # What needs no GPU takes no GPU slot.
-    assert {weekly.get_task(name).pool for name in ("plan", "publish", "gate")} == {"default_pool"}
+    assert {weekly.get_task(name).pool for name in ("plan", "publish", "prune", "gate")} == {
+        "default_pool"
+    }
     assert {weekly.get_task(name).queue for name in ("plan", "publish")} == {"default"}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qsens.analysis.ranking import mean_shares, normalise_name, rank
+from qsens.analysis.ranking import by_depth, by_kind, mean_shares, normalise_name, rank
 from qsens.manifest import Manifest, read_manifest
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
@@ -142,3 +142,27 @@ def test_the_published_manifests_rank_as_their_raw_scores() -> None:
         assert math.isclose(
             ranking.totals.sensitivity, sum(row["scores"][0] for row in raw.values())
         )
+
+
+def test_parts_add_up_by_kind_and_depth() -> None:
+    rows = rank(
+        manifest(
+            {
+                "layers.0.mlp.down_proj": {"sensitivity": 2.0, "kind": "down", "depth": 0},
+                "layers.1.mlp.down_proj": {"sensitivity": 1.0, "kind": "down", "depth": 1},
+                "layers.1.self_attn.o_proj": {"sensitivity": 4.0, "kind": "o", "depth": 1},
+                "lm_head": {"sensitivity": 1.0, "kind": "head"},
+                "visual.x": {"status": "disabled", "kind": "vision", "depth": 0},
+            }
+        )
+    ).rows
+    kinds = by_kind(rows)
+    assert [(kind, part.groups, part.share) for kind, part in kinds.items()] == [
+        ("o", 1, 0.5),
+        ("down", 2, 0.375),
+        ("head", 1, 0.125),
+    ]
+    assert kinds["down"].first == "layers.0.mlp.down_proj"
+    depths = by_depth(rows)
+    assert {depth: part.sensitivity for depth, part in depths.items()} == {0: 2.0, 1: 5.0}
+    assert depths[1].first == "layers.1.self_attn.o_proj"

@@ -47,6 +47,20 @@ def test_identity_follows_content(checkpoint: Path) -> None:
     assert changed.tokenizer_digest == first.tokenizer_digest
 
 
+def test_a_tied_head_is_seen(checkpoint: Path) -> None:
+    """Tied where the configuration says so, or where there is no weight for a head."""
+    weights, config = checkpoint / "model.safetensors", checkpoint / "config.json"
+    assert identify(checkpoint).tied_head is True
+    write_safetensors(weights, {"lm_head.weight": ([1], b"h")})
+    assert identify(checkpoint).tied_head is False
+    config.write_text('{"text_config": {"tie_word_embeddings": true}}')
+    assert identify(checkpoint).tied_head is True
+    config.write_text(
+        '{"tie_word_embeddings": false, "text_config": {"tie_word_embeddings": true}}'
+    )
+    assert identify(checkpoint).tied_head is False
+
+
 def test_digest_is_that_of_the_files(checkpoint: Path) -> None:
     files = ["config.json", "model.safetensors"]
     digests = {n: hashlib.sha256((checkpoint / n).read_bytes()).hexdigest() for n in files}

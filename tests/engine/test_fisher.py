@@ -16,6 +16,7 @@ from qsens.engine.calibrate import calibrate
 from qsens.engine.candidates import Request, distinct
 from qsens.engine.checkpoint import load_model, load_tokenizer
 from qsens.engine.divergence import diverge
+from qsens.engine.families import resolve_parts
 from qsens.engine.fisher import estimate
 from qsens.engine.groups import find_groups
 from qsens.engine.samples import Samples, tokenize
@@ -118,7 +119,7 @@ def work(demo_checkpoint, request):
             for pair in pairs
         ]
     )
-    groups = find_groups(model, config.vision_patterns)
+    groups = find_groups(model, resolve_parts(config).vision_patterns)
     maxima = calibrate(model, samples, groups, snapshots=candidates.snapshots())
     return model, samples, groups, candidates, maxima
 

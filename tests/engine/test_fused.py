@@ -11,6 +11,7 @@ from qsens.engine.budget import Budget
 from qsens.engine.calibrate import calibrate
 from qsens.engine.candidates import Request, distinct
 from qsens.engine.checkpoint import load_model, load_tokenizer
+from qsens.engine.families import resolve_parts
 from qsens.engine.groups import find_groups
 from qsens.engine.samples import tokenize
 
@@ -37,7 +38,12 @@ def work(demo_checkpoint, request):
         for pair in load_sweep("single", [pairs]).config.quant_pair
         for size in SIZES
     ]
-    return model, samples, find_groups(model, config.vision_patterns), distinct(requests)
+    return (
+        model,
+        samples,
+        find_groups(model, resolve_parts(config).vision_patterns),
+        distinct(requests),
+    )
 
 
 @pytest.fixture(scope="module")

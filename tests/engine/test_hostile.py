@@ -17,6 +17,7 @@ from torch import nn
 
 from qsens.config import ModelConfig
 from qsens.engine.checkpoint import load_model
+from qsens.engine.families import family_of
 from qsens.engine.groups import find_groups
 from qsens.errors import UserError
 from qsens.pipeline.verify import verify
@@ -330,9 +331,8 @@ def test_what_text_never_runs_through(
     Its groups: the patch embedding; in each of two blocks, q/k/v, the projection and two of the
     MLP; in each of two mergers, two.
     """
-    found = sweep(
-        demo, tmp_path, lines, "model.vision_patterns=[nothing*]", f"autoquant.method={method}"
-    )
+    everywhere = ("model.vision_patterns=[nothing*]", "model.language_patterns=[model.*]")
+    found = sweep(demo, tmp_path, lines, *everywhere, f"autoquant.method={method}")
     manifest = found.only()
     vision = {name: row for name, row in rows(manifest).items() if "visual" in name}
     assert len(vision) == 1 + 2 * 4 + 2 * 2
@@ -535,9 +535,11 @@ def layer() -> nn.Module:
 
 def test_a_vision_tower_under_either_name(demo: Path) -> None:
     loaded = load_model(ModelConfig(path=demo, dtype="float32"), torch.device("cpu"))
+    family = family_of("qwen3_vl")
+    assert family is not None
     text = {Old: "model.layers.0", New: "model.language_model.layers.0"}
     for model in (Old(), New(), loaded):
-        groups = find_groups(model, ModelConfig().vision_patterns)
+        groups = find_groups(model, family.parts.vision)
         vision = [group for group in groups if group.kind == "vision"]
         assert [group.covered for group in groups] == [group not in vision for group in groups]
         if model is loaded:
@@ -566,7 +568,8 @@ def test_transformers_is_too_old(
         if kind is None:
             del config["model_type"]
 
-    found = sweep(changed(demo, tmp_path / "copy", config=rename), tmp_path, lines)
+    parts = ("model.language_patterns=[model.language_model.*]", "model.head_patterns=[lm_head]")
+    found = sweep(changed(demo, tmp_path / "copy", config=rename), tmp_path, lines, *parts)
     (error,) = found.errors
     assert error.exit_code == 2
     assert f"transformers {transformers.__version__} cannot load {words}" in error.what

@@ -25,11 +25,11 @@ def requests(*inputs):
 def layout_of(candidates):
     samples = Samples(((1, 2), (3, 4, 5), (6,)), (False,) * 3)
     batches = [make_batch(samples, [0]), make_batch(samples, [1, 2])]
-    return lay_out(batches, candidates, CPU, labels=False)
+    return lay_out(batches, candidates, CPU, "tokens")
 
 
 def build(candidates, maxima, failed=None):
-    inputs = Inputs(candidates, CPU, lambda *what: failed.append(what))
+    inputs = Inputs(candidates, CPU, {"m": (8,)}, lambda *what: failed.append(what))
     inputs.calibrate({count: {"m": torch.tensor(value)} for count, value in maxima.items()})
     rows = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
     layout = layout_of(candidates)

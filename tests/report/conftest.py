@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -100,10 +102,11 @@ def plan(
     pairs: tuple[str, ...] = ("wint8_afp16", "wfp8_afp8"), lanes: int = 1, **more: Any
 ) -> Plan:
     """Return a plan of these pairs at the sizes small and medium."""
+    dataset = more.pop("dataset", DatasetConfig(size=("small", "medium")))
     config = SweepConfig(
         preset="nightly",
         model=ModelConfig(name="tiny", short_name="tiny"),
-        dataset=DatasetConfig(size=("small", "medium")),
+        dataset=dataset,
         quant_pair=tuple(
             PairConfig(
                 name=name,
@@ -128,7 +131,7 @@ def plan(
             architecture="TinyForCausalLM",
             weight_bytes=1,
         ),
-        samples={"small": sample, "medium": sample},
+        samples=dict.fromkeys(dataset.size, sample),
         versions={"qsens": "0.1.0"},
         lanes=lanes,
         now=datetime(2030, 1, 2, 3, 4, 5, 678000, tzinfo=UTC),
@@ -144,15 +147,36 @@ class Page(HTMLParser):
         self.attributes: set[str] = set()
         self.links: list[str] = []
         self.text = ""
+        self.scripts: list[str] = []
+        self.table_rows: list[int] = []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        if tag == "table":
+            self.table_rows.append(0)
+        if tag == "tr":
+            self.table_rows[-1] += 1
         self.attributes |= {name for name, _ in attrs}
+        if tag == "script":
+            self.scripts.append(dict(attrs).get("src") or "")
+            return
         self.links += [value or "" for name, value in attrs if name in ("href", "src")]
 
+    def foreign_scripts(self) -> list[str]:
+        """Return what is neither the page's data nor a script of ours beside it."""
+        allowed = re.compile(r"((\.\./)*assets/)report-[0-9a-f]{8}\.js")
+        return [
+            script
+            for script in self.scripts
+            if not allowed.fullmatch(script) and not isinstance(json.loads(script), dict)
+        ]
+
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.tags[-1:] != ["script"] or self.cdata_elem is None:
+            self.text += data
+        else:
+            self.scripts[-1] += data
 
 
 class Make:

@@ -5,11 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from qsens.analysis.samples import SampleScores
 from qsens.manifest import read_manifest
 from qsens.report import build_cell, write_cell
-from qsens.report.cell import depth_map
+from qsens.report.charts import depth_map
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
 HOSTILE = {
@@ -33,7 +35,8 @@ def table(markdown: str) -> list[list[str]]:
 
 
 def written(manifest: Any, directory: Path) -> tuple[str, Any, Path]:
-    md, data, html = write_cell(manifest, directory)
+    md, data, html, *charts = write_cell(manifest, directory)
+    assert [path.name for path in charts] in ([], ["per-layer-sensitivity.svg"])
     assert [path.name for path in (md, data, html)] == [
         "per-layer-sensitivity.md",
         "per-layer-sensitivity.json",
@@ -89,7 +92,7 @@ def test_the_table_holds_what_the_manifest_says(make: Any, tmp_path: Path) -> No
     assert data["totals"]["sensitivity_per_token"] == 1.0
     assert data["search"]["effective_bits_reached"] == 8.25
     page = make.page(html)
-    assert page.tags.count("tr") == 4
+    assert page.table_rows[-1] == 4
     assert "layers.0.mlp.gate_proj + up_proj" in page.text
     assert "1. layers.0.mlp.gate_proj + up_proj (3.000e+00, 75.00 %)" in md
 
@@ -177,7 +180,7 @@ def test_hostile_names_are_text(make: Any, tmp_path: Path, name: str) -> None:
     assert page.tags == plain.tags
     assert page.attributes == plain.attributes
     assert page.links == []
-    assert "script" not in page.tags
+    assert page.foreign_scripts() == []
     assert len(table(md)) == 2
     assert [len(row) for row in table(md)] == [9, 9]
     # Lines start alike: no name opens a heading, a list or a table.
@@ -188,6 +191,7 @@ def test_hostile_names_are_text(make: Any, tmp_path: Path, name: str) -> None:
     assert data["rows"][0]["layer"] == name
     assert data["cell"] == name
     assert sorted(path.name for path in (tmp_path / "hostile").iterdir()) == [
+        "assets",
         "per-layer-sensitivity.html",
         "per-layer-sensitivity.json",
         "per-layer-sensitivity.md",
@@ -216,7 +220,7 @@ def test_hostile_reasons_are_text(make: Any, tmp_path: Path) -> None:
     reason = "<script>x</script>\n# heading | `a` {{ 7 * 7 }}"
     md, _, html = written(three(make, partial=[reason], notices=[reason]), tmp_path)
     page = make.page(html)
-    assert "script" not in page.tags
+    assert page.foreign_scripts() == []
     assert page.text.count("<script>x</script> # heading | `a` {{ 7 * 7 }}") == 2
     assert "> - &lt;script&gt;x&lt;/script&gt; # heading \\| \\`a\\`" in md
 
@@ -228,14 +232,70 @@ def test_equal_manifests_give_equal_bytes(make: Any, tmp_path: Path) -> None:
     assert first == again == over
 
 
-def test_pages_are_self_contained(make: Any, tmp_path: Path) -> None:
-    *_, html = written(three(make), tmp_path)
+def test_pages_need_nothing_but_the_scripts_beside_them(make: Any, tmp_path: Path) -> None:
+    *_, html = written(three(make), tmp_path / "run")
     page = make.page(html)
     assert page.links == []
-    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not {"link", "img", "iframe"} & set(page.tags)
+    (script,) = [name for name in page.scripts if name.startswith("assets/")]
+    assert (tmp_path / "run" / script).is_file()
     text = html.read_text(encoding="utf-8")
     assert "://" not in text
     assert "url(" not in text
+    shared = tmp_path / "assets"
+    *_, html = write_cell(three(make), tmp_path / "other", assets=shared)[:3]
+    assert "../assets/report-" in html.read_text(encoding="utf-8")
+    assert sorted(path.name.partition("-")[0] for path in shared.iterdir()) == ["plotly", "report"]
+
+
+def test_a_single_file_holds_its_scripts(make: Any, tmp_path: Path) -> None:
+    *_, html = write_cell(three(make), tmp_path, single_file=True)[:3]
+    text = html.read_text(encoding="utf-8")
+    assert text.count("<script") == text.count("</script>") == 3
+    assert "plotly.js v" in text
+    assert "src=" not in text[: text.index("<body>")]
+    assert not (tmp_path / "assets").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("gradient", "gradient x output error"),
+        ("fisher", "estimate of the KL"),
+        ("kl_div", "measured"),
+    ],
+)
+def test_how_to_read_it_speaks_of_the_method_used(
+    make: Any, tmp_path: Path, method: str, words: str
+) -> None:
+    scheme = make.manifest({"a": make.group(1.0)}).scheme
+    scheme = scheme.model_copy(update={"auto_quantize_method": method})
+    md, _, html = written(three(make, scheme=scheme.model_dump()), tmp_path)
+    others = {"gradient x output error", "estimate of the KL", "measured, and summed"} - {words}
+    for text in (md, make.page(html).text):
+        assert words in text
+        assert not [other for other in others if words not in other and other in text]
+        assert ("Sensitivity (nats²)" in text) == (method == "gradient")
+
+
+def test_samples_say_how_sure_each_row_is(make: Any, tmp_path: Path) -> None:
+    steps = np.tile([0.5, 1.5], 8)
+    scores = np.stack([steps * 3, steps, 5 * steps])
+    samples = SampleScores(("b", "a", "c"), scores, np.full(16, 4.0))
+    manifest = make.manifest({"a": make.group(4.0), "b": make.group(12.0), "c": make.group(20.0)})
+    paths = write_cell(manifest, tmp_path, samples)
+    data = json.loads(paths[1].read_text(encoding="utf-8"))
+    assert [row["layer"] for row in data["rows"]] == ["c", "b", "a"]
+    assert [row["positions"] for row in data["rows"]] == [[1, 1], [2, 2], [3, 3]]
+    low, high = data["rows"][2]["interval"]
+    assert 0.15 < low < data["rows"][2]["sensitivity_per_token"] / 4 < high < 0.35
+    assert data["stability"]["first_stable"] is True
+    assert {row["verdict"] for row in data["rows"]} == {"stable"}
+    rows = table(paths[0].read_text(encoding="utf-8"))
+    assert rows[0][7:] == [f"{100 * 20 / 36:.2f} %", "1", "1.00", "stable"]
+    without = json.loads(write_cell(manifest, tmp_path)[1].read_text(encoding="utf-8"))
+    assert "stability" not in without
+    assert "interval" not in without["rows"][0]
 
 
 def test_the_depth_map_adds_up(make: Any) -> None:
@@ -289,4 +349,4 @@ def test_published_tables_start_with_the_highest_scores(
     rows = table(md)
     assert [[row[1], row[4]] for row in rows[:5]] == expected
     assert len(rows) == len(raw)
-    assert make.page(html).tags.count("tr") == len(raw) + 1
+    assert make.page(html).table_rows[-1] == len(raw) + 1

@@ -84,7 +84,7 @@ def test_broken_and_foreign_directories_are_named_and_passed_over(
         "file is not a directory",
     ):
         assert line in page.text
-    assert "script" not in page.tags
+    assert page.foreign_scripts() == []
     assert ".half" not in page.text
 
 

@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
+from scipy import stats
 
+from qsens.config import DatasetConfig
+from qsens.manifest import read_manifest
 from qsens.report import Summary, build_summary, write_sweep
-from qsens.report.sweep import heat_table, protected
+from qsens.report.charts import pareto
+from qsens.report.views import heat_table, protected
 
 A, B = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 CELLS = ["wint8_afp16-small", "wint8_afp16-medium", "wfp8_afp8-small", "wfp8_afp8-medium"]
@@ -83,7 +88,12 @@ def test_lanes_change_nothing(make: Any, tmp_path: Path) -> None:
 
 def test_summary_json_makes_the_same_pages_again(make: Any, tmp_path: Path) -> None:
     paths = write_sweep(whole(make), tmp_path / "a")
-    assert [path.name for path in paths] == ["summary.md", "summary.json", "index.html"]
+    assert [path.name for path in paths] == [
+        "summary.md",
+        "summary.json",
+        "index.html",
+        "summary.svg",
+    ]
     read = Summary.model_validate_json(paths[1].read_bytes())
     assert read == whole(make)
     again = write_sweep(read, tmp_path / "b")
@@ -133,7 +143,7 @@ def test_missing_and_partial_cells_are_loud(make: Any, tmp_path: Path) -> None:
     summary = build_summary(
         make.plan(), manifests, {"wint8_afp16-medium": "out of | memory"}, {}, None
     )
-    md, _, html = write_sweep(summary, tmp_path)
+    md, _, html, *_ = write_sweep(summary, tmp_path)
     text = md.read_text(encoding="utf-8")
     head = text[: text.index("| | |")]
     assert "PARTIAL: 1 of 4 cells missing" in head
@@ -145,18 +155,20 @@ def test_missing_and_partial_cells_are_loud(make: Any, tmp_path: Path) -> None:
     assert "wint8_afp16-medium: out of | memory" in head
     assert "wfp8_afp8-small: 8 of 16 samples" in head
     assert "✓ Complete" not in page.text
-    lines = [line for line in text.split("\n") if line.startswith(("| wint8", "| wfp8"))]
+    lines = text[text.index("## Cells") :].split("\n")
+    lines = [line for line in lines if line.startswith(("| wint8", "| wfp8"))]
     assert [line.replace("\\|", "").count("|") for line in lines] == [11] * 4
     assert "**MISSING**" in lines[1]
     assert "**PARTIAL**" in lines[2]
 
 
 def test_a_whole_sweep_has_no_banner(make: Any, tmp_path: Path) -> None:
-    md, _, html = write_sweep(whole(make), tmp_path)
+    md, _, html, *_ = write_sweep(whole(make), tmp_path)
     page = make.page(html)
     assert "✓ Complete" in page.text
     assert "PARTIAL" not in md.read_text(encoding="utf-8") + page.text
-    assert not {"script", "link", "img"} & set(page.tags)
+    assert not {"link", "img"} & set(page.tags)
+    assert page.foreign_scripts() == []
 
 
 def test_links_are_relative_to_where_the_sweep_lies(make: Any, tmp_path: Path) -> None:
@@ -164,13 +176,13 @@ def test_links_are_relative_to_where_the_sweep_lies(make: Any, tmp_path: Path) -
     directories = {CELLS[0]: "weight-int8-act-fp16/run small"}
     summary = build_summary(plan, cells(make), {}, directories, "20291231T000000000Z-00000000")
     nested = tmp_path / "sweeps" / plan.sweep_id
-    md, _, html = write_sweep(summary, nested)
+    md, _, html, *_ = write_sweep(summary, nested)
     link = "../../weight-int8-act-fp16/run%20small/per-layer-sensitivity.html"
     previous = "../20291231T000000000Z-00000000/index.html"
     assert set(make.page(html).links) == {link, previous, "../../index.html"}
     assert f"[report]({link})" in md.read_text(encoding="utf-8")
     assert f"({previous})" in md.read_text(encoding="utf-8")
-    *_, html = write_sweep(summary, tmp_path / "tmp" / plan.sweep_id)
+    _, _, html, *_ = write_sweep(summary, tmp_path / "tmp" / plan.sweep_id)
     assert link.removeprefix("../../") in make.page(html).links
     assert "../../index.html" not in make.page(html).links
 
@@ -182,12 +194,96 @@ def test_hostile_text_is_text(make: Any, tmp_path: Path) -> None:
     del manifests[CELLS[1]]
     directories = {CELLS[0]: "javascript:alert(1)", CELLS[2]: '"><script>x</script>'}
     summary = build_summary(make.plan(), manifests, {CELLS[1]: bad}, directories, bad)
-    md, data, html = write_sweep(summary, tmp_path)
+    md, data, html, *_ = write_sweep(summary, tmp_path)
     page = make.page(html)
-    assert "script" not in page.tags
+    assert page.foreign_scripts() == []
     assert all(":" not in link and "<" not in link for link in page.links)
     assert "<" not in md.read_text(encoding="utf-8")
     assert not any(
         line.startswith("# ") and "7" in line for line in md.read_text(encoding="utf-8").split("\n")
     )
     assert json.loads(data.read_text(encoding="utf-8"))["cells"][0]["rows"][0]["layer"] == bad
+
+
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
+
+
+def int8_at_three_sizes(make: Any) -> tuple[Summary, dict[str, Any]]:
+    dataset = DatasetConfig()
+    plan = make.plan(pairs=("wint8_aint8",), dataset=dataset)
+    files = {
+        f"wint8_aint8-{size}": REFERENCE / f"qwen3_vl_4b-wint8_aint8-lm-{size}.json"
+        for size in dataset.size
+    }
+    manifests = {cell: read_manifest(path) for cell, path in files.items()}
+    raw = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in files.items()}
+    return build_summary(plan, manifests, {}, {}, None), raw
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the published manifests are not here")
+def test_the_published_sizes_give_the_stability_table(make: Any, tmp_path: Path) -> None:
+    summary, raw = int8_at_three_sizes(make)
+    scores = {
+        cell: {
+            key: row["scores"][0]
+            for key, row in data["layer_sensitivity"].items()
+            if key.startswith("language_model")
+        }
+        for cell, data in raw.items()
+    }
+    names = sorted(scores["wint8_aint8-small"])
+    assert len(names) == 144
+    found = {(entry.smaller, entry.larger): entry for entry in summary.sizes_compared}
+    assert list(found) == [("small", "medium"), ("medium", "large")]
+    for (one, other), entry in found.items():
+        a, b = ([scores[f"wint8_aint8-{size}"][name] for name in names] for size in (one, other))
+        assert entry.groups == 144
+        assert entry.spearman == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-12)
+        assert entry.kendall == pytest.approx(stats.kendalltau(a, b).statistic, abs=1e-12)
+        for cut in (5, 10, 20):
+            tops = [{names[at] for at in np.argsort(values)[-cut:]} for values in (a, b)]
+            assert entry.overlap[cut] == len(tops[0] & tops[1])
+    # Large scored what medium scored: their agreement says nothing about samples.
+    assert [entry.independent for entry in summary.sizes_compared] == ["in part", "no"]
+    md, _, html, chart = write_sweep(summary, tmp_path)
+    assert "no: both scored the same 128 samples" in md.read_text(encoding="utf-8")
+    assert "no: both scored the same 128 samples" in make.page(html).text
+    assert "not known" in md.read_text(encoding="utf-8")
+    assert chart.read_text(encoding="utf-8").count("<rect") == 1 + 40
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="the published manifests are not here")
+def test_the_published_sizes_give_heat_map_and_profile(make: Any, tmp_path: Path) -> None:
+    summary, raw = int8_at_three_sizes(make)
+    page = make.page(write_sweep(summary, tmp_path)[2])
+    (text,) = [script for script in page.scripts if script.startswith("{")]
+    charts = json.loads(text)["charts"]
+    assert set(charts) == {"heat", "profiles", "sizes"}
+    large = raw["wint8_aint8-large"]["layer_sensitivity"]
+    total = sum(row["scores"][0] for row in large.values())
+    heat = charts["heat"]
+    assert heat["columns"] == ["wint8_aint8"]
+    assert len(heat["names"]) == 144
+    for name, (share,) in zip(heat["names"], heat["values"], strict=True):
+        expected = large[f"{name}.quant_recipe"]["scores"][0] / total
+        assert share == pytest.approx(expected, rel=1e-5)
+    profile = charts["profiles"]["wint8_aint8"]
+    assert profile["depths"] == list(range(36))
+    (down,) = [line for line in profile["lines"] if line["name"] == "down"]
+    key = "language_model.layers.4.mlp.down_proj.quant_recipe"
+    assert down["values"][4] == pytest.approx(large[key]["scores"][0] / total, rel=1e-5)
+    assert [size["size"] for size in charts["sizes"]["wint8_aint8"]["sizes"]] == [
+        "small",
+        "medium",
+        "large",
+    ]
+
+
+def test_a_pareto_curve_is_drawn_where_the_summary_has_one() -> None:
+    points = [{"bits": 4.25, "damage": 2.0, "choice": {}}, {"bits": 16.0, "damage": 0.0}]
+    assert pareto({}) is None
+    assert pareto({"pareto": points, "recipe": points[0]}) == {
+        "bits": [4.25, 16.0],
+        "damage": [2.0, 0.0],
+        "chosen": [4.25, 2.0],
+    }

@@ -1,0 +1,170 @@
+"""The reports as web pages: files under the results root, read only, for users who logged in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
+
+from qsens.config import Roots
+from qsens.errors import UserError
+from qsens.grid import read_plan
+from qsens.report.assets import Scripts, page_data
+from qsens.report.render import render_html
+from qsens.store import Store
+from qsens_airflow.plans import plan_of_run
+
+DAG_ID = "qsens_sweep"
+PAGE_ENTRIES = 100
+INDEX = "index.html"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'none'; form-action 'none'; base-uri 'none'; frame-ancestors 'self'"
+)
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".json": "application/json",
+    ".md": "text/plain; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+_SCRIPT = re.compile(r"assets/(report-[0-9a-f]{8}|plotly-[0-9.]+\.min)\.js$")
+_REPORTS = re.compile(r"(models/[^/]+/layer-analysis|tmp/[^/]+)(/|$)")
+_Page = Annotated[int, Query(ge=1, le=1_000_000)]
+
+
+def make_app(user: Callable[..., Any]) -> FastAPI:
+    """Return the app.
+
+    Args:
+        user: Airflow's dependency that gives the user or refuses with 401; on every route.
+    """
+    app = FastAPI(
+        title="qsens reports",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        dependencies=[Depends(user)],
+    )
+
+    @app.get("/")
+    def models(page: _Page = 1) -> Response:
+        """List the models that have reports."""
+        root = Roots.from_environment().results
+        found = sorted(
+            path.parent.name
+            for path in root.glob("models/*/layer-analysis")
+            if path.is_dir() and not path.parent.name.startswith(".")
+        )
+        links = [(name, f"files/models/{quote(name, safe='')}/layer-analysis/") for name in found]
+        return _listing("Layer sensitivity", "Models with reports", links, page)
+
+    @app.get("/runs/{dag_id}/{run_id:path}")
+    def run(request: Request, dag_id: str, run_id: str) -> Response:
+        """Lead to the sweep of an Airflow run."""
+        roots = Roots.from_environment()
+        base = request.scope.get("root_path", "")
+        if dag_id != DAG_ID:
+            return _note("No sweep", f"This is not a run of {DAG_ID}.", base)
+        try:
+            plan = read_plan(plan_of_run(roots, run_id))
+        except UserError:
+            return _note(
+                "No plan",
+                "This run made no plan of its own: it failed before, has not come so far, or made "
+                "the reports of an older sweep again.",
+                base,
+            )
+        index = Store(plan).sweep_dir() / INDEX
+        try:
+            inside = index.relative_to(roots.results).as_posix()
+        except ValueError:
+            return _note("Elsewhere", "This run's reports lie outside the results root.", base)
+        if _allowed(roots.results, inside) is None:
+            return _note("Not yet", "This run has published no report yet.", base)
+        return RedirectResponse(f"{base}/files/{quote(inside)}", headers=_HEADERS)
+
+    @app.get("/files/{path:path}")
+    def file(request: Request, path: str, page: _Page = 1) -> Response:
+        """Serve one file of the reports, or list a directory of them."""
+        root = Roots.from_environment().results
+        found = _allowed(root, path)
+        if found is None:
+            raise HTTPException(404, "no such report", headers=_HEADERS)
+        if found.is_file():
+            kind = _TYPES.get(found.suffix, "text/javascript; charset=utf-8")
+            return FileResponse(found, media_type=kind, headers=_HEADERS)
+        if not path.endswith("/"):
+            base = request.scope.get("root_path", "")
+            return RedirectResponse(f"{base}/files/{quote(path)}/", headers=_HEADERS)
+        if (found / INDEX).is_file():
+            return RedirectResponse(INDEX, headers=_HEADERS)
+        names = sorted((entry.name for entry in found.iterdir()), reverse=True)
+        links = []
+        for name in names:
+            entry = _allowed(root, f"{path}{name}")
+            if entry is not None:
+                links.append((name, quote(name, safe="") + ("/" if entry.is_dir() else "")))
+        return _listing(found.name, "Reports, newest first", links, page)
+
+    return app
+
+
+_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "private, no-cache",
+}
+
+
+def _allowed(root: Path, path: str) -> Path | None:
+    """Return a file or directory of the reports, none for anything else.
+
+    A link that leads out of the reports, and every dotted name, counts as nothing.
+    """
+    path = path.rstrip("/")
+    parts = path.split("/")
+    if not _REPORTS.match(path) or any(not part or part.startswith(".") for part in parts):
+        return None
+    if "\x00" in path or "\\" in path:
+        return None
+    head = _REPORTS.match(path)
+    assert head is not None
+    try:
+        home = (root / head[1]).resolve(strict=True)
+        found = (root / path).resolve(strict=True)
+        top = root.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return None
+    if home != top / head[1] or not found.is_relative_to(home):
+        return None
+    if found.is_dir():
+        return found
+    name = found.relative_to(top).as_posix()
+    known = found.suffix in _TYPES or _SCRIPT.search(name)
+    return found if found.is_file() and known else None
+
+
+def _listing(title: str, lead: str, links: list[tuple[str, str]], page: int) -> HTMLResponse:
+    pages = max(1, -(-len(links) // PAGE_ENTRIES))
+    page = min(page, pages)
+    shown = links[(page - 1) * PAGE_ENTRIES : page * PAGE_ENTRIES]
+    return _html(title=title, lead=lead, links=shown, count=len(links), page=page, pages=pages)
+
+
+def _note(title: str, text: str, base: str) -> HTMLResponse:
+    return _html(
+        title=title, lead=text, links=[("All reports", f"{base}/")], count=0, page=1, pages=1
+    )
+
+
+def _html(**context: Any) -> HTMLResponse:
+    page = render_html(
+        "listing.html", **context, scripts=Scripts(policy=POLICY), data=page_data({})
+    )
+    return HTMLResponse(page, headers=_HEADERS)

@@ -1,0 +1,173 @@
+"""What each group may become: the formats of a sweep, with what they cost and what they hurt."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qsens.analysis.ranking import Row, normalise_name
+from qsens.manifest import FUSED, kind_of
+
+UNQUANTIZED_BITS = 16.0
+
+
+@dataclass(frozen=True)
+class Option:
+    """One format for one unit.
+
+    Attributes:
+        format: Name of the format; none leaves the unit at 16 bits.
+        bits: Bits a weight, block scales included.
+        damage: What it does to the model, in the unit of the scores.
+    """
+
+    format: str | None
+    bits: float
+    damage: float
+
+
+UNQUANTIZED = Option(None, UNQUANTIZED_BITS, 0.0)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Groups that are decided together; one group, as a rule.
+
+    Attributes:
+        groups: Names of the groups.
+        weights: Elements of all their weights.
+        options: What they may become; 16 bits is always among them.
+    """
+
+    groups: tuple[str, ...]
+    weights: int
+    options: tuple[Option, ...]
+
+
+def build_units(
+    formats: Mapping[str, Sequence[Row]],
+    *,
+    keep: Iterable[str] = (),
+    keep_head: bool = False,
+    together: Iterable[Collection[str]] = (),
+) -> list[Unit]:
+    """Return the units of a sweep, in the order of the first format's rows.
+
+    A format without a score for a group is no option there: an unknown damage is not 0. Disabled
+    groups are left out. Members of fused layers (q, k, v; gate, up) are united where the rows hold
+    them apart.
+
+    Args:
+        formats: The rows of one cell for each format, by the format's name. The damage is the
+            sensitivity per token where every row has it, else the sensitivity.
+        keep: Patterns (fnmatch) of groups or members that stay at 16 bits.
+        keep_head: Whether the head stays at 16 bits, as one that is tied to the embedding does.
+        together: Names of groups that share one format.
+
+    Raises:
+        ValueError: The weights of a group differ between formats.
+    """
+    patterns = tuple(keep)
+    per_token = has_per_token(formats)
+    weights: dict[str, int] = {}
+    members: dict[str, tuple[str, ...]] = {}
+    options: dict[str, dict[str, Option]] = {}
+    for name, rows in formats.items():
+        for row in rows:
+            if row.status == "disabled":
+                continue
+            count = weights_of(row)
+            if count is None:
+                continue
+            if weights.setdefault(row.layer, count) != count:
+                raise ValueError(f"{row.layer} has {weights[row.layer]} weights, and {count}")
+            members.setdefault(row.layer, row.members)
+            known = options.setdefault(row.layer, {})
+            damage = row.sensitivity_per_token if per_token else row.sensitivity
+            if damage is not None and row.num_bits is not None:
+                known[name] = Option(name, row.num_bits, damage)
+    kept = {layer for layer in weights if matches(layer, members[layer], patterns)}
+    if keep_head:
+        kept |= {layer for layer in weights if kind_of(layer) == "head"}
+    units = []
+    for layers in _united(members, together):
+        shared = [name for name in formats if all(name in options[layer] for layer in layers)]
+        if kept.intersection(layers):
+            shared = []
+        units.append(
+            Unit(
+                groups=layers,
+                weights=sum(weights[layer] for layer in layers),
+                options=(
+                    UNQUANTIZED,
+                    *(
+                        Option(
+                            name,
+                            options[layers[0]][name].bits,
+                            sum(options[layer][name].damage for layer in layers),
+                        )
+                        for name in shared
+                    ),
+                ),
+            )
+        )
+    return units
+
+
+def has_per_token(formats: Mapping[str, Sequence[Row]]) -> bool:
+    """Return whether every scored row has its sensitivity per token."""
+    return all(
+        row.sensitivity_per_token is not None
+        for rows in formats.values()
+        for row in rows
+        if row.status == "scored"
+    )
+
+
+def weights_of(row: Row) -> int | None:
+    """Return the weight elements of a row's group; none where an older manifest cannot tell."""
+    if row.size_cost is None or not row.num_bits:
+        return None
+    return round(row.size_cost * UNQUANTIZED_BITS / row.num_bits)
+
+
+def matches(layer: str, members: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Return whether a pattern matches a group or one of its members, ``model.`` aside."""
+    names = {layer, *members}
+    names |= {normalise_name(name) for name in names}
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+def _united(
+    members: Mapping[str, tuple[str, ...]], together: Iterable[Collection[str]]
+) -> list[tuple[str, ...]]:
+    """Return the groups, those that share a format as one, in order of their first."""
+    leader = {layer: layer for layer in members}
+
+    def find(layer: str) -> str:
+        while leader[layer] != layer:
+            layer = leader[layer]
+        return layer
+
+    order = {layer: index for index, layer in enumerate(members)}
+    for names in (*together, *_fused(members)):
+        known = [find(name) for name in names if name in leader]
+        for name in known:
+            leader[name] = min(known, key=order.__getitem__)
+    united: dict[str, list[str]] = {}
+    for layer in members:
+        united.setdefault(find(layer), []).append(layer)
+    return [tuple(layers) for layers in united.values()]
+
+
+def _fused(members: Mapping[str, tuple[str, ...]]) -> list[set[str]]:
+    """Return the groups that hold parts of one fused layer."""
+    found: dict[tuple[str, tuple[str, ...]], set[str]] = {}
+    for layer, names in members.items():
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            for leaves in FUSED:
+                if leaf in leaves:
+                    found.setdefault((parent, leaves), set()).add(layer)
+    return [layers for layers in found.values() if len(layers) > 1]

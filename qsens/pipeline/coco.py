@@ -1,0 +1,284 @@
+"""Calibration samples from COCO's caption annotations: one caption an image, nested sizes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qsens.config import Roots, load_sweep
+from qsens.config.models import SIZES, DatasetConfig, Size
+from qsens.errors import UserError
+from qsens.store import write_file
+
+_REMEDY = "Name a captions_*.json of COCO: {images: [...], annotations: [...]}."
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption of an image.
+
+    Attributes:
+        image: The image's file, relative to the images' directory; empty without images.
+        text: The caption, normalised.
+    """
+
+    image: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What is read of an annotation file.
+
+    Attributes:
+        captions: By image id: ``(annotation id, text)``, as the file has them.
+        files: By image id: its file name.
+        digest: SHA-256 of the file, in hex.
+    """
+
+    captions: Mapping[str, Sequence[tuple[str, str]]]
+    files: Mapping[str, str]
+    digest: str
+
+
+def make_captions(
+    annotations: Path,
+    *,
+    dataset: str = "coco2017_captions",
+    out: Path | None = None,
+    images: Path | None = None,
+    sizes: Sequence[str] = (),
+    seed: int = 0,
+    replace: bool = False,
+    roots: Roots | None = None,
+) -> dict[str, Any]:
+    """Write the sample files of a data set from an annotation file, all or none.
+
+    Args:
+        annotations: COCO's ``captions_*.json``.
+        dataset: File below ``configs/dataset/`` that says names and sizes of the sample files.
+        out: Directory of the sample files; the data set's when not given.
+        images: Directory of the images: writes ``{"image": path, "caption": text}``, a line each,
+            with paths relative to it; images that are not there are left out.
+        sizes: Sizes to write; all of the data set when empty.
+        seed: Draws other images and captions.
+        replace: Whether files with another content may be overwritten.
+        roots: Where things lie; from the environment when not given.
+
+    Returns:
+        ``files``, by size: path and samples; ``seed``, ``source_digest`` and ``left_out``: images
+        or captions by reason.
+
+    Raises:
+        UserError: The file is malformed, holds too few captions, or would overwrite others.
+        TryAgain: The disk is full; nothing was written.
+    """
+    roots = roots or Roots.from_environment()
+    config = load_sweep("single", [f"dataset={dataset}"], roots=roots).config.dataset
+    chosen = _sizes(config, sizes)
+    read = read_annotations(annotations, with_images=images is not None)
+    left_out: Counter[str] = Counter()
+    if images is not None and not images.is_dir():
+        raise UserError(
+            "is no directory", where=f"--images {images}", remedy="Name the images' directory."
+        )
+    wanted = config.sizes[chosen[-1]]
+    drawn: list[Caption] = []
+    for caption in draw(read, images=images, seed=seed, left_out=left_out):
+        drawn.append(caption)
+        if len(drawn) == wanted:
+            break
+    if len(drawn) < wanted:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+        raise UserError(
+            f"gives {len(drawn)} captions, and size '{chosen[-1]}' needs {wanted}"
+            + (f" (left out: {reasons})" if reasons else ""),
+            where=str(annotations),
+            remedy="Name a larger file, or fewer sizes: --size small.",
+        )
+    directory = roots.resolve(out or config.directory)
+    paths = {size: directory / config.files[size] for size in chosen}
+    if images is not None:
+        paths = {size: path.with_suffix(".jsonl") for size, path in paths.items()}
+    texts = {paths[size]: _lines(drawn[: config.sizes[size]], images) for size in chosen}
+    _write(texts, replace=replace)
+    return {
+        "files": {
+            size: {"path": str(path), "samples": config.sizes[size]} for size, path in paths.items()
+        },
+        "seed": seed,
+        "source_digest": read.digest,
+        "left_out": dict(sorted(left_out.items())),
+    }
+
+
+def read_annotations(path: Path, *, with_images: bool) -> Annotations:
+    """Read an annotation file.
+
+    Args:
+        path: COCO's ``captions_*.json``.
+        with_images: Whether the images' names are needed.
+
+    Raises:
+        UserError: It cannot be read, or is no captions file; the message names the entry.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error.strerror}", where=str(path), remedy=_REMEDY
+        ) from error
+    try:
+        tree = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"is no JSON: {str(error).splitlines()[0]}", where=str(path), remedy=_REMEDY
+        ) from error
+    captions: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for where, entry in _entries(tree, "annotations", path):
+        image, text = _get(entry, "image_id", where, path), _get(entry, "caption", where, path)
+        if not isinstance(text, str):
+            raise _malformed(f"{where}.caption is no text", path)
+        captions[_id(image, f"{where}.image_id", path)].append(
+            (_id(_get(entry, "id", where, path), f"{where}.id", path), text)
+        )
+    files: dict[str, str] = {}
+    for where, entry in _entries(tree, "images", path) if with_images else ():
+        key = _id(_get(entry, "id", where, path), f"{where}.id", path)
+        name = _get(entry, "file_name", where, path)
+        if not isinstance(name, str) or not name:
+            raise _malformed(f"{where}.file_name is no file's name", path)
+        if files.setdefault(key, name) != name:
+            raise _malformed(f"{where}: image {key} has two files, {files[key]} and {name}", path)
+    return Annotations(captions, files, hashlib.sha256(data).hexdigest())
+
+
+def draw(
+    read: Annotations, *, images: Path | None, seed: int, left_out: Counter[str]
+) -> Iterator[Caption]:
+    """Yield one caption an image, in a drawn order; no text comes twice.
+
+    Order and choice hang on the seed and the ids alone, by SHA-256: not on the order of the file,
+    on the version of Python, or on how many are taken.
+
+    Args:
+        read: The annotations.
+        images: Directory of the images; none where only the text matters.
+        seed: Draws other images and captions.
+        left_out: Counts what is left out, by reason.
+    """
+    seen: set[str] = set()
+    for image in sorted(read.captions, key=lambda image: _rank(seed, image)):
+        name = "" if images is None else read.files.get(image, "")
+        if images is not None and not _is_there(images, name):
+            left_out["images that are not there"] += 1
+            continue
+        candidates = sorted(read.captions[image], key=lambda pair: _rank(seed, image, *pair))
+        for _, raw in candidates:
+            text = normalise(raw)
+            if not text:
+                left_out["empty captions"] += 1
+            elif text.casefold() in seen:
+                left_out["captions that came before"] += 1
+            else:
+                seen.add(text.casefold())
+                yield Caption(name, text)
+                break
+
+
+def normalise(text: str) -> str:
+    """Return a caption in NFC, on one line, without invisible characters or doubled spaces."""
+    spaced = " ".join(unicodedata.normalize("NFC", text).split())
+    kept = (c for c in spaced if c in _JOINERS or unicodedata.category(c) not in _INVISIBLE)
+    return " ".join("".join(kept).split()).strip(_JOINERS + " ")
+
+
+# Control and format characters, and halves of surrogate pairs, which UTF-8 cannot hold.
+_INVISIBLE = ("Cc", "Cf", "Cs")
+# Invisible too, but Persian, Indic scripts and emoji are written with them.
+_JOINERS = "\u200c\u200d"
+
+
+def _sizes(config: DatasetConfig, given: Sequence[str]) -> list[Size]:
+    known = [size for size in SIZES if size in config.sizes and size in config.files]
+    for size in given:
+        if size not in known:
+            raise UserError(
+                f"unknown size '{size}'", where="--size", remedy=f"Allowed: {', '.join(known)}."
+            )
+    return [size for size in known if not given or size in given]
+
+
+def _is_there(images: Path, name: str) -> bool:
+    """Say whether an image lies below the images' directory; a name never leads out of it."""
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\0" in name:
+        return False
+    path = images / pure
+    return path.is_file() and path.resolve().is_relative_to(images.resolve())
+
+
+def _lines(captions: Sequence[Caption], images: Path | None) -> str:
+    if images is None:
+        return "".join(f"{caption.text}\n" for caption in captions)
+    return "".join(
+        json.dumps({"image": caption.image, "caption": caption.text}, ensure_ascii=False) + "\n"
+        for caption in captions
+    )
+
+
+def _write(texts: Mapping[Path, str], *, replace: bool) -> None:
+    """Write files all or none; no file is renamed before all are on the disk."""
+    new = {}
+    for path, text in texts.items():
+        content = text.encode("utf-8")
+        if path.is_file() and path.read_bytes() == content:
+            continue
+        if path.exists() and not replace:
+            raise UserError(
+                "is there already, with another content",
+                where=str(path),
+                remedy="Name another directory with --out, or overwrite it with --replace.",
+            )
+        new[path] = content
+    with ExitStack() as stack:
+        for path, content in new.items():
+            stack.enter_context(write_file(path)).write_bytes(content)
+
+
+def _entries(tree: Any, key: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    found = tree.get(key) if isinstance(tree, dict) else None
+    if not isinstance(found, list):
+        raise _malformed(f"has no list '{key}'", path)
+    for index, entry in enumerate(found):
+        if not isinstance(entry, dict):
+            raise _malformed(f"{key}[{index}] is no object", path)
+        yield f"{key}[{index}]", entry
+
+
+def _get(entry: Mapping[str, Any], key: str, where: str, path: Path) -> Any:
+    if key not in entry:
+        raise _malformed(f"{where} has no '{key}'", path)
+    return entry[key]
+
+
+def _id(value: Any, where: str, path: Path) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise _malformed(f"{where} is neither a whole number nor text", path)
+    return str(value)
+
+
+def _malformed(what: str, path: Path) -> UserError:
+    return UserError(what, where=str(path), remedy=_REMEDY)
+
+
+def _rank(seed: int, *parts: str) -> bytes:
+    text = "\0".join((str(seed), *parts))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()

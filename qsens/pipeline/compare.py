@@ -1,0 +1,235 @@
+"""Read two sweeps or two cells, and lay them side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsens.analysis.drift import Change, changes, moved
+from qsens.analysis.ranking import Row, normalise_name, rank, total_per_token
+from qsens.analysis.reasons import Difference, differences, inputs
+from qsens.analysis.samples import SampleScores, read_samples
+from qsens.analysis.stability import compare_sizes
+from qsens.config import Roots
+from qsens.errors import UserError
+from qsens.grid import read_plan
+from qsens.manifest import (
+    MANIFEST_SUFFIX,
+    STATE_SUFFIX,
+    Manifest,
+    find_manifest,
+    read_manifest,
+)
+from qsens.pipeline.drift import Result, comparable, distinct, normalised
+from qsens.pipeline.publish import read_summary
+from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
+from qsens.report.sweep import SUMMARY
+from qsens.store import MANIFEST, STATE
+
+
+@dataclass(frozen=True)
+class _Cell:
+    name: str
+    rows: tuple[Row, ...]
+    result: Result | None
+
+
+@dataclass(frozen=True)
+class _Side:
+    name: str
+    sweep: bool
+    cells: dict[str, _Cell]
+
+
+def compare(one: str, other: str, roots: Roots) -> Comparison:
+    """Compare two sweeps, or two cells.
+
+    Args:
+        one: A directory, a file, a sweep's id, or ``<sweep id>/<cell id>``.
+        other: The same.
+        roots: Where sweeps are looked for by id.
+
+    Raises:
+        UserError: One is not there, is broken, or the two have nothing in common.
+    """
+    sides = _find(one, roots), _find(other, roots)
+    if sides[0].sweep != sides[1].sweep:
+        raise UserError(
+            "one is a sweep, the other a cell",
+            where=f"{one} and {other}",
+            remedy="Name two sweeps, or two cells.",
+        )
+    if sides[0].sweep:
+        names = [name for name in sides[0].cells if name in sides[1].cells]
+        pairs = [(sides[0].cells[name], sides[1].cells[name]) for name in names]
+    else:
+        pairs = [(*sides[0].cells.values(), *sides[1].cells.values())]
+    if not pairs:
+        raise UserError(
+            "no cell has a result in both",
+            where=f"{one} and {other}",
+            remedy="Name two sweeps of the same pairs and sizes, or two cells.",
+        )
+    found: dict[tuple[int, str], Change] = {}
+    samples: list[str] = []
+    causes: list[Difference] = []
+    for index, (a, b) in enumerate(pairs):
+        noise = "noise unknown"
+        if a.result is not None and b.result is not None:
+            causes += differences(inputs(a.result.manifest), inputs(b.result.manifest))
+            reason, paired = comparable(a.result, b.result)
+            if reason is None and a.result.samples and b.result.samples:
+                noise = "the same" if paired else "different"
+                tested = changes(
+                    normalised(a.result.samples), normalised(b.result.samples), paired=paired
+                )
+                found |= {(index, name): change for name, change in tested.items()}
+        samples.append(noise)
+    beyond = moved(found)
+    methods = {
+        cell.result.manifest.scheme.auto_quantize_method
+        for pair in pairs
+        for cell in pair
+        if cell.result is not None
+    }
+    return Comparison(
+        before=sides[0].name,
+        after=sides[1].name,
+        method=methods.pop() if len(methods) == 1 else "different",
+        differences=distinct(causes),
+        cells=tuple(
+            _compared(
+                *pair,
+                samples[index],
+                {name: change for (at, name), change in found.items() if at == index},
+                {name for at, name in beyond if at == index},
+            )
+            for index, pair in enumerate(pairs)
+        ),
+        only_in_one=tuple(sorted(sides[0].cells.keys() ^ sides[1].cells.keys()))
+        if sides[0].sweep
+        else (),
+    )
+
+
+def _compared(
+    a: _Cell, b: _Cell, samples: str, found: Mapping[str, Change], beyond: set[str]
+) -> ComparedCell:
+    totals = [total_per_token(cell.rows) for cell in (a, b)]
+    per_token = None not in totals
+
+    def scores(cell: _Cell) -> dict[str, float]:
+        values = {
+            normalise_name(row.layer): row.sensitivity_per_token if per_token else row.sensitivity
+            for row in cell.rows
+            if row.position is not None
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    one, other = scores(a), scores(b)
+    agreed = compare_sizes(one, other)
+    by_name = [{normalise_name(row.layer): row for row in cell.rows} for cell in (a, b)]
+    groups = []
+    for name in {**one, **other}:
+        first, second = by_name[0].get(name), by_name[1].get(name)
+        known = first or second
+        assert known is not None
+        groups.append(
+            ComparedGroup(
+                layer=known.layer,
+                before=one.get(name),
+                after=other.get(name),
+                share_before=first.share if first else None,
+                share_after=second.share if second else None,
+                position_before=first.position if first else None,
+                position_after=second.position if second else None,
+                half_width=found[name].half_width if name in found else None,
+                moved=name in beyond if name in found else None,
+            )
+        )
+    groups.sort(key=lambda group: (not group.moved, -_distance(group), group.layer))
+    return ComparedCell(
+        before=a.name,
+        after=b.name,
+        per_token=per_token,
+        samples=samples,  # type: ignore[arg-type]
+        total_before=math.fsum(one.values()),
+        total_after=math.fsum(other.values()),
+        spearman=agreed.spearman,
+        kendall=agreed.kendall,
+        overlap=agreed.overlap,
+        groups=tuple(groups),
+    )
+
+
+def _distance(group: ComparedGroup) -> float:
+    """Return by what factor a score changed, as a logarithm; a lost score is far."""
+    if not group.before or not group.after or group.before < 0 or group.after < 0:
+        return math.inf if group.before != group.after else 0.0
+    return abs(math.log(group.after / group.before))
+
+
+def _find(name: str, roots: Roots) -> _Side:
+    path = Path(name)
+    if path.name == SUMMARY and path.is_file():
+        return _sweep(path.parent)
+    if (path / SUMMARY).is_file():
+        return _sweep(path)
+    if path.exists():
+        return _cell(find_manifest(path))
+    sweep, _, cell = name.partition("/")
+    places = [
+        roots.results / "tmp" / sweep,
+        *sorted(roots.results.glob(f"models/*/layer-analysis/sweeps/{_escaped(sweep)}")),
+    ]
+    directory = next((place for place in places if (place / SUMMARY).is_file()), None)
+    if directory is None:
+        raise UserError(
+            "is neither a directory of results nor the id of a sweep",
+            where=name,
+            remedy="Name a sweep's or a cell's directory, a sweep's id, or SWEEP/CELL.",
+        )
+    side = _sweep(directory)
+    if not cell:
+        return side
+    if cell not in side.cells:
+        raise UserError(
+            f"the sweep has no result of the cell '{cell}'",
+            where=str(directory),
+            remedy=f"Its cells: {', '.join(side.cells)}.",
+        )
+    return _Side(name, sweep=False, cells={cell: side.cells[cell]})
+
+
+def _sweep(directory: Path) -> _Side:
+    summary = read_summary(directory / SUMMARY)
+    results = read_plan(directory / "plan.json").results
+    cells = {}
+    for cell in summary.done:
+        place = results / ".cells" / cell.digest
+        result = Result.read(place) if (place / MANIFEST).is_file() else None
+        cells[cell.cell] = _Cell(cell.cell, cell.rows, result)
+    return _Side(summary.sweep_id, sweep=True, cells=cells)
+
+
+def _cell(path: Path) -> _Side:
+    manifest = read_manifest(path)
+    state = (
+        path.with_name(STATE)
+        if path.name == MANIFEST
+        else path.with_name(path.name.removesuffix(MANIFEST_SUFFIX) + STATE_SUFFIX)
+    )
+    samples = read_samples(state, manifest.scheme.auto_quantize_method) if state.is_file() else None
+    name = manifest.cell or path.stem
+    return _Side(name, sweep=False, cells={name: _as_cell(name, manifest, samples)})
+
+
+def _as_cell(name: str, manifest: Manifest, samples: SampleScores | None) -> _Cell:
+    return _Cell(name, rank(manifest).rows, Result(manifest, samples))
+
+
+def _escaped(name: str) -> str:
+    """Return a name as a glob pattern that matches nothing else."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name.replace("..", ""))

@@ -1,0 +1,246 @@
+"""A recipe of mixed precision from a published sweep. Never computes a score, imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from qsens.analysis.options import matches
+from qsens.config import PairConfig, Roots
+from qsens.config.models import SIZES, Size
+from qsens.errors import UserError
+from qsens.export import llm_compressor, modelopt
+from qsens.export.recipe import LeftOut, Recipe, choose, tally
+from qsens.grid import Plan, read_plan
+from qsens.manifest import dump_json
+from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell, read_summary
+from qsens.store import write_text
+
+Target = Literal["modelopt", "llm-compressor", "json"]
+PLAN = "plan.json"
+
+
+def write_recipe(
+    where: str,
+    *,
+    bits: float,
+    target: Target,
+    size: Size | None = None,
+    pairs: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    tied_head: bool = False,
+    out: Path | None = None,
+    roots: Roots | None = None,
+) -> dict[str, Any]:
+    """Choose a recipe from a sweep, and write it for a tool.
+
+    Args:
+        where: A sweep's directory, its ``summary.json``, or its id under the results root.
+        bits: Bits a weight, at most.
+        target: Who takes it.
+        size: Calibration size of the scores; the largest that has results when not given.
+        pairs: The pairs to choose from; all of the sweep when not given.
+        keep: Patterns (fnmatch) of groups or modules that stay at 16 bits.
+        tied_head: Whether a head that is tied to the embedding may be quantized too.
+        out: Where to write it; nothing is written when not given.
+        roots: Where things lie; from the environment when not given.
+
+    Returns:
+        ``{sweep_id, size, target, bits_asked, bits, damage, damage_unit, formats, left_out,
+        notices, path, recipe}``; ``recipe`` is the text, left out where it was written.
+
+    Raises:
+        UserError: There is no such sweep, it has no results at that size, or a pattern matches
+            nothing.
+        AnswerIsNo: The target is out of reach.
+    """
+    directory = find_sweep(where, roots or Roots.from_environment())
+    refusal = llm_compressor.refusal if target == "llm-compressor" else None
+    recipe = recipe_of(
+        read_summary(directory / SUMMARY),
+        read_plan(directory / PLAN),
+        bits,
+        size=size,
+        pairs=pairs,
+        keep=keep,
+        tied_head=tied_head,
+        refusal=refusal,
+    )
+    text = dump(recipe, target)
+    if out is not None:
+        write_text(out, text)
+    return {
+        "sweep_id": recipe.sweep_id,
+        "size": recipe.size,
+        "target": target,
+        "bits_asked": bits,
+        "bits": recipe.bits,
+        "damage": recipe.damage,
+        "damage_unit": recipe.damage_unit,
+        "formats": [
+            {"format": name, "groups": groups, "weights": weights}
+            for name, groups, weights in tally(recipe)
+        ],
+        "left_out": [entry.model_dump() for entry in recipe.left_out],
+        "notices": list(recipe.notices),
+        "path": str(out.resolve()) if out is not None else None,
+        **({} if out is not None else {"recipe": text}),
+    }
+
+
+def dump(recipe: Recipe, target: Target) -> str:
+    """Return the recipe as the text that ``target`` takes."""
+    if target == "modelopt":
+        return modelopt.dump(recipe)
+    if target == "llm-compressor":
+        return llm_compressor.dump(recipe)
+    return dump_json(recipe.model_dump(mode="json"))
+
+
+def recipe_of(
+    summary: Summary,
+    plan: Plan,
+    bits: float,
+    *,
+    size: Size | None = None,
+    pairs: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    tied_head: bool = False,
+    refusal: Callable[[PairConfig], str | None] | None = None,
+) -> Recipe:
+    """Choose a recipe from a sweep.
+
+    Args:
+        summary: What the sweep found.
+        plan: The plan of the same sweep.
+        bits: Bits a weight, at most.
+        size: Calibration size of the scores; the largest that has results when not given.
+        pairs: The pairs to choose from; all of the sweep when not given.
+        keep: Patterns (fnmatch) of groups or modules that stay at 16 bits.
+        tied_head: Whether a head that is tied to the embedding may be quantized too.
+        refusal: Returns why a pair is no option; none where it is one.
+
+    Raises:
+        UserError: No results at that size, or a pattern matches nothing.
+        AnswerIsNo: The target is out of reach.
+    """
+    cells = _cells(summary, size, pairs)
+    chosen_size = cells[0].size
+    formats = {format_name(cell): plan.pair(plan.cell(cell.cell)) for cell in cells}
+    left_out = [
+        LeftOut(format=format_name(cell), reason=cell.reason or "no result")
+        for cell in summary.cells
+        if cell.size == chosen_size and not cell.done and (not pairs or cell.pair in pairs)
+    ]
+    for name, pair in list(formats.items()):
+        reason = refusal(pair) if refusal is not None else None
+        if reason is not None:
+            del formats[name]
+            left_out.append(LeftOut(format=name, reason=reason))
+    if not formats:
+        raise UserError(
+            "none of its pairs can be expressed: "
+            + "; ".join(f"{entry.format}: {entry.reason}" for entry in left_out),
+            where=f"sweep {summary.sweep_id}",
+            remedy="Export with --to modelopt, or sweep other pairs.",
+        )
+    rows = {format_name(cell): cell.rows for cell in cells if format_name(cell) in formats}
+    _refuse_idle_patterns(rows, keep)
+    notices = [
+        f"PARTIAL: {cell.cell}: {reason}"
+        for cell in cells
+        for reason in cell.partial
+        if format_name(cell) in formats
+    ]
+    tied = plan.checkpoint.tied_head
+    keep_head = tied is not False and not tied_head
+    if keep_head:
+        known = "is tied to the embedding" if tied else "may be tied to the embedding"
+        notices.append(f"the head {known}: it is left at 16 bits")
+    return choose(
+        rows,
+        formats,
+        bits,
+        sweep_id=summary.sweep_id,
+        model=summary.model,
+        checkpoint_digest=summary.checkpoint_digest,
+        size=chosen_size,
+        method=plan.config.autoquant.method,
+        keep=keep,
+        keep_head=keep_head,
+        left_out=left_out,
+        notices=notices,
+    )
+
+
+def format_name(cell: SummaryCell) -> str:
+    """Return the name of a cell's format: its pair, and its granularity unless the default."""
+    return cell.pair if cell.granularity == "default" else f"{cell.pair}-{cell.granularity}"
+
+
+def find_sweep(where: str, roots: Roots) -> Path:
+    """Return the directory of a published sweep.
+
+    Args:
+        where: That directory, the ``summary.json`` in it, or the sweep's id under the results root.
+        roots: Where results lie.
+
+    Raises:
+        UserError: There is none, or the id names more than one.
+    """
+    path = Path(where)
+    if path.name == SUMMARY and path.is_file():
+        return path.parent.resolve()
+    if (path / SUMMARY).is_file():
+        return path.resolve()
+    if path.name == where and where not in ("", ".", ".."):
+        found = [
+            directory
+            for directory in (
+                roots.results / "tmp" / where,
+                *(roots.results / "models").glob(f"*/layer-analysis/{SWEEPS}/*"),
+            )
+            if directory.name == where and (directory / SUMMARY).is_file()
+        ]
+        if len(found) == 1:
+            return found[0]
+    raise UserError(
+        "is no published sweep",
+        where=where,
+        remedy=f"Name a directory with a {SUMMARY}, that file, or a sweep id below "
+        f"{roots.results}.",
+    )
+
+
+def _cells(summary: Summary, size: Size | None, pairs: Sequence[str]) -> list[SummaryCell]:
+    unknown = sorted(set(pairs) - {cell.pair for cell in summary.cells})
+    if unknown:
+        raise UserError(
+            f"has no pair '{unknown[0]}'",
+            where=f"sweep {summary.sweep_id}",
+            remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in summary.cells))}.",
+        )
+    done = [cell for cell in summary.done if not pairs or cell.pair in pairs]
+    sizes = {cell.size for cell in done}
+    wanted = size or max(sizes, key=SIZES.index, default=None)
+    found = [cell for cell in done if cell.size == wanted]
+    if not found:
+        known = ", ".join(sorted(sizes, key=SIZES.index)) or "none"
+        raise UserError(
+            f"has no result of size '{size}'" if size else "has no results",
+            where=f"sweep {summary.sweep_id}",
+            remedy=f"Sizes with results: {known}.",
+        )
+    return found
+
+
+def _refuse_idle_patterns(rows: Mapping[str, Sequence[Any]], keep: Sequence[str]) -> None:
+    groups = {row.layer: row.members for each in rows.values() for row in each}
+    for pattern in keep:
+        if not any(matches(layer, members, [pattern]) for layer, members in groups.items()):
+            raise UserError(
+                f"'{pattern}' matches no group and no module",
+                where="--keep",
+                remedy=f"Names look like {min(groups)}; * stands for anything.",
+            )

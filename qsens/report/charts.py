@@ -1,0 +1,180 @@
+"""The data that the pages' charts are drawn from: plain lists, names already bounded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qsens.analysis.ranking import Row, normalise_name
+from qsens.manifest import Kind
+from qsens.report import format as look
+from qsens.report.findings import Drift, largest_cells, series_of
+from qsens.report.views import Heat
+
+KINDS: tuple[Kind, ...] = ("qkv", "o", "gate_up", "down", "experts", "other", "vision")
+_DEPTHS_SHOWN = 200
+_FIRST = 20
+_HEAT_ROWS = 400
+_MOVED = 40
+
+Chart = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DepthMap:
+    """Shares of the total by kind and depth, for a heat map.
+
+    Attributes:
+        depths: Depths that hold a scored group, ascending.
+        kinds: Each kind with its share at each of those depths, none where there is no group.
+        top: The largest share.
+        left_out: Scored groups without a place in it.
+    """
+
+    depths: tuple[int, ...]
+    kinds: tuple[tuple[Kind, tuple[float | None, ...]], ...]
+    top: float
+    left_out: int
+
+
+def depth_map(rows: Sequence[Row]) -> DepthMap | None:
+    """Return the shares of scored rows by kind and depth; none where depth says nothing."""
+    shares: dict[tuple[Kind, int], float] = {}
+    for row in rows:
+        if row.depth is not None and row.share is not None and row.kind in KINDS:
+            place = (row.kind, row.depth)
+            shares[place] = shares.get(place, 0.0) + row.share
+    depths = tuple(sorted({depth for _, depth in shares}))
+    if not 2 <= len(depths) <= _DEPTHS_SHOWN:
+        return None
+    present = {kind for kind, _ in shares}
+    return DepthMap(
+        depths=depths,
+        kinds=tuple(
+            (kind, tuple(shares.get((kind, depth)) for depth in depths))
+            for kind in KINDS
+            if kind in present
+        ),
+        top=max(shares.values()),
+        left_out=sum(
+            row.share is not None and (row.depth is None or row.kind not in KINDS) for row in rows
+        ),
+    )
+
+
+def profile(rows: Sequence[Row]) -> Chart | None:
+    """Return the share of the total over depth, a line a kind of module."""
+    found = depth_map(rows)
+    if found is None:
+        return None
+    return {
+        "depths": found.depths,
+        "lines": [{"name": kind, "values": shares} for kind, shares in found.kinds],
+    }
+
+
+def first_groups(rows: Sequence[Row]) -> Chart | None:
+    """Return the first groups of a cell with the intervals of their scores per token."""
+    kept = [row for row in rows if row.interval is not None][:_FIRST]
+    if not kept:
+        return None
+    return {
+        "names": [look.shown(row.layer) for row in kept],
+        "scores": [row.sensitivity_per_token for row in kept],
+        "low": [row.interval[0] if row.interval else None for row in kept],
+        "high": [row.interval[1] if row.interval else None for row in kept],
+        "stable": [row.verdict == "stable" for row in kept],
+    }
+
+
+def heat(found: Heat | None) -> Chart | None:
+    """Return groups by pairs, the shares of each pair's total."""
+    if found is None or not found.rows:
+        return None
+    rows = found.rows[:_HEAT_ROWS]
+    return {
+        "names": [look.shown(name) for name, _ in rows],
+        "columns": [look.shown(column_name(cell)) for cell in found.cells],
+        "values": [[row.share if row else None for row in cells] for _, cells in rows],
+        "left_out": len(found.rows) - len(rows),
+    }
+
+
+def profiles(cells: Sequence[Any]) -> Chart:
+    """Return the profile of every pair at its largest size, by the pair's name."""
+    found = {look.shown(column_name(cell)): profile(cell.rows) for cell in largest_cells(cells)}
+    return {name: chart for name, chart in found.items() if chart is not None}
+
+
+def sizes(cells: Sequence[Any]) -> Chart:
+    """Return of every pair its first groups at all sizes, with intervals where there are any."""
+    found: Chart = {}
+    for largest in largest_cells(cells):
+        members = [c for c in cells if c.done and series_of(c) == series_of(largest)]
+        if len(members) < 2:
+            continue
+        names = [row.layer for row in largest.rows if row.position is not None][:_FIRST]
+        per_token = all(cell.total_per_token is not None for cell in members)
+        found[look.shown(column_name(largest))] = {
+            "names": [look.shown(name) for name in names],
+            "per_token": per_token,
+            "sizes": [_size(cell, names, per_token) for cell in members],
+        }
+    return found
+
+
+def drift(found: Drift | None) -> Chart | None:
+    """Return what moved: from where to where, with the interval of the change."""
+    if found is None or not found.moved:
+        return None
+    kept = found.moved[:_MOVED]
+    return {
+        "names": [look.shown(f"{moved.layer} ({moved.cell})", 400) for moved in kept],
+        "before": [moved.before for moved in kept],
+        "after": [moved.after for moved in kept],
+        "half_width": [moved.half_width for moved in kept],
+    }
+
+
+def pareto(summary: Mapping[str, Any]) -> Chart | None:
+    """Return the curve of damage over effective bits, with the recipe chosen, where there is one.
+
+    Args:
+        summary: A summary as JSON data; ``pareto`` is a list of ``{bits, damage}``, ``recipe`` the
+            point chosen.
+    """
+    points = summary.get("pareto")
+    if not points:
+        return None
+    if isinstance(points, dict):
+        points = points.get("points", [])
+    chosen = summary.get("recipe")
+    return {
+        "bits": [point["bits"] for point in points],
+        "damage": [point["damage"] for point in points],
+        "chosen": [chosen["bits"], chosen["damage"]] if chosen else None,
+    }
+
+
+def column_name(cell: Any) -> str:
+    """Return a pair's name, with its granularity where it is not the default."""
+    default = cell.granularity == "default"
+    return str(cell.pair) if default else f"{cell.pair} {cell.granularity}"
+
+
+def _size(cell: Any, names: Sequence[str], per_token: bool) -> Chart:
+    rows = {normalise_name(row.layer): row for row in cell.rows}
+    found = [rows.get(normalise_name(name)) for name in names]
+    scores = [
+        (row.sensitivity_per_token if per_token else row.sensitivity) if row else None
+        for row in found
+    ]
+    ends = [row.interval if row and per_token else None for row in found]
+    return {
+        "size": cell.size,
+        "scores": [value if value is None or math.isfinite(value) else None for value in scores],
+        "low": [end[0] if end else None for end in ends],
+        "high": [end[1] if end else None for end in ends],
+    }

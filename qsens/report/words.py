@@ -1,0 +1,54 @@
+"""Findings in words: what the templates say of stability, sizes and drift."""
+
+from __future__ import annotations
+
+from qsens.report import format as look
+from qsens.report.findings import CellStability, Drift, SizesCompared
+
+
+def stable_words(stable: bool | None) -> str:
+    """Say whether the first groups are sure."""
+    return "not known" if stable is None else "stable" if stable else "undecided"
+
+
+def settled_words(found: CellStability) -> str:
+    """Say how sure the first groups of a cell are, and what would settle them."""
+    if found.first_stable:
+        return f"Which {found.first} these are is stable over these {found.samples} samples."
+    text = f"Which {found.first} these are is undecided with {found.samples} samples"
+    if found.samples_needed is None:
+        return f"{text}, and scores beside the cut are equal."
+    return f"{text}; an estimate: about {look.about(found.samples_needed)} would settle it."
+
+
+def independent_words(entry: SizesCompared) -> str:
+    """Say whether two sizes are independent of each other."""
+    if entry.independent == "no":
+        return f"no: both scored the same {look.count(entry.scored_larger or 0, 'sample')}"
+    if entry.independent == "in part":
+        small, large = sorted((entry.scored_smaller or 0, entry.scored_larger or 0))
+        return f"in part: {small} of {large} samples are shared"
+    return "not known"
+
+
+def drift_words(drift: Drift | None, previous: str | None) -> str:
+    """Say in one or two sentences what changed since the sweep before."""
+    if previous is None:
+        return "This is the first sweep."
+    if drift is None:
+        return "Not compared with the sweep before."
+    same = look.count(drift.identical, "cell")
+    if not drift.compared:
+        if drift.identical and not drift.not_compared:
+            return f"Nothing changed: the same inputs, and so the same results, in {same}."
+        return f"{same} with the same inputs; no other cell could be compared."
+    causes = sorted({entry.cause for entry in drift.differences})
+    changed = f" Changed: {', '.join(causes)}." if causes else " No recorded input differs."
+    samples = "the same samples" if drift.paired else "different samples"
+    tests = (
+        f"{look.count(drift.tested, 'group')} tested in {look.count(drift.compared, 'cell')}, "
+        f"on {samples}, false alarms at {look.percent(drift.rate)} over all together"
+    )
+    if not drift.moved:
+        return f"Nothing moved beyond noise ({tests}).{changed}"
+    return f"{look.count(drift.moved, 'group')} moved beyond noise ({tests}).{changed}"

@@ -1,0 +1,92 @@
+"""What groups may become, from the rows of a sweep."""
+
+from __future__ import annotations
+
+import pytest
+
+from qsens.analysis.options import UNQUANTIZED, Option, Unit, build_units
+from qsens.analysis.ranking import Row
+
+LAYER = "model.language_model.layers.0."
+
+
+def row(name: str, bits: float, damage: float | None, weights: int = 64, **other: object) -> Row:
+    values: dict[str, object] = {
+        "layer": name,
+        "members": (name,),
+        "kind": "other",
+        "depth": 0,
+        "status": "scored" if damage is not None else "failed",
+        "num_bits": bits,
+        "sensitivity": damage,
+        "sensitivity_per_token": damage,
+        "size_cost": weights * bits / 16,
+        "position": None,
+        "share": None,
+    }
+    return Row.model_validate(values | other)
+
+
+def test_every_format_with_a_score_is_an_option() -> None:
+    formats = {
+        "w4": [row("a.o_proj", 4.25, 3.0), row("a.down_proj", 4.25, None, 128)],
+        "w8": [row("a.o_proj", 8.0, 1.0), row("a.down_proj", 8.0, 2.0, 128)],
+    }
+    assert build_units(formats) == [
+        Unit(("a.o_proj",), 64, (UNQUANTIZED, Option("w4", 4.25, 3.0), Option("w8", 8.0, 1.0))),
+        Unit(("a.down_proj",), 128, (UNQUANTIZED, Option("w8", 8.0, 2.0))),
+    ]
+
+
+def test_disabled_groups_are_left_out_and_kept_ones_stay() -> None:
+    rows = [
+        row("visual.x", 16.0, None, status="disabled"),
+        row(f"{LAYER}mlp.down_proj", 8.0, 1.0),
+        row("lm_head", 8.0, 1.0),
+    ]
+    kept = build_units({"w8": rows}, keep=["language_model.*.down_proj"], keep_head=True)
+    assert [(unit.groups, unit.options) for unit in kept] == [
+        ((f"{LAYER}mlp.down_proj",), (UNQUANTIZED,)),
+        (("lm_head",), (UNQUANTIZED,)),
+    ]
+
+
+def test_parts_of_a_fused_layer_are_one_unit() -> None:
+    leaves = ("q_proj", "k_proj", "v_proj", "o_proj")
+    formats = {
+        "w4": [row(f"{LAYER}self_attn.{leaf}", 4.5, 2.0**i) for i, leaf in enumerate(leaves)],
+        "w8": [
+            row(f"{LAYER}self_attn.{leaf}", 8.0, None if leaf == "k_proj" else 1.0)
+            for leaf in leaves
+        ],
+    }
+    fused, alone = build_units(formats)
+    assert fused.groups == tuple(f"{LAYER}self_attn.{leaf}" for leaf in leaves[:3])
+    assert fused.weights == 192
+    # k has no score at 8 bits, so that none of the three can take it: 1 + 2 + 4 at 4.5.
+    assert fused.options == (UNQUANTIZED, Option("w4", 4.5, 7.0))
+    assert alone.groups == (f"{LAYER}self_attn.o_proj",)
+
+
+def test_groups_that_must_go_together() -> None:
+    rows = [row("a", 8.0, 1.0), row("b", 8.0, 2.0), row("c", 8.0, 4.0)]
+    units = build_units({"w8": rows}, together=[{"a", "c", "not there"}])
+    assert [(unit.groups, unit.options[-1].damage) for unit in units] == [
+        (("a", "c"), 5.0),
+        (("b",), 2.0),
+    ]
+    assert len(build_units({"w8": rows}, together=[{"a", "b"}, {"b", "c"}])) == 1
+
+
+def test_per_token_only_where_all_have_it() -> None:
+    old = row("a", 8.0, 1.0, sensitivity_per_token=None)
+    new = row("a", 4.5, 7.0, sensitivity_per_token=0.5)
+    (unit,) = build_units({"w8": [old], "w4": [new]})
+    assert [option.damage for option in unit.options] == [0.0, 1.0, 7.0]
+    (unit,) = build_units({"w4": [new]})
+    assert unit.options[-1].damage == 0.5
+
+
+def test_weights_that_differ_are_no_one_sweep() -> None:
+    with pytest.raises(ValueError, match="64 weights, and 65"):
+        build_units({"w4": [row("a", 4.0, 1.0)], "w8": [row("a", 8.0, 1.0, 65)]})

@@ -1,0 +1,171 @@
+"""Samples with pictures: every module of a vision tower, against a plain ``mtq.auto_quantize``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qsens.config import load_sweep
+from qsens.engine import fisher, fused
+from qsens.engine.budget import Budget
+from qsens.engine.calibrate import calibrate
+from qsens.engine.candidates import Candidates, Request, distinct
+from qsens.engine.divergence import diverge
+from qsens.engine.groups import find_groups
+from qsens.engine.quantizer import on_cpu
+from qsens.engine.samples import Samples
+from qsens.engine.scores import PassScores
+
+from . import pictures
+
+COUNT, SCORED, BATCH = 12, 8, 4
+
+
+@pytest.fixture(scope="module")
+def samples() -> Samples:
+    return pictures.samples(COUNT)
+
+
+def pair(name: str) -> Any:
+    (config,) = load_sweep("single", [f"quant_pair={name}"]).config.quant_pair
+    return config
+
+
+def one(name: str) -> Candidates:
+    config = pair(name)
+    given = config.input_quantizer
+    return distinct(
+        [
+            Request(
+                cell=name,
+                weight=config.weight_quantizer.modelopt(),
+                input=given.modelopt() if given else None,
+                calibrated=COUNT,
+                scored=SCORED,
+            )
+        ]
+    )
+
+
+def run(name: str, samples: Samples, budget: Budget | None = None) -> tuple[list[str], PassScores]:
+    candidates, model = one(name), pictures.model()
+    groups = find_groups(model)
+    maxima = {}
+    if candidates.snapshots():
+        maxima = calibrate(model, samples, groups, snapshots=[COUNT])
+    found = fused.score(model, samples, groups, candidates, maxima, budget=budget)
+    assert found.failures == {}
+    return [group.name for group in groups], found
+
+
+def modelopt(name: str, samples: Samples) -> dict[str, float]:
+    """Return ModelOpt's scores with one sample a batch, each weighted by its nominal batch."""
+    import modelopt.torch.quantization as mtq
+
+    lengths = [end - start for start, end in samples.spans]
+    totals = [sum(lengths[at : at + BATCH]) for at in range(0, COUNT, BATCH)]
+    loader = []
+    for index in range(COUNT):
+        ids = torch.tensor([samples.ids[index]])
+        labels = torch.full_like(ids, -100)
+        start, end = samples.spans[index]
+        labels[0, start:end] = ids[0, start:end]
+        picture = samples.pictures[index]
+        loader.append(
+            {
+                "input_ids": ids,
+                "pixel_values": picture.patches,
+                "image_grid_thw": torch.tensor([picture.grid]),
+                "mm_token_type_ids": (ids == pictures.IMAGE).long(),
+                "labels": labels,
+                "weight": 1 / totals[index // BATCH],
+            }
+        )
+
+    def forward(model: Any, batch: dict[str, Any]) -> Any:
+        given = {key: value for key, value in batch.items() if key not in ("labels", "weight")}
+        return model(**given, use_cache=False)
+
+    def loss(output: Any, batch: dict[str, Any]) -> torch.Tensor:
+        each = F.cross_entropy(
+            output.logits[0, :-1].float(), batch["labels"][0, 1:], reduction="sum"
+        )
+        return each * batch["weight"]
+
+    with torch.enable_grad():
+        _, state = mtq.auto_quantize(
+            pictures.model(),
+            constraints={"effective_bits": 8.0},
+            quantization_formats=[on_cpu(pair(name).modelopt())],
+            data_loader=loader,
+            forward_step=forward,
+            loss_func=loss,
+            num_calib_steps=COUNT,
+            num_score_steps=SCORED,
+            verbose=False,
+        )
+    return {
+        key.removesuffix(".quant_recipe"): stats["scores"][0]
+        for key, stats in state["candidate_stats"].items()
+    }
+
+
+@pytest.mark.parametrize("name", ["wfp8_afp8", "wint8_aint8", "wfp4_afp8"])
+def test_every_group_equals_modelopt(name: str, samples: Samples) -> None:
+    theirs = modelopt(name, samples)
+    names, found = run(name, samples)
+    lengths = [end - start for start, end in samples.spans]
+    nominal = torch.tensor(
+        [
+            float(sum(lengths[at : at + BATCH]))
+            for at in range(0, SCORED, BATCH)
+            for _ in range(BATCH)
+        ]
+    )
+    ours = (found.per_sample[:, 0] / nominal.double().square()).sum(dim=1).tolist()
+    assert dict(zip(names, ours, strict=True)) == pytest.approx(theirs, rel=1e-4)
+    tower = [name for name in names if "visual" in name]
+    assert len(tower) == 1 + 3 * 4 + 2 + 2 * 2  # patches, three layers, merger, two for deepstack
+    assert all(theirs[name] > 0 for name in tower)
+
+
+def test_small_batches_and_kept_records_change_nothing(samples: Samples) -> None:
+    _, whole = run("wint8_aint8", samples)
+    for keeps in (False, True):
+        budget = Budget(limit=0, max_tokens=30, predicted=0, keeps_records=keeps)
+        _, split = run("wint8_aint8", samples, budget)
+        torch.testing.assert_close(split.per_sample, whole.per_sample, rtol=1e-4, atol=0)
+
+
+def test_fisher_estimates_the_divergence_of_the_captions(samples: Samples) -> None:
+    candidates, model = one("wint8_afp16"), pictures.model()
+    groups = find_groups(model)
+    truth = diverge(model, samples, groups, candidates, {}, boundaries=[])
+    found = fisher.estimate(model, samples, groups, candidates, {}, draws=64, seed=0)
+    ratio = found.per_sample[:, 0].sum(dim=1) / truth.per_sample[:, 0].sum(dim=1)
+    assert 0.95 < float(ratio.median()) < 1.05
+    assert float(ratio.min()) > 0.7
+    assert float(ratio.max()) < 1.3
+
+
+def test_labels_are_the_caption_alone(samples: Samples) -> None:
+    model = pictures.model()
+    groups = find_groups(model)
+    found = fused.score(model, samples, groups, one("wint8_afp16"), {})
+    for index in range(SCORED):
+        ids = torch.tensor([samples.ids[index]])
+        picture = samples.pictures[index]
+        with torch.no_grad():
+            logits = model(
+                input_ids=ids,
+                pixel_values=picture.patches,
+                image_grid_thw=torch.tensor([picture.grid]),
+                mm_token_type_ids=(ids == pictures.IMAGE).long(),
+            ).logits[0]
+        start, end = samples.spans[index]
+        log_p = torch.log_softmax(logits.double(), dim=-1)
+        loss = -sum(log_p[at - 1, samples.ids[index][at]] for at in range(start, end))
+        assert float(found.loss[index]) == pytest.approx(float(loss), rel=1e-5)

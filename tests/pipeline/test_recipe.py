@@ -1,0 +1,156 @@
+"""Recipes from a real sweep of the demo checkpoint, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from qsens.config import Roots
+from qsens.pipeline.recipe import find_sweep
+
+if TYPE_CHECKING:
+    from qsens.demo.checkpoint import DemoResult
+
+REPO = Path(__file__).resolve().parents[2]
+PAIRS = "wfp8_afp8,wint8_afp16,wfp4_afp16,wint4_afp16"
+
+
+@dataclass
+class Sweep:
+    """A published sweep."""
+
+    results: Path
+    directory: Path
+
+    def run(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "qsens", *words],
+            env={
+                **os.environ,
+                "QSENS_ROOT": str(REPO),
+                "QSENS_RESULTS": str(self.results),
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == code, done.stderr
+        return done
+
+    def json(self, *words: str, code: int = 0) -> Any:
+        return json.loads(self.run("recipe", *words, "--json", code=code).stdout)
+
+
+@pytest.fixture(scope="module")
+def sweep(demo_checkpoint: DemoResult, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    made = Sweep(tmp_path_factory.mktemp("recipe"), Path())
+    done = made.run(
+        "sweep",
+        "demo",
+        f"model.path={demo_checkpoint.directory}",
+        f"quant_pair={PAIRS}",
+        "dataset.size=small,medium",
+        "--json",
+    )
+    made.directory = Path(json.loads(done.stdout)["index"]).parent
+    return made
+
+
+def test_the_recipe_is_the_sum_of_its_rows(sweep: Sweep, tmp_path: Path) -> None:
+    out = tmp_path / "recipe.json"
+    answer = sweep.json(str(sweep.directory), "--bits", "6", "--to", "json", "--out", str(out))
+    assert answer["path"] == str(out)
+    assert "recipe" not in answer
+    recipe = json.loads(out.read_text())
+    summary = json.loads((sweep.directory / "summary.json").read_text())
+    rows = {
+        (cell["pair"], row["layer"]): row
+        for cell in summary["cells"]
+        if cell["size"] == "medium"
+        for row in cell["rows"]
+    }
+    used = total = damage = 0.0
+    for choice in recipe["choices"]:
+        (group,) = choice["groups"]
+        weights = rows["wfp8_afp8", group]["size_cost"] * 2  # 16-bit words at 8 bits
+        total += weights
+        if choice["format"] is None:
+            used += 16 * weights
+            continue
+        row = rows[choice["format"], group]
+        used += row["num_bits"] * weights
+        damage += row["sensitivity_per_token"]
+    assert len(recipe["choices"]) == 17
+    assert recipe["bits"] == answer["bits"] == pytest.approx(used / total)
+    assert recipe["damage"] == pytest.approx(damage)
+    assert 5.5 < recipe["bits"] <= 6
+    assert [c["groups"] for c in recipe["choices"] if c["format"] is None] == [["lm_head"]]
+    assert any("tied" in notice for notice in recipe["notices"])
+    assert all(name.startswith("model.visual.") for name in recipe["outside"])
+    # The curve in the summary is that of the same search.
+    curve = [(point["bits"], point["damage"]) for point in summary["pareto"]]
+    assert curve[-1] == (16.0, 0.0)
+    below = [point for point in curve if point[0] <= recipe["bits"]]
+    above = [point for point in curve if point[0] >= recipe["bits"]]
+    assert above[0][1] <= recipe["damage"] <= below[-1][1]
+
+
+def test_an_infeasible_target_names_the_nearest(sweep: Sweep) -> None:
+    answer = sweep.json(str(sweep.directory), "--bits", "4.5", "--to", "modelopt", code=3)
+    assert answer["error"] == "AnswerIsNo"
+    # The head, 131072 of 1114112 weights, is tied and stays at 16 bits; the rest takes 4.125.
+    nearest = (131072 * 16 + 983040 * 4.125) / 1114112
+    named = float(answer["remedy"].split()[2])
+    assert nearest <= named <= nearest + 1e-4
+    words = (str(sweep.directory), "--bits", str(named), "--to", "modelopt")
+    assert sweep.json(*words)["bits"] == pytest.approx(nearest)
+    free = sweep.json(str(sweep.directory), "--bits", "4.5", "--to", "modelopt", "--tied-head")
+    assert free["bits"] <= 4.5
+    assert free["notices"] == []
+
+
+def test_size_pairs_and_keep(sweep: Sweep) -> None:
+    words = (str(sweep.directory), "--bits", "10", "--to", "json")
+    kept = sweep.json(
+        *words, "--size", "small", "--pairs", "wfp8_afp8,wfp4_afp16", "--keep", "*layers.0.*"
+    )
+    assert kept["size"] == "small"
+    recipe = json.loads(kept["recipe"])
+    for choice in recipe["choices"]:
+        unquantized = choice["depth"] == 0 or choice["kind"] == "head"
+        assert choice["format"] in (None, "wfp8_afp8", "wfp4_afp16")
+        assert not unquantized or choice["format"] is None
+    assert "matches no group" in sweep.json(*words, "--keep", "nothing", code=2)["what"]
+    assert "no pair 'wnone'" in sweep.json(*words, "--pairs", "wnone", code=2)["what"]
+    assert "no result of size 'large'" in sweep.json(*words, "--size", "large", code=2)["what"]
+
+
+def test_text_goes_to_stdout_and_is_what_the_tool_reads(sweep: Sweep) -> None:
+    words = ("recipe", str(sweep.directory / "summary.json"), "--bits", "6", "--to")
+    config = yaml.safe_load(sweep.run(*words, "modelopt").stdout)
+    named = {entry["quantizer_name"] for entry in config["quant_cfg"][1:]}
+    assert "model.language_model.layers.0.self_attn.q_proj.weight_quantizer" in named
+    assert not any("lm_head" in name for name in named)
+    (stage,) = yaml.safe_load(sweep.run(*words, "llm-compressor").stdout).values()
+    modifier = stage["quantization_modifiers"]["QuantizationModifier"]
+    targets = [name for group in modifier["config_groups"].values() for name in group["targets"]]
+    assert len(targets) == len(set(targets)) == 4 * 7
+    assert "lm_head" in modifier["ignore"]
+
+
+def test_a_sweep_by_its_id(sweep: Sweep) -> None:
+    roots = Roots(root=REPO, results=sweep.results, configs=())
+    assert find_sweep(sweep.directory.name, roots) == sweep.directory
+    assert sweep.json(sweep.directory.name, "--bits", "6", "--to", "json")["bits"] <= 6
+    missing = sweep.json("20200101T000000000Z-00000000", "--bits", "6", "--to", "json", code=2)
+    assert missing["what"] == "is no published sweep"

@@ -1,0 +1,228 @@
+"""Every page in a real browser, from a disk: charts drawn, tables used, nothing fetched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qsens.analysis.reasons import Difference
+from qsens.analysis.samples import SampleScores
+from qsens.config.models import SIZES
+from qsens.manifest import Manifest
+from qsens.report import build_summary, write_cell, write_model_index, write_sweep
+from qsens.report.findings import Drift, Moved
+
+from ..browser import PHONE, Watched, chromium
+from .conftest import Make
+from .test_cell_report import HOSTILE
+
+KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+NAMES = ("qkv", "o", "gate_up", "down")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
+
+
+def scored(names: list[str], seed: int, cell: str) -> tuple[Manifest, SampleScores]:
+    """Return a manifest and the scores of 24 samples of these groups."""
+    rng = np.random.default_rng(seed)
+    scores = rng.lognormal(sigma=1.5, size=(len(names), 1)) * rng.lognormal(size=(len(names), 24))
+    samples = SampleScores(tuple(names), scores, np.full(24, 10.0))
+    rows = {}
+    for index, (name, row) in enumerate(zip(names, samples.per_token(), strict=True)):
+        kind = next((k for part, k in zip(KINDS, NAMES, strict=True) if part in name), "other")
+        rows[name] = Make.group(float(row) * 4, kind=kind, depth=index // 4)
+    return Make.manifest(rows, cell=cell), samples
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pages of one sweep, its names hostile here and there."""
+    root = tmp_path_factory.mktemp("model")
+    names = [f"model.layers.{depth}.{part}" for depth in range(14) for part in KINDS]
+    names[4:4] = HOSTILE.values()
+    plan = Make.plan()
+    manifests, samples, directories = {}, {}, {}
+    for seed, cell in enumerate(plan.cells):
+        manifests[cell.cell], samples[cell.cell] = scored(names, seed, cell.cell)
+        directories[cell.cell] = f"weight/{cell.cell}"
+        write_cell(
+            manifests[cell.cell],
+            root / directories[cell.cell],
+            samples[cell.cell],
+            assets=root / "assets",
+        )
+    drift = Drift(
+        previous="earlier",
+        identical=0,
+        compared=("wint8_afp16-medium",),
+        paired=True,
+        tested=len(names),
+        rate=0.01,
+        moved=tuple(
+            Moved(
+                cell="wint8_afp16-medium",
+                layer=name,
+                before=1e-3 * (at + 1),
+                after=2e-3 * (at + 1),
+                half_width=1e-4,
+                p_value=1e-9,
+            )
+            for at, name in enumerate(names[:12])
+        ),
+        differences=(
+            Difference(cause="checkpoint", what="digest", before="a" * 64, after=HOSTILE["html"]),
+        ),
+        not_compared=(),
+    )
+    summary = build_summary(plan, manifests, {}, directories, "earlier", samples, drift)
+    directory = root / "sweeps" / plan.sweep_id
+    write_sweep(summary, directory)
+    single = write_cell(
+        manifests["wint8_afp16-small"],
+        root / "single",
+        samples["wint8_afp16-small"],
+        single_file=True,
+    )
+    return {
+        "sweep": directory / "index.html",
+        "cell": root / "weight" / "wfp8_afp8-medium" / "per-layer-sensitivity.html",
+        "model": write_model_index(root),
+        "single": single[2],
+    }
+
+
+CHARTS = {
+    "sweep": {"drift", "heat", "profiles", "sizes"},
+    "cell": {"profile", "first"},
+    "model": set(),
+    "single": {"profile", "first"},
+}
+
+
+@pytest.mark.parametrize("name", CHARTS)
+@pytest.mark.parametrize(
+    "look",
+    [{}, {"viewport": PHONE, "is_mobile": True}, {"color_scheme": "dark"}],
+    ids=["wide", "phone", "dark"],
+)
+def test_pages_open_draw_and_fetch_nothing(
+    browser: Any, pages: dict[str, Path], name: str, look: dict[str, Any]
+) -> None:
+    watched = Watched(browser, **look)
+    watched.page.goto(pages[name].as_uri())
+    watched.scroll()
+    drawn = watched.drawn()
+    assert set(drawn) == CHARTS[name]
+    assert all(drawn.values()), drawn
+    assert watched.errors == []
+    assert watched.outside(pages["model"].parent.as_uri()) == []
+    wide, body = watched.page.evaluate("[innerWidth, document.documentElement.scrollWidth]")
+    assert body <= wide
+    # Names are text: what stands in them has made no element, and run nothing.
+    assert watched.page.locator("img[src=x], b").count() == 0
+    watched.context.close()
+
+
+def columns(watched: Watched, table: str, column: int) -> list[str]:
+    cells = watched.page.locator(f"{table} tbody tr td:nth-child({column})")
+    return [text.strip() for text in cells.all_inner_texts()]
+
+
+def test_tables_sort_and_filter(browser: Any, pages: dict[str, Path]) -> None:
+    watched = Watched(browser)
+    watched.page.goto(pages["cell"].as_uri())
+    table = "table[data-rest=groups]"
+    button = watched.page.locator(f"{table} th button", has_text="Share")
+    button.click()
+    shares = [float(text.rstrip(" %").lstrip("<")) for text in columns(watched, table, 8)]
+    assert len(shares) == 64
+    assert shares == sorted(shares, reverse=True)
+    button.click()
+    rising = [float(text.rstrip(" %").lstrip("<")) for text in columns(watched, table, 8)]
+    assert rising == sorted(shares)
+    assert watched.page.locator(f"{table} th[aria-sort=ascending]").inner_text().startswith("Share")
+    search = watched.page.locator(".tools input").last
+    search.fill("layers.1. down")
+    watched.page.locator(f"{table} tbody tr").nth(1).wait_for(state="detached")
+    assert "layers.1.mlp.down_proj" in columns(watched, table, 2)[0]
+    search.fill("<script>")
+    watched.page.wait_for_timeout(200)
+    assert len(columns(watched, table, 2)) == 1
+    assert watched.errors == []
+    watched.context.close()
+
+
+def test_pages_have_no_serious_accessibility_findings(browser: Any, pages: dict[str, Path]) -> None:
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    for name, path in pages.items():
+        for scheme in ("light", "dark"):
+            watched = Watched(browser, color_scheme=scheme)
+            watched.page.goto(path.as_uri())
+            watched.scroll()
+            found = axe.run(watched.page).response["violations"]
+            serious = [
+                (name, scheme, entry["id"], entry["nodes"][0]["html"][:200])
+                for entry in found
+                if entry["impact"] in ("serious", "critical")
+            ]
+            assert serious == []
+            watched.context.close()
+
+
+def test_a_page_prints_light_with_all_its_rows(
+    browser: Any, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    watched = Watched(browser, color_scheme="dark")
+    watched.page.goto(pages["cell"].as_uri())
+    watched.scroll()
+    pdf = watched.page.pdf(path=str(tmp_path / "page.pdf"))
+    assert pdf.startswith(b"%PDF")
+    watched.page.emulate_media(media="print")
+    assert watched.page.evaluate("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(255, 255, 255)"
+    )
+    assert watched.page.locator("table[data-rest=groups] tbody tr").count() == 64
+    watched.context.close()
+
+
+def test_94_layers_of_128_experts_stay_small_and_quick(browser: Any, tmp_path: Path) -> None:
+    names = [
+        name
+        for depth in range(94)
+        for name in (
+            f"model.language_model.layers.{depth}.self_attn.q_proj",
+            f"model.language_model.layers.{depth}.self_attn.o_proj",
+            *(f"model.language_model.layers.{depth}.mlp.experts.{at}" for at in range(128)),
+        )
+    ]
+    manifest, samples = scored(names, 0, "wint8_afp16-small")
+    cell = write_cell(manifest, tmp_path / "weight", samples, assets=tmp_path / "assets")[2]
+    plan = Make.plan()
+    manifests = {entry.cell: manifest for entry in plan.cells}
+    assert [entry.size for entry in plan.cells][:2] == list(SIZES[:2])
+    summary = build_summary(plan, manifests, {}, {}, None, {"wint8_afp16-small": samples})
+    sweep = write_sweep(summary, tmp_path / "sweeps" / plan.sweep_id)[2]
+    for path in (cell, sweep):
+        assert path.stat().st_size < 3_000_000
+        watched = Watched(browser)
+        started = time.monotonic()
+        watched.page.goto(path.as_uri())
+        watched.page.locator("th button").first.wait_for()
+        # Measured: about half a second. A page that builds all its rows takes over ten.
+        assert time.monotonic() - started < 5
+        watched.scroll()
+        search = watched.page.locator(".tools input").last
+        search.fill("layers.93. experts.127")
+        found = watched.page.locator("table[data-rest] tbody tr", has_text="experts.127")
+        found.first.wait_for(timeout=5000)
+        assert watched.errors == []
+        watched.context.close()
