@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,14 +179,12 @@ def address_of(page: Path) -> str:
 
 def _base() -> str:
     """Return the address that people reach Airflow at; empty where it is not set."""
-    return conf.get("api", "base_url", fallback="").rstrip("/")
+    return str(conf.get("api", "base_url", fallback="")).rstrip("/")
 
 
 def _notify(notifier: NotifierConfig, notice: Notice, context: Context) -> None:
-    from airflow.sdk.module_loading import import_string
-
     try:
-        made = import_string(notifier.notifier)(**notifier.arguments)
+        made = pkgutil.resolve_name(notifier.notifier)(**notifier.arguments)
         made({**context, "notice": notice})
     except Exception:
         _log.exception("%s could not tell how the run ended", notifier.notifier)
