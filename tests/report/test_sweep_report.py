@@ -258,7 +258,7 @@ def test_the_published_sizes_give_heat_map_and_profile(make: Any, tmp_path: Path
     page = make.page(write_sweep(summary, tmp_path)[2])
     (text,) = [script for script in page.scripts if script.startswith("{")]
     charts = json.loads(text)["charts"]
-    assert set(charts) == {"heat", "profiles", "sizes"}
+    assert set(charts) == {"heat", "profiles", "sizes", "pareto"}
     large = raw["wint8_aint8-large"]["layer_sensitivity"]
     total = sum(row["scores"][0] for row in large.values())
     heat = charts["heat"]
