@@ -101,7 +101,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 CHARTS = {
-    "sweep": {"drift", "heat", "profiles", "sizes"},
+    "sweep": {"drift", "heat", "pareto", "profiles", "sizes"},
     "cell": {"profile", "first"},
     "model": set(),
     "single": {"profile", "first"},
