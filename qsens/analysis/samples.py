@@ -65,7 +65,9 @@ def read_samples(path: Path, method: str) -> SampleScores | None:
             labels = np.asarray(file.get_tensor("label_tokens"), dtype=np.float64)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot be read: {error}", where=str(path), remedy="Publish the sweep again."
+            f"cannot be read: {error}",
+            where=str(path),
+            remedy="Compute the cell again, with runner.force=true.",
         ) from error
     groups = metadata.get("groups", "").split("\n")
     if scores.shape != (len(groups), labels.shape[0]):
@@ -73,10 +75,10 @@ def read_samples(path: Path, method: str) -> SampleScores | None:
             f"holds scores of shape {scores.shape} for {len(groups)} groups "
             f"and {labels.shape[0]} samples",
             where=str(path),
-            remedy="Publish the sweep again.",
+            remedy="Compute the cell again, with runner.force=true.",
         )
     # A label is a real token predicted from a real token: one fewer than real tokens.
     tokens = labels if method == "gradient" else labels + 1
-    kept = np.isfinite(scores).all(axis=1)
+    kept: npt.NDArray[np.bool_] = np.isfinite(scores).all(axis=1)
     names = tuple(name for name, keep in zip(groups, kept, strict=True) if keep)
     return SampleScores(names, scores[kept], tokens)

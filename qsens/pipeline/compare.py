@@ -65,7 +65,8 @@ def compare(one: str, other: str, roots: Roots) -> Comparison:
         names = [name for name in sides[0].cells if name in sides[1].cells]
         pairs = [(sides[0].cells[name], sides[1].cells[name]) for name in names]
     else:
-        pairs = [(*sides[0].cells.values(), *sides[1].cells.values())]
+        (first,), (second,) = (side.cells.values() for side in sides)
+        pairs = [(first, second)]
     if not pairs:
         raise UserError(
             "no cell has a result in both",
@@ -154,7 +155,7 @@ def _compared(
         before=a.name,
         after=b.name,
         per_token=per_token,
-        samples=samples,  # type: ignore[arg-type]
+        samples=samples,
         total_before=math.fsum(one.values()),
         total_after=math.fsum(other.values()),
         spearman=agreed.spearman,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qsens.engine import fisher, fused, reference
-from qsens.engine.budget import GIB, peak, plan_budget, reset_peak
+from qsens.engine.budget import GIB, memory_share, peak, plan_budget, reset_peak
 from qsens.engine.calibrate import Maxima
 from qsens.engine.calibrate import calibrate as run_calibration
 from qsens.engine.candidates import Candidates, Request, distinct
@@ -26,7 +26,13 @@ from qsens.engine.checkpoint import device_name, load_model, load_tokenizer, res
 from qsens.engine.divergence import diverge
 from qsens.engine.groups import Group, find_groups
 from qsens.engine.quantizer import needs_fallback
-from qsens.engine.samples import Samples, equal_length_batches, nominal_labels, tokenize
+from qsens.engine.samples import (
+    Samples,
+    batch_tokens,
+    equal_length_batches,
+    nominal_labels,
+    tokenize,
+)
 from qsens.engine.scores import CellScores, GroupScore, PassScores, Progress
 from qsens.errors import QsensError, UserError
 from qsens.grid import Cell, Plan, calibration_digest
@@ -282,12 +288,15 @@ def _calibrate(
     counts: Sequence[int],
     progress: Progress,
 ) -> dict[int, Maxima]:
+    share = memory_share()
     return run_calibration(
         loaded.model,
         loaded.samples,
         groups,
         snapshots=counts,
         boundaries=list(plan.config.dataset.sizes.values()),
+        # What does not fit in one batch goes through in several: no maximum depends on it.
+        max_tokens=int(batch_tokens(loaded.device) * share) if share < 1 else None,
         progress=progress,
     )
 

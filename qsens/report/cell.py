@@ -8,12 +8,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qsens.analysis.audit import Audit
-from qsens.analysis.ranking import Row, Totals, by_kind, finite, rank
+from qsens.analysis.ranking import Part, Row, Totals, by_depth, by_kind, finite, rank
 from qsens.analysis.samples import SampleScores
 from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, bootstrap, settled
 from qsens.config.models import Frozen
 from qsens.manifest import (
     Dataset,
+    Kind,
     Manifest,
     Model,
     Quantization,
@@ -83,6 +84,10 @@ class CellReport(Frozen):
     """The outcome of the search."""
     totals: Totals
     """Sums over the rows."""
+    by_kind: dict[Kind, Part]
+    """Sums over the scored rows of each kind of module, largest first."""
+    by_depth: dict[int, Part]
+    """Sums over the scored rows of each layer, by its index."""
     stability: CellStability | None = None
     """How sure the ranking is; none without scores of every sample."""
     audit: Audit | None = None
@@ -151,7 +156,7 @@ def write_cell(
         "report": report,
         "method": report.scheme.auto_quantize_method,
         "facts": facts(report),
-        "kinds": by_kind(report.rows),
+        "kinds": report.by_kind,
         "protected": report.ranked[:PROTECTED],
         "protected_share": math.fsum(row.share or 0.0 for row in report.ranked[:PROTECTED]),
         "per_token": any(row.sensitivity_per_token is not None for row in report.rows),
@@ -212,6 +217,8 @@ def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellR
             constraint_met=state.is_satisfied,
         ),
         totals=ranking.totals,
+        by_kind=by_kind(ranking.rows),
+        by_depth=by_depth(ranking.rows),
         stability=_stability(samples, spreads) if samples is not None and spreads else None,
         rows=ranking.rows,
     )
@@ -328,6 +335,8 @@ def _as_json(report: CellReport) -> Any:
             data[name] = [row.model_dump(exclude=hidden) for row in report.rows]
         elif isinstance(value, Frozen):
             data[name] = value.model_dump()
+        elif name.startswith("by_"):
+            data[name] = {str(key): part.model_dump() for key, part in value.items()}
         elif value is not None:
             data[name] = value
     return look.plain(data)

@@ -126,6 +126,8 @@ class Summary(Frozen):
     """SHA-256 over the contents of the checkpoint's configuration and weight files."""
     method: str = "gradient"
     """The score: ``gradient``, ``fisher``, ``kl_div``."""
+    effective_bits_target: float | None = None
+    """Target of effective bits, in bits a weight."""
     previous: str | None
     """Id of the sweep before this one; none where this is the first."""
     pareto: tuple[ParetoPoint, ...] = ()
@@ -197,6 +199,7 @@ def build_summary(
         model=plan.config.model.name,
         checkpoint_digest=plan.checkpoint.digest,
         method=plan.config.autoquant.method,
+        effective_bits_target=plan.config.autoquant.effective_bits,
         previous=previous,
         pareto=tuple(_pareto(plan, cells)),
         complete=all(cell.whole for cell in cells),
@@ -256,7 +259,7 @@ def write_sweep(summary: Summary, directory: Path, *, single_file: bool = False)
         "heat": charts.heat(heat),
         "profiles": charts.profiles(summary.cells),
         "sizes": charts.sizes(summary.cells),
-        "pareto": charts.pareto(data),
+        "pareto": charts.pareto(summary.pareto, summary.effective_bits_target),
         "drift": charts.drift(summary.drift),
     }
     rest = heat.rows[_ROWS_IN_PAGE:] if heat else ()
