@@ -183,7 +183,7 @@ def _perturbed(
                 module.weight,  # type: ignore[arg-type]
                 candidates.weights[weight],
             )
-            module.forward = _changed(module, quantized, chosen.cfg, amax)  # type: ignore
+            module.forward = _changed(module, quantized, chosen.cfg, amax)
             stack.callback(delattr, module, "forward")
             hook = module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
             stack.callback(hook.remove)
