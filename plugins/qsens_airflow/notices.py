@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -178,14 +179,13 @@ def address_of(page: Path) -> str:
 
 def _base() -> str:
     """Return the address that people reach Airflow at; empty where it is not set."""
-    return conf.get("api", "base_url", fallback="").rstrip("/")
+    return str(conf.get("api", "base_url", fallback="")).rstrip("/")
 
 
 def _notify(notifier: NotifierConfig, notice: Notice, context: Context) -> None:
-    from airflow.sdk.module_loading import import_string
-
+    module, _, name = notifier.notifier.rpartition(".")
     try:
-        made = import_string(notifier.notifier)(**notifier.arguments)
+        made = getattr(import_module(module), name)(**notifier.arguments)
         made({**context, "notice": notice})
     except Exception:
         _log.exception("%s could not tell how the run ended", notifier.notifier)
