@@ -79,6 +79,6 @@ def read_samples(path: Path, method: str) -> SampleScores | None:
         )
     # A label is a real token predicted from a real token: one fewer than real tokens.
     tokens = labels if method == "gradient" else labels + 1
-    kept: npt.NDArray[np.bool_] = np.isfinite(scores).all(axis=1)
+    kept = np.asarray(np.isfinite(scores).all(axis=1))
     names = tuple(name for name, keep in zip(groups, kept, strict=True) if keep)
     return SampleScores(names, scores[kept], tokens)

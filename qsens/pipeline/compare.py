@@ -23,9 +23,8 @@ from qsens.manifest import (
     read_manifest,
 )
 from qsens.pipeline.drift import Result, comparable, distinct, normalised
-from qsens.pipeline.publish import read_summary
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
-from qsens.report.sweep import SUMMARY
+from qsens.report.sweep import SUMMARY, read_summary
 from qsens.store import MANIFEST, STATE
 
 
