@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qsens.engine import fisher, fused, reference
-from qsens.engine.budget import GIB, peak, plan_budget, reset_peak
+from qsens.engine.budget import GIB, memory_share, peak, plan_budget, reset_peak
 from qsens.engine.calibrate import Maxima
 from qsens.engine.calibrate import calibrate as run_calibration
 from qsens.engine.candidates import Candidates, Request, distinct
@@ -26,7 +26,13 @@ from qsens.engine.checkpoint import device_name, load_model, load_tokenizer, res
 from qsens.engine.divergence import diverge
 from qsens.engine.groups import Group, find_groups
 from qsens.engine.quantizer import needs_fallback
-from qsens.engine.samples import Samples, equal_length_batches, nominal_labels, tokenize
+from qsens.engine.samples import (
+    Samples,
+    batch_tokens,
+    equal_length_batches,
+    nominal_labels,
+    tokenize,
+)
 from qsens.engine.scores import CellScores, GroupScore, PassScores, Progress
 from qsens.errors import QsensError, UserError
 from qsens.grid import Cell, Plan, calibration_digest
@@ -39,7 +45,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Loaded:
+    """A model with the samples of a cell.
+
+    Attributes:
+        model: The model.
+        samples: The samples.
+        device: Where the model lies.
+        seconds: What loading took.
+    """
+
     model: nn.Module
     samples: Samples
     device: torch.device
@@ -50,7 +65,7 @@ class _Loaded:
 def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> None:
     """Compute the maxima of the sizes of ``cells`` in one run; each cell stands for its size."""
     plan = store.plan
-    loaded = _load(plan, max(cells, key=plan.samples_used), progress)
+    loaded = load_for(plan, max(cells, key=plan.samples_used), progress)
     groups = find_groups(loaded.model, plan.config.model.vision_patterns)
     counts = sorted({plan.samples_used(cell) for cell in cells})
     found = _calibrate(plan, loaded, groups, counts, progress)
@@ -65,7 +80,7 @@ def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
     """Compute one cell by ModelOpt's ``auto_quantize``."""
     plan = store.plan
     config = plan.config
-    loaded = _load(plan, cell, progress)
+    loaded = load_for(plan, cell, progress)
     refused = _without_labels(plan, cell, loaded.samples)
     if refused is not None:
         raise refused
@@ -92,11 +107,11 @@ def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict
     """
     plan = store.plan
     config = plan.config
-    loaded = _load(plan, max(cells, key=plan.samples_used), progress)
+    loaded = load_for(plan, max(cells, key=plan.samples_used), progress)
     model, samples = loaded.model, loaded.samples
     groups = find_groups(model, config.model.vision_patterns)
     sizes = list(config.dataset.sizes.values())
-    requests = [_request(plan, cell) for cell in cells]
+    requests = [request_of(plan, cell) for cell in cells]
     candidates = distinct(requests)
     budget = plan_budget(
         model,
@@ -174,12 +189,12 @@ def both_engines(
     """
     plan = store.plan
     config = plan.config
-    loaded = _load(plan, cell, progress)
+    loaded = load_for(plan, cell, progress)
     model, samples = loaded.model, loaded.samples
     groups = find_groups(model, config.model.vision_patterns)
     scored, batch_size = plan.samples_scored(cell), config.autoquant.batch_size
     sizes = list(config.dataset.sizes.values())
-    request = _request(plan, cell)
+    request = request_of(plan, cell)
     candidates = distinct([request])
     started = time.monotonic()
     maxima: dict[int, Maxima] = {}
@@ -214,7 +229,7 @@ def _by_name(scores: CellScores) -> dict[str, float]:
     }
 
 
-def _load(plan: Plan, cell: Cell, progress: Progress) -> _Loaded:
+def load_for(plan: Plan, cell: Cell, progress: Progress) -> Loaded:
     """Load the model and the samples of ``cell``."""
     config = plan.config
     device = resolve_device(config.autoquant.device)
@@ -226,10 +241,11 @@ def _load(plan: Plan, cell: Cell, progress: Progress) -> _Loaded:
     progress("load", 1, 1)
     if device.type == "cpu" and config.model.dtype == "bfloat16":
         log.warning("bfloat16 on a CPU is slow: set model.dtype=float32 for work on a CPU")
-    return _Loaded(model, samples, device, time.monotonic() - started)
+    return Loaded(model, samples, device, time.monotonic() - started)
 
 
-def _request(plan: Plan, cell: Cell) -> Request:
+def request_of(plan: Plan, cell: Cell) -> Request:
+    """Return what ``cell`` asks of a pass."""
     pair = plan.pair(cell)
     return Request(
         cell=cell.cell,
@@ -267,17 +283,20 @@ def _stored_maxima(
 
 def _calibrate(
     plan: Plan,
-    loaded: _Loaded,
+    loaded: Loaded,
     groups: Sequence[Group],
     counts: Sequence[int],
     progress: Progress,
 ) -> dict[int, Maxima]:
+    share = memory_share()
     return run_calibration(
         loaded.model,
         loaded.samples,
         groups,
         snapshots=counts,
         boundaries=list(plan.config.dataset.sizes.values()),
+        # What does not fit in one batch goes through in several: no maximum depends on it.
+        max_tokens=int(batch_tokens(loaded.device) * share) if share < 1 else None,
         progress=progress,
     )
 
@@ -289,7 +308,7 @@ def _cell_scores(
     groups: Sequence[Group],
     candidates: Candidates,
     found: PassScores,
-    loaded: _Loaded,
+    loaded: Loaded,
 ) -> CellScores:
     """Read one cell's scores off a pass."""
     index = candidates.of_cell[cell.cell]
@@ -371,7 +390,7 @@ def _write(
     store: Store,
     cell: Cell,
     scores: CellScores,
-    loaded: _Loaded,
+    loaded: Loaded,
     timings: Mapping[str, float] | None = None,
     memory: Mapping[str, float] | None = None,
 ) -> None:

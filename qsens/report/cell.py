@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qsens.analysis.audit import Audit
 from qsens.analysis.ranking import Part, Row, Totals, by_depth, by_kind, finite, rank
 from qsens.analysis.samples import SampleScores
 from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, bootstrap, settled
@@ -89,6 +90,8 @@ class CellReport(Frozen):
     """Sums over the scored rows of each layer, by its index."""
     stability: CellStability | None = None
     """How sure the ranking is; none without scores of every sample."""
+    audit: Audit | None = None
+    """The scores of its pair against the true divergence of some groups; none without an audit."""
     rows: tuple[Row, ...]
     """Scored groups, most sensitive first; then the others, by status and name."""
 
@@ -129,6 +132,7 @@ def write_cell(
     directory: Path,
     samples: SampleScores | None = None,
     *,
+    audit: Audit | None = None,
     assets: Path | None = None,
     single_file: bool = False,
 ) -> list[Path]:
@@ -138,13 +142,14 @@ def write_cell(
         manifest: A manifest as ``read_manifest`` returns it.
         directory: Where the reports go.
         samples: Scores of every sample, where there are any: they say how sure the ranking is.
+        audit: The audit of its pair, where there is one.
         assets: Directory of the scripts that pages share; one in ``directory`` when not given.
         single_file: Whether the page holds its scripts, instead of sharing them.
 
     Returns:
         The Markdown, JSON and HTML file, and the chart of the Markdown where there is one.
     """
-    report = build_cell(manifest, samples)
+    report = build_cell(manifest, samples).model_copy(update={"audit": audit})
     found = charts.depth_map(report.ranked)
     picture = depth_svg(found)
     context: dict[str, Any] = {
@@ -257,6 +262,8 @@ def facts(report: CellReport) -> list[tuple[str, str]]:
         ("Score of the groups quantized", _known(search.score, look.scientific)),
         ("Engine", report.engine),
     ]
+    if report.audit is not None:
+        known.append(("Audit", audit_words(report.audit)))
     if (versions := report.versions) is not None:
         stated = f"qsens {versions.qsens}, torch {versions.torch}"
         stated += f", transformers {versions.transformers}"
@@ -300,6 +307,13 @@ def _rest(report: CellReport, *, per_token: bool) -> list[list[Any]]:
         ]
         for row in report.rows[_ROWS_IN_PAGE:]
     ]
+
+
+def audit_words(audit: Audit) -> str:
+    """Return in words how far the scores of a pair can be trusted."""
+    found = audit.judgement
+    groups = look.count(audit.points, "group")
+    return f"{found.verdict}: {found.reason} (true KL divergence of {groups}, {audit.cell})"
 
 
 def checkpoint_name(path: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from qsens.analysis.allocation import ParetoPoint, pareto
+from qsens.analysis.audit import Audit
 from qsens.analysis.options import build_units
 from qsens.analysis.ranking import Row, total_per_token
 from qsens.analysis.samples import SampleScores
@@ -140,6 +141,8 @@ class Summary(Frozen):
     """The cells without a result, in the same order."""
     sizes_compared: tuple[SizesCompared, ...] = ()
     """Each size of a pair against the next that has a result."""
+    audit: tuple[Audit, ...] = ()
+    """The scores of each pair against the true divergence of some groups, where measured."""
     drift: Drift | None = None
     """What changed since the sweep before; none where there is none."""
 
@@ -162,6 +165,7 @@ def build_summary(
     previous: str | None,
     samples: Mapping[str, SampleScores] | None = None,
     drift: Drift | None = None,
+    audits: Sequence[Audit] = (),
 ) -> Summary:
     """Lay out what a sweep found; lanes have no influence on it.
 
@@ -173,6 +177,7 @@ def build_summary(
         previous: Id of the sweep before this one.
         samples: Scores of every sample, by cell id, where there are any.
         drift: What changed since the sweep before.
+        audits: The audits that there are.
     """
     cells = tuple(
         _done(
@@ -205,6 +210,7 @@ def build_summary(
             if not cell.done
         ),
         sizes_compared=compare_all_sizes(cells),
+        audit=tuple(audits),
         drift=drift,
     )
 

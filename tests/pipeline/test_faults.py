@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 if TYPE_CHECKING:
@@ -253,3 +254,23 @@ def _seconds() -> float:
     """Return the processor time of all children that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def test_half_the_memory_gives_the_same_calibration(undisturbed: Place, place: Place) -> None:
+    place.environment["QSENS_MEMORY_SHARE"] = "0.5"
+    done = place.json("calibrate", "--plan", place.plan(), "--cell", "wfp8_afp8-large")
+    assert done["computed"] is True
+    found = {}
+    for path in place.results.glob(".calibrations/*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            found[file.metadata()["samples"]] = load_file(path)
+    for samples, cell in (("16", "wfp8_afp8-small"), ("512", "wfp8_afp8-large")):
+        expected = {
+            name.removeprefix("amax.input."): value
+            for name, value in undisturbed.numbers()[cell][1].items()
+            if name.startswith("amax.input.")
+        }
+        assert found[samples].keys() == expected.keys()
+        for name, value in found[samples].items():
+            # A batch of another shape rounds its products another way.
+            numpy.testing.assert_allclose(value, expected[name], rtol=1e-5)
