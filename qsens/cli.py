@@ -19,6 +19,7 @@ from rich.table import Table
 
 from qsens import __version__
 from qsens.config import DagConfig, Roots, choices
+from qsens.config.models import Coverage
 from qsens.config.reference import describe_keys
 from qsens.errors import AnswerIsNo, QsensError, UserError
 from qsens.grid import read_plan
@@ -262,6 +263,10 @@ def recipe(
         Literal["small", "medium", "large"] | None,
         typer.Option(help="Size of the scores; the largest there is when left out."),
     ] = None,
+    coverage: Annotated[
+        Coverage | None,
+        typer.Option(help="Coverage of the scores; the widest there is when left out."),
+    ] = None,
     pairs: Annotated[
         str | None,
         typer.Option(metavar="PAIR,...", help="Pairs to choose from; all when left out."),
@@ -284,6 +289,7 @@ def recipe(
         bits=bits,
         target=to,
         size=size,
+        coverage=coverage,
         pairs=pairs.split(",") if pairs else (),
         keep=keep or (),
         tied_head=tied_head,

@@ -198,10 +198,9 @@ class Plan(Frozen):
         return self.samples[cell.size].pictures if cell.modality == "image_text" else None
 
     def _names(self, cell: Cell) -> dict[str, str]:
-        unusual = _unusual(cell.coverage, cell.modality)
         return {
             "pair": cell.pair,
-            "size": "_".join([*unusual, cell.size]),
+            "size": "_".join([*unusual(cell.coverage, cell.modality), cell.size]),
             "model": self.config.model.name,
             "short_name": self.config.model.short_name,
         }
@@ -312,7 +311,7 @@ def cell_id(pair: str, granularity: str, coverage: Coverage, modality: Modality,
     """Return a cell's id; defaults are left out."""
     parts = [pair, *([granularity] if granularity != DEFAULT_GRANULARITY else [])]
     parts += ["all_layers"] if coverage == "all_layers" else []
-    return "-".join([*parts, *_unusual(coverage, modality), size])
+    return "-".join([*parts, *unusual(coverage, modality), size])
 
 
 def calibration_digest(plan: Plan, cell: Cell) -> str:
@@ -408,7 +407,7 @@ def _samples_identity(
     return found
 
 
-def _unusual(coverage: Coverage, modality: Modality) -> Sequence[str]:
+def unusual(coverage: Coverage, modality: Modality) -> Sequence[str]:
     """Return the modality's name where it is not the default of the coverage."""
     default = "image_text" if coverage == "all_layers" else "text"
     return [modality] if modality != default else []

@@ -15,6 +15,7 @@ from qsens.config.pairs import GranularityConfig, PairConfig
 Size = Literal["small", "medium", "large"]
 SIZES: tuple[Size, ...] = ("small", "medium", "large")
 Coverage = Literal["lm_only", "all_layers"]
+COVERAGES: tuple[Coverage, ...] = ("lm_only", "all_layers")
 Modality = Literal["text", "image_text"]
 # Suffixes of sample files that can name pictures.
 JSONL = (".jsonl", ".ndjson")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qsens.analysis.ranking import Row, normalise_name
+from qsens.grid import unusual
 from qsens.manifest import Kind
 from qsens.report import format as look
 from qsens.report.findings import Drift, largest_cells, series_of
@@ -159,9 +160,11 @@ def pareto(summary: Mapping[str, Any]) -> Chart | None:
 
 
 def column_name(cell: Any) -> str:
-    """Return a pair's name, with its granularity where it is not the default."""
-    default = cell.granularity == "default"
-    return str(cell.pair) if default else f"{cell.pair} {cell.granularity}"
+    """Return a pair's name, with granularity, coverage and modality unless they are defaults."""
+    parts = [cell.pair, *([cell.granularity] if cell.granularity != "default" else [])]
+    parts += ["all_layers"] if cell.coverage == "all_layers" else []
+    parts += unusual(cell.coverage, cell.modality)
+    return " ".join(parts)
 
 
 def _size(cell: Any, names: Sequence[str], per_token: bool) -> Chart:
