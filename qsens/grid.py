@@ -246,6 +246,9 @@ def make_plan(
         identity = _identity(config, pair, coverage, size, checkpoint, versions)
         identity["granularity"] = granularity.name
         identity |= _samples_identity(config, modality, checkpoint, samples[size])
+        pictures = samples[size].pictures if modality == "image_text" else None
+        if pictures is not None and pictures.skipped:  # it says whether the result is PARTIAL
+            identity["max_skipped"] = config.dataset.max_skipped
         if config.runner.force:
             identity["forced"] = stamp
         cells.append(

@@ -40,8 +40,6 @@ MOST_BYTES = 1 << 28
 _MOST_RATIO = 200
 # Decoders that run no other program and read no other file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-_TRANSPOSED = (5, 6, 7, 8)
-_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
@@ -157,18 +155,24 @@ class PictureReader:
         shapes = (np.load(path, mmap_mode="r") for _, path in self._found.values() if path)
         return max((self.resolution.tokens(pixels) for pixels in shapes), default=0)
 
+    def mark_used(self) -> None:
+        """Note that somebody plans with the pictures found, so that none is pruned as old."""
+        for _, path in self._found.values():
+            if path is not None:
+                os.utime(path)
+
     def _keep(self, image: str) -> tuple[str, Path]:
         data = self._bytes(image)
         digest = hashlib.sha256(data).hexdigest()
+        rule = self.resolution
+        kept = self.cache / f"{digest}-{rule.unit}-{rule.least}-{rule.most}.npy"
+        if kept.is_file():
+            return digest, kept
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of bombs and broken metadata: judged here
             try:
                 with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-                    wide, high = self._size(picture)
-                    kept = self.cache / f"{digest}-{wide}x{high}.npy"
-                    if not kept.is_file():
-                        self._write(kept, picture, (wide, high))
-                    return digest, kept
+                    pixels = self._decode(picture)
             except (_Unusable, MemoryError):
                 raise
             except Image.DecompressionBombError as error:
@@ -176,9 +180,11 @@ class PictureReader:
             except Image.UnidentifiedImageError as error:
                 raise _Unusable(f"is no {', '.join(_FORMATS)} file") from error
             except Exception as error:  # Decoders raise anything on bytes that they do not expect.
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
-                raise _Unusable(f"is broken: {str(error).splitlines()[0]}") from error
+                reason = str(error).strip() or type(error).__name__
+                raise _Unusable(f"is broken: {reason.splitlines()[0]}") from error
+        with write_file(kept) as temporary, temporary.open("wb") as file:
+            np.save(file, pixels, allow_pickle=False)
+        return digest, kept
 
     def _bytes(self, image: str) -> bytes:
         if not image:
@@ -196,8 +202,8 @@ class PictureReader:
         except (OSError, RuntimeError) as error:
             raise _Unusable(f"cannot be read: {getattr(error, 'strerror', error)}") from error
 
-    def _size(self, picture: Image.Image) -> tuple[int, int]:
-        """Return the size that the model sees; nothing of the picture is decoded for it."""
+    def _decode(self, picture: Image.Image) -> Pixels:
+        """Return a picture as the model sees it; what is refused is not decoded."""
         width, height = picture.size
         if width * height > MOST_PIXELS:
             raise _Unusable(f"is enormous: {width}x{height} pixels")
@@ -205,28 +211,15 @@ class PictureReader:
             raise _Unusable(f"is not RGB: mode {picture.mode}")
         if max(width, height) > _MOST_RATIO * min(width, height):
             raise _Unusable(f"is too narrow: {width}x{height} pixels")
-        if picture.getexif().get(_ORIENTATION) in _TRANSPOSED:
-            width, height = height, width
-        return self.resolution.of(width, height)
-
-    def _write(self, path: Path, picture: Image.Image, size: tuple[int, int]) -> None:
         picture.load()
         upright = ImageOps.exif_transpose(picture)
-        pixels = np.asarray(upright.resize(size, Image.Resampling.BICUBIC))
-        with write_file(path) as temporary, temporary.open("wb") as file:
-            np.save(file, pixels, allow_pickle=False)
+        size = self.resolution.of(*upright.size)
+        return np.asarray(upright.resize(size, Image.Resampling.BICUBIC))
 
 
 def cache_of(results: Path) -> Path:
     """Return the directory of decoded pictures below a results root."""
     return results / ".pictures"
-
-
-def mark_used(reader: PictureReader) -> None:
-    """Note that somebody plans with the pictures that were found, so that none is pruned as old."""
-    for _, path in reader._found.values():
-        if path is not None:
-            os.utime(path)
 
 
 def identify_pictures(

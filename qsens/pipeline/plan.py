@@ -17,7 +17,7 @@ from qsens.config import Roots, SweepConfig, load_sweep
 from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
 from qsens.engine.files import identify, shapes
-from qsens.engine.pictures import PictureReader, cache_of, mark_used, read_resolution
+from qsens.engine.pictures import PictureReader, cache_of, read_resolution
 from qsens.grid import Plan, calibration_digest, make_plan
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
 from qsens.store import Store, write_text
@@ -68,7 +68,7 @@ def plan_sweep(
     _mark_used(plan)
     if reader is not None:
         with contextlib.suppress(OSError):
-            mark_used(reader)
+            reader.mark_used()
     if out is not None:
         write_text(out, plan_json(plan))
     return plan

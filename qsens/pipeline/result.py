@@ -174,11 +174,7 @@ def _partial(plan: Plan, cell: Cell, dataset: Dataset, covered: list[GroupScore]
     if taken < dataset.samples_asked or beyond:
         reasons.append(
             f"{dataset.samples_used} of {dataset.samples_asked} samples of size '{dataset.size}'"
-            + (
-                f": {dataset.skipped} pictures are skipped, allowed are {allowed:.0%}"
-                if beyond
-                else ""
-            )
+            + (f", {dataset.skipped} skipped where {allowed:.0%} may be" if beyond else "")
         )
     for status, words in (
         ("non_finite", "no finite score"),
