@@ -26,8 +26,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready ## Run the DAG on the demo checkpoint, end to end, and publish its reports
 	PYTHONPATH=plugins $(BIN)/python -m qsens_airflow.demo
 
-up: $(VENV)/.ready ## Start a local Airflow and say where it is; Ctrl-C ends it
-	PYTHONPATH=plugins $(BIN)/python -m qsens_airflow.up
+up: $(VENV)/.ready ## Start a local Airflow in the background and say where it is
+	PYTHONPATH=plugins $(BIN)/python -m qsens_airflow.up start
+
+down: $(VENV)/.ready ## End it
+	PYTHONPATH=plugins $(BIN)/python -m qsens_airflow.up stop
 
 test: $(VENV)/.ready ## Run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -9,8 +9,9 @@ A sweep of all pairs is run and published in a temporary directory, by methods `
 calibrated on the sweep's captions; so is each pair alone, and what ``mtq.auto_quantize`` chooses
 from the same formats at the same bits, with its loss scaled so that its solver finds the optimum.
 Every model quantized in this way is measured on the captions that the demo checkpoint's training
-holds out: the increase of the loss, and the KL divergence from the unquantized model. A tied head
-stays at 16 bits for all of them, and counts.
+holds out: the increase of the loss, with its difference from ModelOpt's choice and the standard
+error of that over the captions, and the KL divergence from the unquantized model. A tied head stays
+at 16 bits for all of them, and counts.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import modelopt.torch.quantization as mtq
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -47,7 +49,7 @@ from qsens.engine.groups import Group, find_groups
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, equal_length_batches, tokenize
 from qsens.errors import AnswerIsNo, QsensError
-from qsens.export import modelopt
+from qsens.export.modelopt import dump
 from qsens.grid import Plan
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.recipe import recipe_of
@@ -55,6 +57,7 @@ from qsens.pipeline.sweep import run_sweep
 from qsens.report.sweep import SUMMARY, Summary, read_summary
 from qsens.store import Store
 
+MODELOPT = "ModelOpt"
 METHODS = ("gradient", "fisher")
 # ModelOpt's solver takes scores near 1e-5 for 0.
 _LOSS_SCALE = 1e4
@@ -70,13 +73,32 @@ class Measured:
         loss: Increase of the loss, nats a token.
         divergence: KL divergence from the unquantized model, nats a token.
         predicted: The recipe's own prediction; none where there is none in nats.
+        by_caption: Increase of the loss summed over each caption, nats.
+        labels: Labels of each caption.
     """
 
     name: str
     bits: float
     loss: float
     divergence: float
-    predicted: float | None = None
+    predicted: float | None
+    by_caption: np.ndarray
+    labels: np.ndarray
+
+    def against(self, other: Measured) -> tuple[float, float]:
+        """Return how much more loss a token this has than ``other``, with its standard error.
+
+        Both ran on the same captions: what all captions have in common drops out.
+        """
+        difference = self.by_caption - other.by_caption
+        mean = float(difference.sum() / self.labels.sum())
+        rest = difference - mean * self.labels
+        return mean, float(np.sqrt(len(rest) * rest.var(ddof=1)) / self.labels.sum())
+
+    def numbers(self) -> dict[str, Any]:
+        """Return it as JSON can hold it, without the captions."""
+        numbers = {"name": self.name, "bits": self.bits, "loss": self.loss}
+        return numbers | {"divergence": self.divergence, "predicted": self.predicted}
 
 
 class Bench:
@@ -151,22 +173,24 @@ class Bench:
                 num_score_steps=len(self.calibration),
                 verbose=False,
             )
-        return self.judge("ModelOpt", model)
+        return self.judge(MODELOPT, model)
 
     def judge(self, name: str, model: nn.Module, predicted: float | None = None) -> Measured:
         """Measure a quantized model against the unquantized one."""
-        loss = divergence = 0.0
-        tokens = labels = 0
+        lost, labels = [], []
+        divergence, tokens = 0.0, 0
         with torch.no_grad():
             for batch in self.held_out:
                 before, after = _logits(self.model, batch), _logits(model, batch)
-                lost = _losses(after, batch).double() - _losses(before, batch).double()
-                loss += float(lost.sum())
-                labels += lost.numel()
+                change = _losses(after, batch).double() - _losses(before, batch).double()
+                lost += change.sum(dim=1).tolist()
+                labels += [change.shape[1]] * len(change)
                 p, q = (logits.double().log_softmax(dim=-1) for logits in (before, after))
                 divergence += float((p.exp() * (p - q)).sum())
                 tokens += batch.input_ids.numel()
-        return Measured(name, self._bits(model), loss / labels, divergence / tokens, predicted)
+        bits, mean = self._bits(model), sum(lost) / sum(labels)
+        found = (np.array(lost), np.array(labels))
+        return Measured(name, bits, mean, divergence / tokens, predicted, *found)
 
     def _bits(self, model: nn.Module) -> float:
         """Return bits a weight as ModelOpt's quantizers state them."""
@@ -237,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found += _recipes(bench, sweeps, bits)
                 with contextlib.suppress(AnswerIsNo):
                     found.append(bench.auto_quantize(bits))
-                numbers[f"{bits:g}"] = [vars(entry) for entry in found]
+                numbers[f"{bits:g}"] = [entry.numbers() for entry in found]
                 console.print(_table(found, bits))
     except QsensError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -251,21 +275,27 @@ def _recipes(bench: Bench, sweeps: dict[str, tuple[Summary, Plan]], bits: float)
     found = []
     for method, (summary, plan) in sweeps.items():
         recipe = recipe_of(summary, plan, bits)
-        config = yaml.safe_load(modelopt.dump(recipe))
+        config = yaml.safe_load(dump(recipe))
         predicted = recipe.damage if method == "fisher" else None
         found.append(bench.measure(f"recipe by {method}", config, predicted))
     return found
 
 
 def _table(found: Sequence[Measured], bits: float) -> Table:
-    columns = ("formats", "bits", "loss increase", "KL divergence", "predicted KL")
+    columns = ("formats", "bits", "loss increase", "against ModelOpt", "KL", "predicted KL")
+    modelopt = next((entry for entry in found if entry.name == MODELOPT), None)
     table = Table(*columns, title=f"At most {bits:g} bits; nats a token, captions held out")
     for entry in sorted(found, key=lambda entry: entry.divergence):
+        against = ""
+        if modelopt is not None and entry is not modelopt:
+            more, error = entry.against(modelopt)
+            against = f"{more:+.5f} ± {error:.5f}"
         predicted = "" if entry.predicted is None else f"{entry.predicted:.5f}"
         table.add_row(
             entry.name,
             f"{entry.bits:.4f}" + (" (too many)" if entry.bits > bits else ""),
             f"{entry.loss:+.5f}",
+            against,
             f"{entry.divergence:.5f}",
             predicted,
         )
@@ -279,9 +309,12 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return the cross-entropy of every label, in nats."""
-    labels = batch.input_ids[:, 1:].flatten()
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels, reduction="none")
+    """Return the cross-entropy of every label, ``(samples, labels)``, in nats."""
+    labels = batch.input_ids[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none"
+    )
+    return losses.view(labels.shape)
 
 
 def _floats(text: str) -> list[float]:

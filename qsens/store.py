@@ -57,6 +57,10 @@ class Store:
         """Return where the reason is kept why ``cell`` could not be computed."""
         return self.plan.results / ".cells" / f"{cell.digest}.failed.json"
 
+    def audit(self, cell: Cell) -> Path:
+        """Return where the audit of the scores of ``cell`` lives, whether it is there or not."""
+        return self.plan.results / ".audits" / f"{cell.digest}.json"
+
     def is_done(self, cell: Cell) -> bool:
         """Return whether the result of ``cell`` is there."""
         return self.manifest(cell).is_file()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,8 +139,7 @@ def tell(context: Context) -> None:
 def notice_of(context: Context) -> Notice:
     """Return what there is to say about the run of ``context``."""
     ti, run = context["ti"], context["dag_run"]
-    base = conf.get("api", "base_url", fallback="").rstrip("/")
-    address = f"{base}/dags/{run.dag_id}/runs/{quote(run.run_id, safe='')}"
+    address = f"{_base()}/dags/{run.dag_id}/runs/{quote(run.run_id, safe='')}"
     published = ti.xcom_pull(task_ids="publish")
     if not published:
         reasons = [
@@ -169,19 +168,23 @@ def notice_of(context: Context) -> Notice:
 
 
 def address_of(page: Path) -> str:
-    """Return the address of a report: below ``QSENS_REPORTS_URL``, else its file."""
-    base = os.environ.get("QSENS_REPORTS_URL")
-    results = Roots.from_environment().results
+    """Return the address of a report: its page in Airflow, or its file where it has none."""
+    from qsens_airflow.plugin import PREFIX
+
+    results, base = Roots.from_environment().results, _base()
     if base and page.is_relative_to(results):
-        return f"{base.rstrip('/')}/{quote(page.relative_to(results).as_posix())}"
+        return f"{base}{PREFIX}/files/{quote(page.relative_to(results).as_posix())}"
     return page.as_uri()
 
 
-def _notify(notifier: NotifierConfig, notice: Notice, context: Context) -> None:
-    from airflow.sdk.module_loading import import_string
+def _base() -> str:
+    """Return the address that people reach Airflow at; empty where it is not set."""
+    return str(conf.get("api", "base_url", fallback="")).rstrip("/")
 
+
+def _notify(notifier: NotifierConfig, notice: Notice, context: Context) -> None:
     try:
-        made = import_string(notifier.notifier)(**notifier.arguments)
+        made = pkgutil.resolve_name(notifier.notifier)(**notifier.arguments)
         made({**context, "notice": notice})
     except Exception:
         _log.exception("%s could not tell how the run ended", notifier.notifier)

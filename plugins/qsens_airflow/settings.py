@@ -8,7 +8,6 @@ Environment variables, not Airflow Variables: those would be a request to the AP
 | ``QSENS_SCHEDULE`` | cron expression in UTC, or ``none`` for manual triggers only | the preset's |
 | ``QSENS_QUEUE`` | Celery queue of ``calibrate`` and ``score`` | the executor's default |
 | ``QSENS_POOL`` | Airflow pool of ``calibrate`` and ``score``; it must exist | the preset's |
-| ``QSENS_REPORTS_URL`` | where the results root is served, for links in messages | ``file:`` |
 """
 
 from __future__ import annotations

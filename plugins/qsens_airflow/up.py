@@ -1,8 +1,8 @@
 """A local Airflow to work with: ``python -m qsens_airflow.up start``, and ``stop``.
 
-The DAG is not paused, the pool is made with a slot for each GPU, and reports are served. What is
-not set in the environment is that of the demo, so that a run works at once. ``serve`` is what
-``start`` leaves running.
+The DAG is not paused, and the pool is made with a slot for each GPU. What is not set in the
+environment is that of the demo, so that a run works at once. ``serve`` is what ``start`` leaves
+running.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qsens.store import write_text
 from qsens_airflow.entry import run
 from qsens_airflow.lease import devices_to_lease
 from qsens_airflow.local import Components
-from qsens_airflow.reports import serving
+from qsens_airflow.plugin import PREFIX
 
 _ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 300
@@ -83,30 +83,28 @@ def serve(home: Path, roots: Roots) -> int:
         "QSENS_GPUS": str(slots),
     } | {key: value for key, value in os.environ.items() if key.startswith("QSENS_") and value}
     environment |= {"QSENS_ROOT": str(roots.root), "QSENS_RESULTS": str(roots.results)}
-    with serving(roots.results) as reports:
-        environment.setdefault("QSENS_REPORTS_URL", reports)
-        # Tasks that need no GPU run beside those that do.
-        airflow = Components(home, root=_ROOT, environment=environment, slots=slots + 2)
-        if environment["QSENS_PRESET"] == "demo":
-            words = [sys.executable, "-m", "qsens", "demo-model"]
-            subprocess.run(words, env=airflow.environment, check=True)
-        with airflow:
-            pool = environment["QSENS_POOL"]
-            if airflow.client.pool_slots(pool) is None:
-                airflow.client.make_pool(pool, int(environment["QSENS_GPUS"]))
-            airflow.client.unpause()
-            known = {
-                "pid": os.getpid(),
-                "address": airflow.url,
-                "user": airflow.user,
-                "password": f"in {airflow.password_file}",
-                "reports": reports,
-            }
-            try:
-                write_text(_state(home), json.dumps(known))
-                signal.pause()
-            finally:
-                _state(home).unlink(missing_ok=True)
+    # Tasks that need no GPU run beside those that do.
+    airflow = Components(home, root=_ROOT, environment=environment, slots=slots + 2)
+    if environment["QSENS_PRESET"] == "demo":
+        words = [sys.executable, "-m", "qsens", "demo-model"]
+        subprocess.run(words, env=airflow.environment, check=True)
+    with airflow:
+        pool = environment["QSENS_POOL"]
+        if airflow.client.pool_slots(pool) is None:
+            airflow.client.make_pool(pool, int(environment["QSENS_GPUS"]))
+        airflow.client.unpause()
+        known = {
+            "pid": os.getpid(),
+            "address": airflow.url,
+            "user": airflow.user,
+            "password": f"in {airflow.password_file}",
+            "reports": f"{airflow.url}{PREFIX}/",
+        }
+        try:
+            write_text(_state(home), json.dumps(known))
+            signal.pause()
+        finally:
+            _state(home).unlink(missing_ok=True)
     return 0
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import ValidationError
 from scipy.stats import binom, spearmanr
 
 from qsens.analysis.ranking import Row
-from qsens.config.models import Frozen
+from qsens.config.models import Coverage, Frozen, Size
 from qsens.manifest import Kind, kind_of
 
+AUDIT_VERSION = 1
 Verdict = Literal["trust", "rank only", "do not trust"]
 # Groups that are always audited: those that hurt most.
 TOP = 5
@@ -62,6 +65,49 @@ class Judgement(Frozen):
     """Its 90 % quantile over the groups."""
     covered: float | None
     """Share of groups whose truth lies in the estimate's 90 % interval; null without errors."""
+
+
+class Audit(Frozen):
+    """The audit of one cell, as it is stored."""
+
+    schema_version: int = AUDIT_VERSION
+    """Version of this schema."""
+    cell: str
+    """Cell id."""
+    pair: str
+    """Precision pair; the verdict holds for it at every size."""
+    granularity: str
+    """Granularity."""
+    coverage: Coverage = "lm_only"
+    """Part of the model that may be quantized."""
+    size: Size
+    """Calibration size."""
+    cell_digest: str
+    """Digest of all that changes the scores."""
+    method: str
+    """The score that was audited."""
+    mode: Literal["sample", "full"]
+    """Whether some groups were measured or all."""
+    samples: int
+    """Samples that estimates and truths are over."""
+    points: tuple[Point, ...]
+    """The groups, most sensitive first."""
+    judgement: Judgement
+    """What they say."""
+    failures: dict[str, str] = {}
+    """Groups whose truth could not be measured, with the reason."""
+    seconds: float
+    """What the measurement took, for all pairs that were audited with this one."""
+    device: str
+    """The device, in words."""
+
+
+def read_audit(path: Path) -> Audit | None:
+    """Read an audit; none where there is none of this version."""
+    try:
+        return Audit.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def choose_groups(rows: Sequence[Row], count: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from qsens.config.models import Frozen
 from qsens.manifest import Manifest
@@ -95,9 +95,8 @@ def differences(
     """Return what differs, by cause, in the order of the first that names it."""
     keys = [*before, *(key for key in after if key not in before)]
     found = [
-        Difference(cause=cause, what=what, before=before.get(key), after=after.get(key))
+        Difference(cause=key[0], what=key[1], before=before.get(key), after=after.get(key))
         for key in keys
-        for cause, what in [cast("tuple[Cause, str]", key)]
         if before.get(key) != after.get(key)
     ]
     return tuple(sorted(found, key=lambda entry: CAUSES.index(entry.cause)))

@@ -66,7 +66,9 @@ def read_samples(path: Path, method: str) -> SampleScores | None:
             labels = np.asarray(file.get_tensor("label_tokens"), dtype=np.float64)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot be read: {error}", where=str(path), remedy="Publish the sweep again."
+            f"cannot be read: {error}",
+            where=str(path),
+            remedy="Compute the cell again, with runner.force=true.",
         ) from error
     groups = metadata.get("groups", "").split("\n")
     if scores.shape != (len(groups), labels.shape[0]):
@@ -74,11 +76,11 @@ def read_samples(path: Path, method: str) -> SampleScores | None:
             f"holds scores of shape {scores.shape} for {len(groups)} groups "
             f"and {labels.shape[0]} samples",
             where=str(path),
-            remedy="Publish the sweep again.",
+            remedy="Compute the cell again, with runner.force=true.",
         )
     # Of text, a label is a real token predicted from a real token: one fewer than real tokens.
     of_labels = method == "gradient" or metadata.get("modality") == "image_text"
     tokens = labels if of_labels else labels + 1
-    kept = np.isfinite(scores).all(axis=1)
+    kept = np.asarray(np.isfinite(scores).all(axis=1))
     names = tuple(name for name, keep in zip(groups, kept, strict=True) if keep)
     return SampleScores(names, scores[kept], tokens)

@@ -137,6 +137,9 @@ class AutoquantConfig(Frozen):
     group quantized at a time, far slower."""
     draws: int = Field(default=8, ge=2, le=256)
     """Draws of labels for ``fisher``, each a backward pass."""
+    audit: Literal["none", "sample", "full"] = "none"
+    """Whether the true KL divergence is measured beside the scores, and how far they can be
+    trusted: of twelve groups a pair (``sample``), or of all."""
     engine: Literal["fused", "modelopt"] = "fused"
     """What computes it: ``fused``, all cells in one pass; ``modelopt``, the reference: one
     ``mtq.auto_quantize`` a cell."""
@@ -157,6 +160,8 @@ class AutoquantConfig(Frozen):
     def _the_engine_knows_the_method(self) -> Self:
         if self.engine == "modelopt" and self.method == "fisher":
             raise ValueError("engine=modelopt has no method 'fisher': use engine=fused")
+        if self.method == "kl_div" and self.audit != "none":
+            raise ValueError("method=kl_div is the truth itself: audit=none")
         return self
 
 

@@ -17,6 +17,7 @@ from qsens.engine.groups import Group
 from qsens.engine.model_pass import HEAD_ROWS, layers_of
 from qsens.engine.quantizer import WEIGHT_CHUNK
 from qsens.engine.samples import BATCH_TOKENS, Samples
+from qsens.errors import UserError
 
 GIB = 1 << 30
 # Environment variable: what a run after one that was out of memory may take of the budget, 0 to 1.
@@ -73,7 +74,7 @@ def plan_budget(
     """
     parameter = next(model.parameters())
     free = limit_gb * GIB if limit_gb else _free(parameter.device) * _SHARE_OF_FREE
-    limit = int(free * float(os.environ.get(MEMORY_SHARE) or 1))
+    limit = int(free * memory_share())
     size = parameter.element_size()
     rows = _Rows.of(model, samples)
     fixed, per_token, records = _footprint(model, groups, candidates, size, losses, rows)
@@ -94,6 +95,26 @@ def plan_budget(
         keeps_records=keeps,
         head_formats=formats,
     )
+
+
+def memory_share() -> float:
+    """Return the share of its budget that a pass may take, above 0 and at most 1.
+
+    Raises:
+        UserError: The environment says something else.
+    """
+    text = os.environ.get(MEMORY_SHARE) or "1"
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(
+            f"'{text}' is no share",
+            where=f"environment variable {MEMORY_SHARE}",
+            remedy="Set it to a number above 0 and at most 1, or unset it.",
+        )
+    return share
 
 
 def peak(device: torch.device) -> int:

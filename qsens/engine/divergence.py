@@ -7,7 +7,7 @@ behind it: the layers before hand out what they gave, so no code of a model is r
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -36,6 +36,7 @@ def diverge(
     *,
     boundaries: Sequence[int],
     budget: Budget | None = None,
+    only: Collection[tuple[str, int]] | None = None,
     progress: Progress = silent,
 ) -> PassScores:
     """Measure ``KL(p || q)`` of every candidate on every covered group, in nats.
@@ -44,6 +45,8 @@ def diverge(
     quantized; the divergences are summed over the positions of a sample that count, see
     :meth:`qsens.engine.samples.Batch.predicts`. The arguments are those of
     :func:`qsens.engine.fused.score`; so is the result, but for ``errors``, which are not measured.
+    ``only`` names the groups and candidates to measure; all of them when not given, and the others
+    are 0.
     """
     started = time.monotonic()
     covered = tuple(group for group in groups if group.covered)
@@ -70,6 +73,8 @@ def diverge(
             for position, group in enumerate(covered):
                 for weight, active in candidates.active(batch.first).items():
                     for entry, candidate in active:
+                        if only is not None and (group.name, candidate) not in only:
+                            continue
                         try:
                             with _perturbed(model, group, candidates, weight, entry, maxima, ran):
                                 changed = layers.run(moved, behind=group.members)
@@ -178,7 +183,7 @@ def _perturbed(
                 module.weight,  # type: ignore[arg-type]
                 candidates.weights[weight],
             )
-            module.forward = _changed(module, quantized, chosen.cfg, amax)  # type: ignore
+            module.forward = _changed(module, quantized, chosen.cfg, amax)
             stack.callback(delattr, module, "forward")
             hook = module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
             stack.callback(hook.remove)

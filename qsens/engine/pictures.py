@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qsens.config import DatasetConfig, ModelConfig
 from qsens.config.models import Size
@@ -77,7 +77,7 @@ class Resolution:
 
     def tokens(self, pixels: Pixels) -> int:
         """Return how many tokens a picture at its resolution is to the language model."""
-        return pixels.shape[0] * pixels.shape[1] // self.unit**2
+        return int(pixels.shape[0] * pixels.shape[1]) // self.unit**2
 
 
 @dataclass
@@ -177,7 +177,7 @@ class PictureReader:
                 raise
             except Image.DecompressionBombError as error:
                 raise _Unusable("is enormous") from error
-            except Image.UnidentifiedImageError as error:
+            except UnidentifiedImageError as error:
                 raise _Unusable(f"is no {', '.join(_FORMATS)} file") from error
             except Exception as error:  # Decoders raise anything on bytes that they do not expect.
                 reason = str(error).strip() or type(error).__name__

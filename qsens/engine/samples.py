@@ -307,5 +307,5 @@ def make_batch(samples: Samples, indices: Sequence[int], width: int | None = Non
         labels=labels,
         patches=torch.cat([picture.patches for picture in pictures]),
         grids=torch.tensor([picture.grid for picture in pictures]),
-        visual=(ids == samples.image_token).long() * mask,
+        visual=mask.where(ids == torch.tensor(samples.image_token), 0),
     )

@@ -79,6 +79,7 @@ def _weights(quantizer: QuantizerConfig) -> dict[str, Any]:
         return _blocks_of_a_format(quantizer) | {"dynamic": False}
     number = _number(quantizer)
     sizes = quantizer.sizes()
+    strategy: dict[str, Any]
     if not sizes:
         if quantizer.axis not in (None, 0, (0,)):
             raise ValueError(f"scaled along axis {quantizer.axis}, not by output channel")

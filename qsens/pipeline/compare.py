@@ -23,9 +23,8 @@ from qsens.manifest import (
     read_manifest,
 )
 from qsens.pipeline.drift import Result, comparable, distinct, normalised
-from qsens.pipeline.publish import read_summary
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
-from qsens.report.sweep import SUMMARY
+from qsens.report.sweep import SUMMARY, read_summary
 from qsens.store import MANIFEST, STATE
 
 
@@ -65,7 +64,8 @@ def compare(one: str, other: str, roots: Roots) -> Comparison:
         names = [name for name in sides[0].cells if name in sides[1].cells]
         pairs = [(sides[0].cells[name], sides[1].cells[name]) for name in names]
     else:
-        pairs = [(*sides[0].cells.values(), *sides[1].cells.values())]
+        (first,), (second,) = (side.cells.values() for side in sides)
+        pairs = [(first, second)]
     if not pairs:
         raise UserError(
             "no cell has a result in both",
@@ -154,7 +154,7 @@ def _compared(
         before=a.name,
         after=b.name,
         per_token=per_token,
-        samples=samples,  # type: ignore[arg-type]
+        samples=samples,
         total_before=math.fsum(one.values()),
         total_after=math.fsum(other.values()),
         spearman=agreed.spearman,

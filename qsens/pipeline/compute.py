@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qsens.engine import fisher, fused, reference
-from qsens.engine.budget import GIB, peak, plan_budget, reset_peak
+from qsens.engine.budget import GIB, memory_share, peak, plan_budget, reset_peak
 from qsens.engine.calibrate import Maxima
 from qsens.engine.calibrate import calibrate as run_calibration
 from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.checkpoint import device_name
 from qsens.engine.divergence import diverge
 from qsens.engine.groups import Group
-from qsens.engine.samples import Samples, equal_length_batches
+from qsens.engine.samples import Samples, batch_tokens, equal_length_batches
 from qsens.engine.scores import CellScores, Progress
 from qsens.errors import QsensError, UserError
 from qsens.grid import Cell, Plan, calibration_digest
@@ -50,7 +50,7 @@ def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> 
     checkpoint = load_checkpoint(plan, progress)
     for share in by_modality(cells):
         loaded = with_samples(plan, _longest(plan, share), checkpoint)
-        groups = groups_of(plan, _widest(plan.cells, share[0]), loaded.model)
+        groups = groups_of(plan, widest(plan.cells, share[0]), loaded.model)
         counts = sorted({plan.samples_used(cell) for cell in share})
         found = _calibrate(plan, loaded, groups, share, counts, progress)
         for cell in share:
@@ -121,7 +121,7 @@ def _longest(plan: Plan, cells: Sequence[Cell]) -> Cell:
     return max(cells, key=plan.samples_taken)
 
 
-def _widest(cells: Sequence[Cell], like: Cell) -> Cell:
+def widest(cells: Sequence[Cell], like: Cell) -> Cell:
     """Return the cell that covers most of those with the modality of ``like``."""
     alike = [cell for cell in cells if cell.modality == like.modality]
     return next((cell for cell in alike if cell.coverage == "all_layers"), like)
@@ -137,9 +137,9 @@ def _score_pass(
     plan = store.plan
     config = plan.config
     model, samples = loaded.model, loaded.samples
-    groups = groups_of(plan, _widest(cells, cells[0]), model)
+    groups = groups_of(plan, widest(cells, cells[0]), model)
     sizes = plan.boundaries(_longest(plan, cells))
-    requests = [_request(plan, cell) for cell in cells]
+    requests = [request_of(plan, cell) for cell in cells]
     candidates = distinct(requests)
     budget = plan_budget(
         model,
@@ -223,7 +223,7 @@ def both_engines(
     groups = groups_of(plan, cell, model)
     scored, batch_size = plan.samples_scored(cell), config.autoquant.batch_size
     sizes = plan.boundaries(cell)
-    request = _request(plan, cell)
+    request = request_of(plan, cell)
     candidates = distinct([request])
     started = time.monotonic()
     maxima: dict[int, Maxima] = {}
@@ -259,7 +259,8 @@ def _by_name(scores: CellScores) -> dict[str, float]:
     }
 
 
-def _request(plan: Plan, cell: Cell) -> Request:
+def request_of(plan: Plan, cell: Cell) -> Request:
+    """Return what ``cell`` asks of a pass."""
     pair = plan.pair(cell)
     return Request(
         cell=cell.cell,
@@ -303,12 +304,15 @@ def _calibrate(
     counts: Sequence[int],
     progress: Progress,
 ) -> dict[int, Maxima]:
+    share = memory_share()
     return run_calibration(
         loaded.model,
         loaded.samples,
         groups,
         snapshots=counts,
         boundaries=plan.boundaries(_longest(plan, cells)),
+        # What does not fit in one batch goes through in several: no maximum depends on it.
+        max_tokens=int(batch_tokens(loaded.device) * share) if share < 1 else None,
         progress=progress,
     )
 

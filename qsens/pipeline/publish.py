@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from qsens.analysis.audit import Audit
 from qsens.analysis.samples import SampleScores, read_samples
 from qsens.grid import Cell, Plan
 from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest, find_manifest, read_manifest
+from qsens.pipeline.audit import find_audits
 from qsens.pipeline.cell import failure_reason
 from qsens.pipeline.drift import find_drift
 from qsens.pipeline.plan import plan_json
@@ -42,6 +45,7 @@ def publish(plan: Plan) -> dict[str, Any]:
     model_dir = store.model_dir()
     model_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(model_dir / ".publish.lock"):
+        audits = find_audits(store)
         for cell in plan.cells:
             if store.is_done(cell):
                 manifest = read_manifest(store.manifest(cell))
@@ -49,7 +53,7 @@ def publish(plan: Plan) -> dict[str, Any]:
                 found = _samples(store.state(cell), manifest)
                 if found is not None:
                     samples[cell.cell] = found
-                _publish_cell(store, cell, manifest, found)
+                _publish_cell(store, cell, manifest, found, _audit_of(cell, audits))
             else:
                 missing[cell.cell] = failure_reason(store, cell)
         sweep_dir = store.sweep_dir()
@@ -65,6 +69,7 @@ def publish(plan: Plan) -> dict[str, Any]:
             },
             said.previous if said else _previous(store),
             samples,
+            audits=audits,
         )
         drift = find_drift(plan, summary, model_dir / "sweeps")
         if said and said.drift and drift and _lost(said, drift):
@@ -146,8 +151,21 @@ def _assets(directory: Path) -> Path:
     return directory / ASSETS
 
 
+def _audit_of(cell: Cell, audits: Sequence[Audit]) -> Audit | None:
+    """Return the audit of a cell's pair: its verdict holds at every size."""
+    key = (cell.pair, cell.granularity, cell.coverage)
+    return next(
+        (audit for audit in audits if (audit.pair, audit.granularity, audit.coverage) == key),
+        None,
+    )
+
+
 def _publish_cell(
-    store: Store, cell: Cell, manifest: Manifest, samples: SampleScores | None
+    store: Store,
+    cell: Cell,
+    manifest: Manifest,
+    samples: SampleScores | None,
+    audit: Audit | None,
 ) -> None:
     directory = store.cell_dir(cell)
     shown = directory / SHOWN
@@ -156,7 +174,7 @@ def _publish_cell(
     published = store.published(cell)
     if store.state(cell).is_file():
         copy_file(store.state(cell), published["state"])
-    write_cell(manifest, directory, samples, assets=store.model_dir() / ASSETS)
+    write_cell(manifest, directory, samples, audit=audit, assets=store.model_dir() / ASSETS)
     write_text(shown, store.plan.sweep_id)
     copy_file(store.manifest(cell), published["manifest"])
 

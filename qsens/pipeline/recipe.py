@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qsens.analysis.options import matches
+from qsens.analysis.options import UNQUANTIZED_BITS, matches
 from qsens.config import PairConfig, Roots
 from qsens.config.models import SIZES, Coverage, Size
 from qsens.errors import UserError
@@ -54,10 +54,14 @@ def write_recipe(
         notices, path, recipe}``; ``recipe`` is the text, left out where it was written.
 
     Raises:
-        UserError: There is no such sweep, it has no results at that size, or a pattern matches
-            nothing.
+        UserError: There is no such sweep, it has no results at that size, a pattern matches
+            nothing, or the target is none.
         AnswerIsNo: The target is out of reach.
     """
+    if not 0 < bits <= UNQUANTIZED_BITS:
+        raise UserError(
+            f"{bits:g} bits a weight are no target", where="--bits", remedy="Ask for 0 to 16 bits."
+        )
     directory = find_sweep(where, roots or Roots.from_environment())
     refusal = llm_compressor.refusal if target == "llm-compressor" else None
     recipe = recipe_of(

@@ -1,4 +1,4 @@
-"""A whole sweep in one process: plan, score, publish."""
+"""A whole sweep in one process: plan, score, audit, publish."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from qsens.errors import QsensError
 from qsens.grid import Plan
+from qsens.pipeline.audit import audit
 from qsens.pipeline.cell import score
 from qsens.pipeline.publish import publish
 
@@ -16,7 +17,7 @@ CellProgress = Callable[[str, str, int, int], None]
 def run_sweep(
     plan: Plan, *, progress: CellProgress | None = None
 ) -> tuple[dict[str, Any], list[QsensError]]:
-    """Compute what is missing, cell by cell, and publish.
+    """Compute what is missing, cell by cell, audit it where the plan says so, and publish.
 
     A cell that cannot be computed fails alone; the rest goes on.
 
@@ -25,7 +26,7 @@ def run_sweep(
         progress: Called with a cell, a phase, steps done and steps in all.
 
     Returns:
-        What ``publish`` returns, and the errors of the cells that failed.
+        What ``publish`` returns, and the errors of the cells, and of the audit, that failed.
     """
     errors: list[QsensError] = []
     if not plan.config.runner.report_only:
@@ -33,6 +34,12 @@ def run_sweep(
             try:
                 # Calibration comes with the score: one load of the checkpoint, often one forward.
                 score(plan, cell.cell, progress=_bound(progress, cell.cell), wait=True)
+            except QsensError as error:
+                errors.append(error)
+        mode = plan.config.autoquant.audit
+        if mode != "none":
+            try:
+                audit(plan, full=mode == "full", progress=_bound(progress, plan.cells[0].cell))
             except QsensError as error:
                 errors.append(error)
     return publish(plan), errors

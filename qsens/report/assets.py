@@ -50,15 +50,11 @@ def linked(page_directory: Path, assets: Path) -> Scripts:
         page_directory: Directory of the page.
         assets: Directory of the scripts.
     """
-    links = {}
-    for name, text in (_report(), _plotly()):
-        path = assets / name
-        size = len(text.encode("utf-8"))
-        if not path.is_file() or path.stat().st_size != size:
-            write_text(path, text)
-        relative = Path(os.path.relpath(path, page_directory)).as_posix()
-        links[name.partition("-")[0]] = look.link(relative)
-    return Scripts(policy=_POLICY + _BESIDE, **links)
+    return Scripts(
+        policy=_POLICY + _BESIDE,
+        report=_link(page_directory, assets, *_report()),
+        plotly=_link(page_directory, assets, *_plotly()),
+    )
 
 
 def embedded() -> Scripts:
@@ -81,6 +77,13 @@ def page_data(value: Any) -> Markup:
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return Markup(text)
+
+
+def _link(page_directory: Path, assets: Path, name: str, text: str) -> str:
+    path = assets / name
+    if not path.is_file() or path.stat().st_size != len(text.encode("utf-8")):
+        write_text(path, text)
+    return look.link(Path(os.path.relpath(path, page_directory)).as_posix())
 
 
 @cache

@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qsens.analysis.ranking import Row, Totals, by_kind, finite, rank
+from qsens.analysis.audit import Audit
+from qsens.analysis.ranking import Part, Row, Totals, by_depth, by_kind, finite, rank
 from qsens.analysis.samples import SampleScores
 from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, bootstrap, settled
 from qsens.config.models import Frozen
 from qsens.manifest import (
     Dataset,
+    Kind,
     Manifest,
     Model,
     Quantization,
@@ -83,8 +85,14 @@ class CellReport(Frozen):
     """The outcome of the search."""
     totals: Totals
     """Sums over the rows."""
+    by_kind: dict[Kind, Part]
+    """Sums over the scored rows of each kind of module, largest first."""
+    by_depth: dict[int, Part]
+    """Sums over the scored rows of each layer, by its index."""
     stability: CellStability | None = None
     """How sure the ranking is; none without scores of every sample."""
+    audit: Audit | None = None
+    """The scores of its pair against the true divergence of some groups; none without an audit."""
     rows: tuple[Row, ...]
     """Scored groups, most sensitive first; then the others, by status and name."""
 
@@ -125,6 +133,7 @@ def write_cell(
     directory: Path,
     samples: SampleScores | None = None,
     *,
+    audit: Audit | None = None,
     assets: Path | None = None,
     single_file: bool = False,
 ) -> list[Path]:
@@ -134,20 +143,21 @@ def write_cell(
         manifest: A manifest as ``read_manifest`` returns it.
         directory: Where the reports go.
         samples: Scores of every sample, where there are any: they say how sure the ranking is.
+        audit: The audit of its pair, where there is one.
         assets: Directory of the scripts that pages share; one in ``directory`` when not given.
         single_file: Whether the page holds its scripts, instead of sharing them.
 
     Returns:
         The Markdown, JSON and HTML file, and the chart of the Markdown where there is one.
     """
-    report = build_cell(manifest, samples)
+    report = build_cell(manifest, samples).model_copy(update={"audit": audit})
     found = charts.depth_map(report.ranked)
     picture = depth_svg(found)
     context: dict[str, Any] = {
         "report": report,
         "method": report.scheme.auto_quantize_method,
         "facts": facts(report),
-        "kinds": by_kind(report.rows),
+        "kinds": report.by_kind,
         "protected": report.ranked[:PROTECTED],
         "protected_share": math.fsum(row.share or 0.0 for row in report.ranked[:PROTECTED]),
         "per_token": any(row.sensitivity_per_token is not None for row in report.rows),
@@ -208,6 +218,8 @@ def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellR
             constraint_met=state.is_satisfied,
         ),
         totals=ranking.totals,
+        by_kind=by_kind(ranking.rows),
+        by_depth=by_depth(ranking.rows),
         stability=_stability(samples, spreads) if samples is not None and spreads else None,
         rows=ranking.rows,
     )
@@ -254,6 +266,8 @@ def facts(report: CellReport) -> list[tuple[str, str]]:
         ("Score of the groups quantized", _known(search.score, look.scientific)),
         ("Engine", report.engine),
     ]
+    if report.audit is not None:
+        known.append(("Audit", audit_words(report.audit)))
     if (versions := report.versions) is not None:
         stated = f"qsens {versions.qsens}, torch {versions.torch}"
         stated += f", transformers {versions.transformers}"
@@ -299,6 +313,13 @@ def _rest(report: CellReport, *, per_token: bool) -> list[list[Any]]:
     ]
 
 
+def audit_words(audit: Audit) -> str:
+    """Return in words how far the scores of a pair can be trusted."""
+    found = audit.judgement
+    groups = look.count(audit.points, "group")
+    return f"{found.verdict}: {found.reason} (true KL divergence of {groups}, {audit.cell})"
+
+
 def checkpoint_name(path: str) -> str:
     """Return the last component of a checkpoint's path, of whichever system."""
     return PurePosixPath(path.replace("\\", "/")).name or path
@@ -318,6 +339,8 @@ def _as_json(report: CellReport) -> Any:
             data[name] = [row.model_dump(exclude=hidden) for row in report.rows]
         elif isinstance(value, Frozen):
             data[name] = value.model_dump()
+        elif name.startswith("by_"):
+            data[name] = {str(key): part.model_dump() for key, part in value.items()}
         elif value is not None:
             data[name] = value
     return look.plain(data)

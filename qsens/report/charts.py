@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qsens.analysis.allocation import ParetoPoint
 from qsens.analysis.ranking import Row, normalise_name
 from qsens.grid import unusual
 from qsens.manifest import Kind
@@ -139,23 +140,21 @@ def drift(found: Drift | None) -> Chart | None:
     }
 
 
-def pareto(summary: Mapping[str, Any]) -> Chart | None:
-    """Return the curve of damage over effective bits, with the recipe chosen, where there is one.
+def pareto(points: Sequence[ParetoPoint], target: float | None) -> Chart | None:
+    """Return the curve of damage over effective bits, and the recipe at the sweep's target.
 
     Args:
-        summary: A summary as JSON data; ``pareto`` is a list of ``{bits, damage}``, ``recipe`` the
-            point chosen.
+        points: The curve, by rising bits.
+        target: Target of effective bits; what the points offer there is the last one below it.
     """
-    points = summary.get("pareto")
     if not points:
         return None
-    if isinstance(points, dict):
-        points = points.get("points", [])
-    chosen = summary.get("recipe")
+    within = [point for point in points if target is not None and point.bits <= target + 1e-9]
     return {
-        "bits": [point["bits"] for point in points],
-        "damage": [point["damage"] for point in points],
-        "chosen": [chosen["bits"], chosen["damage"]] if chosen else None,
+        "bits": [point.bits for point in points],
+        "damage": [point.damage for point in points],
+        "target": target,
+        "chosen": [within[-1].bits, within[-1].damage] if within else None,
     }
 
 

@@ -85,7 +85,7 @@ def signed_percent(change: float | None) -> str:
 
 def span(ends: tuple[float, float] | None) -> str:
     """Return an interval of a score."""
-    return ABSENT if ends is None else f"{ends[0]:.3e} to {ends[1]:.3e}"
+    return ABSENT if ends is None else f"{ends[0]:.2e} to {ends[1]:.2e}"
 
 
 def places(ends: tuple[int, int] | None) -> str:

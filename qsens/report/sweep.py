@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from qsens.analysis.allocation import ParetoPoint, pareto
+from qsens.analysis.audit import Audit
 from qsens.analysis.options import build_units
 from qsens.analysis.ranking import Row, total_per_token
 from qsens.analysis.samples import SampleScores
@@ -131,6 +132,8 @@ class Summary(Frozen):
     """SHA-256 over the contents of the checkpoint's configuration and weight files."""
     method: str = "gradient"
     """The score: ``gradient``, ``fisher``, ``kl_div``."""
+    effective_bits_target: float | None = None
+    """Target of effective bits, in bits a weight."""
     previous: str | None
     """Id of the sweep before this one; none where this is the first."""
     pareto: tuple[ParetoPoint, ...] = ()
@@ -144,6 +147,8 @@ class Summary(Frozen):
     """The cells without a result, in the same order."""
     sizes_compared: tuple[SizesCompared, ...] = ()
     """Each size of a pair against the next that has a result."""
+    audit: tuple[Audit, ...] = ()
+    """The scores of each pair against the true divergence of some groups, where measured."""
     drift: Drift | None = None
     """What changed since the sweep before; none where there is none."""
 
@@ -166,6 +171,7 @@ def build_summary(
     previous: str | None,
     samples: Mapping[str, SampleScores] | None = None,
     drift: Drift | None = None,
+    audits: Sequence[Audit] = (),
 ) -> Summary:
     """Lay out what a sweep found; lanes have no influence on it.
 
@@ -177,6 +183,7 @@ def build_summary(
         previous: Id of the sweep before this one.
         samples: Scores of every sample, by cell id, where there are any.
         drift: What changed since the sweep before.
+        audits: The audits that there are.
     """
     cells = tuple(
         _done(
@@ -198,6 +205,7 @@ def build_summary(
         model=plan.config.model.name,
         checkpoint_digest=plan.checkpoint.digest,
         method=plan.config.autoquant.method,
+        effective_bits_target=plan.config.autoquant.effective_bits,
         previous=previous,
         pareto=tuple(_pareto(plan, cells)),
         complete=all(cell.whole for cell in cells),
@@ -208,6 +216,7 @@ def build_summary(
             if not cell.done
         ),
         sizes_compared=compare_all_sizes(cells),
+        audit=tuple(audits),
         drift=drift,
     )
 
@@ -257,7 +266,7 @@ def write_sweep(summary: Summary, directory: Path, *, single_file: bool = False)
         "heat": charts.heat(heat),
         "profiles": charts.profiles(summary.cells),
         "sizes": charts.sizes(summary.cells),
-        "pareto": charts.pareto(data),
+        "pareto": charts.pareto(summary.pareto, summary.effective_bits_target),
         "drift": charts.drift(summary.drift),
     }
     rest = heat.rows[_ROWS_IN_PAGE:] if heat else ()

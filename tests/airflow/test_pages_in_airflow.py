@@ -103,7 +103,7 @@ def test_reports_draw_their_charts_inside_airflow(house: House) -> None:
         assert watched.page.url.endswith(f"/qsens/files/{house.sweep}/index.html")
         watched.scroll()
         drawn = watched.drawn()
-        assert set(drawn) == {"drift", "heat", "profiles", "sizes"}
+        assert set(drawn) == {"drift", "heat", "pareto", "profiles", "sizes"}
         assert all(drawn.values()), drawn
         watched.page.locator("table a", has_text="wint8_afp16").first.click()
         watched.page.locator("h2", has_text="Protect first").wait_for()

@@ -14,7 +14,6 @@ import httpx
 import psutil
 import pytest
 
-from qsens_airflow.reports import serving
 from qsens_airflow.rest import Client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +67,9 @@ def test_up_answers_and_down_leaves_nothing_behind(tmp_path: Path) -> None:
         dag: Any = client._call("GET", "/api/v2/dags/qsens_sweep")
         assert dag["is_paused"] is False
         client.close()
-        assert "Nothing is published yet" in httpx.get(said["reports"]).text
+        # Behind the login.
+        assert said["reports"] == f"{said['address']}/qsens/"
+        assert httpx.get(said["reports"]).status_code == 401
         # A second start finds the first.
         assert up(tmp_path, "start") == said
     finally:
@@ -85,41 +86,3 @@ def test_a_verb_that_does_not_exist_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     said = up(tmp_path, "begin", code=2)
     assert "start, serve, stop" in said["Verbs:"]
-
-
-def test_reports_are_served_and_nothing_else(tmp_path: Path) -> None:
-    files = {
-        "models/m & n/layer-analysis/index.html": 200,
-        "models/m & n/layer-analysis/sweeps/s/index.html": 200,
-        "tmp/s/index.html": 200,
-        "models/m & n/layer-analysis/.publish.lock": 404,
-        "models/m & n/checkpoints/model.safetensors": 404,
-        "models/layer-analysis/x": 404,
-        ".cells/a/manifest.json": 404,
-        ".airflow/passwords.json": 404,
-        "tmp/../.airflow/passwords.json": 404,
-        "secret": 404,
-    }
-    for name in files:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    with serving(tmp_path) as address:
-        start = httpx.get(address).text
-        assert '<a href="/models/m%20%26%20n/layer-analysis/index.html">m &amp; n</a>' in start
-        got = {name: _raw(address, name) for name in files}
-        assert _raw(address, "models/m & n/layer-analysis/sweeps") in (301, 404)
-        assert _raw(address, "models/m & n/layer-analysis/sweeps/") == 404
-    assert got == files
-
-
-def _raw(address: str, name: str) -> int:
-    """Ask for a path as it is; a client would take the dots out."""
-    import http.client
-    from urllib.parse import quote
-
-    connection = http.client.HTTPConnection(address.removeprefix("http://"))
-    connection.request("GET", f"/{quote(name)}")
-    status = connection.getresponse().status
-    connection.close()
-    return status

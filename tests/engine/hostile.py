@@ -158,9 +158,10 @@ def by_hand(checkpoint: Path, ids: Sequence[Sequence[int]], batch_size: int) -> 
     }
     changes = {}
     for name, module in modules.items():
-        scale = module.weight.abs().amax(dim=1, keepdim=True) / 127
-        scale = torch.where(scale == 0, 1.0, scale)
-        changes[name] = (module.weight / scale).round() * scale - module.weight
+        amax = module.weight.abs().amax(dim=1, keepdim=True)
+        # As ModelOpt's kernels have it: a division by amax / 127 would round other ties.
+        scale = torch.where(amax == 0, 1.0, 127 / amax)
+        changes[name] = (module.weight * scale).round() / scale - module.weight
     moved: Tensors = {}
     outputs: Tensors = {}
 

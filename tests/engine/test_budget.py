@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from qsens.config import ModelConfig
-from qsens.engine.budget import GIB, MEMORY_SHARE, plan_budget
+from qsens.engine.budget import GIB, MEMORY_SHARE, memory_share, plan_budget
 from qsens.engine.candidates import Request, distinct
 from qsens.engine.checkpoint import load_model
 from qsens.engine.groups import find_groups
+from qsens.errors import UserError
 
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult
@@ -30,3 +31,10 @@ def test_a_share_of_the_budget_halves_it_and_lets_fewer_tokens_through(
     assert (whole.limit, half.limit) == (GIB // 8, GIB // 16)
     assert half.predicted <= half.limit
     assert half.max_tokens < whole.max_tokens
+
+
+@pytest.mark.parametrize("text", ["0", "2", "half", "nan"])
+def test_a_share_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(MEMORY_SHARE, text)
+    with pytest.raises(UserError, match=f"'{text}' is no share"):
+        memory_share()

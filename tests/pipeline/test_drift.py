@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from qsens.grid import Plan
-from qsens.pipeline.publish import publish
+from qsens.pipeline.publish import publish, report
 from qsens.report import Summary
 from qsens.store import Store
 
@@ -85,3 +85,26 @@ def test_publishing_again_gives_the_same_bytes_even_when_earlier_results_are_gon
     published(second)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     assert json.loads(before["summary.json"])["drift"]["moved"]
+
+
+def test_a_sweep_can_be_reported_again_from_its_directory(tmp_path: Path) -> None:
+    made = results.whole(results.plan(tmp_path, day=1), seed=1)
+    published(made)
+    directory = Store(made).sweep_dir()
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    written = report(directory)
+    assert [Path(path).name for path in written["reports"]] == [
+        "summary.md",
+        "summary.json",
+        "index.html",
+        "summary.svg",
+    ]
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    cell = Store(made).cell_dir(made.cells[0])
+    page = cell / "per-layer-sensitivity.html"
+    linked = page.read_bytes()
+    report(cell, single_file=True)
+    assert len(page.read_bytes()) > 4_000_000
+    report(cell)
+    assert page.read_bytes() == linked
+    assert not (cell / "assets").exists()

@@ -132,6 +132,9 @@ def test_size_pairs_and_keep(sweep: Sweep) -> None:
         assert not unquantized or choice["format"] is None
     assert "matches no group" in sweep.json(*words, "--keep", "nothing", code=2)["what"]
     assert "no pair 'wnone'" in sweep.json(*words, "--pairs", "wnone", code=2)["what"]
+    for bits in ("0", "-1", "nan", "17"):
+        wrong = sweep.json(str(sweep.directory), "--bits", bits, "--to", "json", code=2)
+        assert wrong["where"] == "--bits"
     assert "no result of size 'large'" in sweep.json(*words, "--size", "large", code=2)["what"]
 
 

@@ -18,6 +18,7 @@ from qsens.engine.chat import chat_samples, load_processor
 from qsens.errors import QsensError, UserError
 from qsens.grid import Plan
 from qsens.manifest import Manifest, read_manifest
+from qsens.pipeline.audit import audit
 from qsens.pipeline.cell import calibrate, score
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.prune import prune
@@ -334,6 +335,22 @@ def test_other_methods_count_the_tokens_of_captions(place: Place, method: str) -
     row = summary["cells"][0]["rows"][0]
     low, high = row["interval"]
     assert low <= row["sensitivity_per_token"] <= high
+
+
+def test_an_audit_measures_the_tower_on_pictures(place: Place) -> None:
+    plan = place.plan("autoquant.method=fisher", "autoquant.draws=64", "dataset.size=small")
+    place.run(plan)
+    found = {entry["cell"]: entry for entry in audit(plan, full=True)["audits"]}
+    assert set(found) == {cell.cell for cell in plan.cells}
+    points = found["wint8_aint8-all_layers-small"]["points"]
+    assert sum("visual" in point["layer"] for point in points) == 1 + 3 * 4 + 2 + 2 * 2
+    assert not any("visual" in p["layer"] for p in found["wint8_aint8-small"]["points"])
+    truths = place.run(place.plan("autoquant.method=kl_div", "dataset.size=small"))
+    for cell, entry in found.items():
+        rows_of = truths[cell].layer_sensitivity
+        for point in entry["points"]:
+            truth = rows_of[f"{point['layer']}.quant_recipe"].sensitivity_per_token
+            assert point["truth"] == pytest.approx(truth, rel=1e-3, abs=1e-12)
 
 
 def test_recipes_take_the_widest_coverage(

@@ -15,6 +15,7 @@ from qsens.analysis.samples import SampleScores
 from qsens.config.models import SIZES
 from qsens.manifest import Manifest
 from qsens.report import build_summary, write_cell, write_model_index, write_sweep
+from qsens.report.compare import ComparedCell, ComparedGroup, Comparison, write_comparison
 from qsens.report.findings import Drift, Moved
 
 from ..browser import PHONE, Watched, chromium
@@ -92,7 +93,43 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         samples["wint8_afp16-small"],
         single_file=True,
     )
+    comparison = Comparison(
+        before="one",
+        after=HOSTILE["html"],
+        method="gradient",
+        differences=drift.differences,
+        cells=(
+            ComparedCell(
+                before="wint8_afp16-small",
+                after="wint8_afp16-small",
+                per_token=True,
+                samples="the same",
+                total_before=1.0,
+                total_after=2.0,
+                spearman=0.9,
+                kendall=0.8,
+                overlap={5: 4},
+                groups=tuple(
+                    ComparedGroup(
+                        layer=name,
+                        before=1.0,
+                        after=2.0,
+                        share_before=0.1,
+                        share_after=0.2,
+                        position_before=1,
+                        position_after=2,
+                        half_width=0.1,
+                        moved=True,
+                    )
+                    # More than the page holds as elements: the rest is made by the script.
+                    for name in (names * 6)[:310]
+                ),
+            ),
+        ),
+        only_in_one=(HOSTILE["quotes"],),
+    )
     return {
+        "compare": write_comparison(comparison, root / "compare" / "page.html"),
         "sweep": directory / "index.html",
         "cell": root / "weight" / "wfp8_afp8-medium" / "per-layer-sensitivity.html",
         "model": write_model_index(root),
@@ -101,9 +138,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 CHARTS = {
-    "sweep": {"drift", "heat", "profiles", "sizes"},
+    "sweep": {"drift", "heat", "pareto", "profiles", "sizes"},
     "cell": {"profile", "first"},
     "model": set(),
+    "compare": set(),
     "single": {"profile", "first"},
 }
 

@@ -89,6 +89,14 @@ def test_the_table_holds_what_the_manifest_says(make: Any, tmp_path: Path) -> No
     assert [row["position"] for row in data["rows"]] == [1, 2, None]
     assert data["rows"][0]["share"] == 0.75
     assert data["totals"]["sensitivity"] == 4.0
+    assert {kind: part["share"] for kind, part in data["by_kind"].items()} == {
+        "gate_up": 0.75,
+        "down": 0.25,
+    }
+    assert {depth: part["sensitivity"] for depth, part in data["by_depth"].items()} == {
+        "0": 3.0,
+        "1": 1.0,
+    }
     assert data["totals"]["sensitivity_per_token"] == 1.0
     assert data["search"]["effective_bits_reached"] == 8.25
     page = make.page(html)

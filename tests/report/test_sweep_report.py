@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 from scipy import stats
 
+from qsens.analysis.allocation import ParetoPoint
 from qsens.config import DatasetConfig
 from qsens.manifest import read_manifest
 from qsens.report import Summary, build_summary, write_sweep
@@ -258,7 +260,7 @@ def test_the_published_sizes_give_heat_map_and_profile(make: Any, tmp_path: Path
     page = make.page(write_sweep(summary, tmp_path)[2])
     (text,) = [script for script in page.scripts if script.startswith("{")]
     charts = json.loads(text)["charts"]
-    assert set(charts) == {"heat", "profiles", "sizes"}
+    assert set(charts) == {"heat", "pareto", "profiles", "sizes"}
     large = raw["wint8_aint8-large"]["layer_sensitivity"]
     total = sum(row["scores"][0] for row in large.values())
     heat = charts["heat"]
@@ -279,11 +281,27 @@ def test_the_published_sizes_give_heat_map_and_profile(make: Any, tmp_path: Path
     ]
 
 
-def test_a_pareto_curve_is_drawn_where_the_summary_has_one() -> None:
-    points = [{"bits": 4.25, "damage": 2.0, "choice": {}}, {"bits": 16.0, "damage": 0.0}]
-    assert pareto({}) is None
-    assert pareto({"pareto": points, "recipe": points[0]}) == {
-        "bits": [4.25, 16.0],
-        "damage": [2.0, 0.0],
-        "chosen": [4.25, 2.0],
-    }
+def test_the_pareto_curve_marks_the_recipe_at_the_target() -> None:
+    points = [ParetoPoint(bits=4.25, damage=2.0), ParetoPoint(bits=6.0, damage=0.5)]
+    assert pareto([], 8.0) is None
+    found = pareto(points, 5.5)
+    assert found is not None
+    assert (found["bits"], found["damage"]) == ([4.25, 6.0], [2.0, 0.5])
+    assert found["chosen"] == [4.25, 2.0]
+    for target, chosen in ((6.0, [6.0, 0.5]), (4.0, None), (None, None)):
+        found = pareto(points, target)
+        assert found is not None
+        assert found["chosen"] == chosen
+
+
+def test_charts_of_the_markdown_are_well_formed_whatever_the_names(
+    make: Any, tmp_path: Path
+) -> None:
+    bad = '</text><script>alert("1")</script>&\x00\u2028' + "n" * 10_000
+    manifests = cells(make)
+    manifests[CELLS[1]] = make.manifest({bad: make.group(3.0), B: make.group(1.0)}, cell=CELLS[1])
+    chart = write_sweep(build_summary(make.plan(), manifests, {}, {}, None), tmp_path)[3]
+    tree = ElementTree.parse(chart)
+    tags = {element.tag.rpartition("}")[2] for element in tree.iter()}
+    assert tags == {"svg", "title", "rect", "text"}
+    assert chart.stat().st_size < 10_000

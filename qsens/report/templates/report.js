@@ -19,8 +19,8 @@
 
   // ---- numbers, as the page's own cells show them
 
-  function scientific(value) {
-    return value.toExponential(3).replace(/e([+-])(\d)$/, "e$10$2");
+  function scientific(value, digits) {
+    return value.toExponential(digits || 3).replace(/e([+-])(\d)$/, "e$10$2");
   }
   const show = {
     text: (value) => String(value),
@@ -32,7 +32,7 @@
     sci: scientific,
     pct: (value) => (value > 0 && value < 0.0001 ? "<0.01 %" : (100 * value).toFixed(2) + " %"),
     mib: (value) => ((value * 2) / 2 ** 20).toFixed(2),
-    span: (value) => value.map(scientific).join(" to "),
+    span: (value) => value.map((end) => scientific(end, 2)).join(" to "),
     places: (value) => (value[0] === value[1] ? String(value[0]) : value.join(" to ")),
     graph: () => "",
   };
@@ -166,6 +166,11 @@
   function tail(text, limit) {
     return plain(text.length > limit ? "…" + text.slice(1 - limit) : text);
   }
+  // On a phone a module is its layer's index and its own name.
+  function short(name) {
+    const found = /\.(?:layers|blocks|h)\.(\d+)\.(?:[^ ]*\.)?([^. ]+)/.exec(name);
+    return found ? found[1] + " " + found[2] : name;
+  }
   function percentText(value) {
     return value === null ? "no score" : show.pct(value);
   }
@@ -199,7 +204,7 @@
   function labels(names, narrow) {
     return {
       tickvals: names.map((_, at) => at),
-      ticktext: names.map((name) => tail(name, narrow ? 18 : 48)),
+      ticktext: names.map((name) => (narrow ? tail(short(name), 18) : tail(name, 48))),
       range: [names.length - 0.5, -0.5],
       zeroline: false,
       tickfont: { size: 11 },
@@ -287,7 +292,7 @@
         })),
         layout: {
           height: 120 + 30 * chart.names.length,
-          xaxis: { type: "log", title: { text: chart.per_token ? "score per token" : "sensitivity" }, exponentformat: "e" },
+          xaxis: { type: "log", title: { text: chart.per_token ? "score per token" : "sensitivity" }, exponentformat: "e", dtick: narrow ? 1 : undefined },
           yaxis: labels(chart.names, narrow),
         },
       };
@@ -315,7 +320,7 @@
         }),
         layout: {
           height: 120 + 24 * chart.names.length,
-          xaxis: { type: "log", title: { text: "score per token" }, exponentformat: "e" },
+          xaxis: { type: "log", title: { text: "score per token" }, exponentformat: "e", dtick: narrow ? 1 : undefined },
           yaxis: labels(chart.names, narrow),
           showlegend: true,
         },
@@ -337,7 +342,7 @@
         traces.push({
           type: "scatter",
           mode: "markers",
-          name: "recipe chosen",
+          name: "recipe at the target of " + chart.target + " bits",
           x: [chart.chosen[0]],
           y: [chart.chosen[1]],
           marker: { color: COLOURS[4], symbol: "star", size: 15 },

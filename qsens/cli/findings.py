@@ -1,0 +1,277 @@
+"""What results say: reports, comparisons, checks of the scores, recipes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from qsens.cli.base import (
+    CellId,
+    Json,
+    PlanFile,
+    app,
+    print_json,
+    say_notices,
+    stderr,
+    stdout,
+)
+from qsens.config import Roots
+from qsens.config.models import Coverage
+from qsens.errors import AnswerIsNo
+from qsens.grid import read_plan
+from qsens.progress import ProgressLine
+
+if TYPE_CHECKING:
+    from qsens.report.compare import Comparison
+
+RecipeTarget = Literal["modelopt", "llm-compressor", "json"]
+
+
+@app.command()
+def report(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Holds one manifest, or a summary.json.")
+    ],
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Put the scripts into the page: 5 MB more.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the reports of a cell's or a sweep's directory, of ours or of the older layout."""
+    from qsens.pipeline.publish import report as step
+
+    written = step(directory, single_file=single_file)
+    if as_json:
+        print_json(written)
+        return
+    for path in written["reports"]:
+        stdout.print(path, markup=False)
+
+
+@app.command()
+def compare(
+    one: Annotated[
+        str, typer.Argument(metavar="A", help="A directory, a sweep's id, or SWEEP/CELL.")
+    ],
+    other: Annotated[str, typer.Argument(metavar="B", help="The same.")],
+    html: Annotated[Path | None, typer.Option(help="Where to write it as a page.")] = None,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Put the scripts into the page: 5 MB more.")
+    ] = False,
+    count: Annotated[int, typer.Option(min=1, help="Groups to print.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Lay two sweeps, or two cells, side by side: what went in, and which groups changed."""
+    from qsens.pipeline.compare import compare as step
+    from qsens.report.compare import write_comparison
+
+    found = step(one, other, Roots.from_environment())
+    if html is not None:
+        write_comparison(found, html, single_file=single_file)
+    if as_json:
+        print_json(found.model_dump())
+        return
+    _print_comparison(found, count)
+    if html is not None:
+        stdout.print(str(html), markup=False)
+
+
+@app.command()
+def verify(
+    plan: PlanFile,
+    cell: CellId,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative difference; by data type.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a cell by both engines on the same batches; exit code 3 if they disagree."""
+    from qsens.pipeline.verify import verify as step
+
+    with ProgressLine(stderr, cells=[cell]) as line:
+        result = step(
+            read_plan(plan),
+            cell,
+            tolerance=tolerance,
+            progress=lambda *steps: line.update(cell, *steps),
+        )
+    if as_json:
+        print_json(result)
+    else:
+        _print_verified(result)
+    if not result["agrees"]:
+        sys.exit(AnswerIsNo.exit_code)
+
+
+@app.command()
+def audit(
+    plan: PlanFile,
+    pairs: Annotated[
+        list[str] | None, typer.Option("--pair", help="A pair to audit; all when left out.")
+    ] = None,
+    groups: Annotated[int, typer.Option(min=1, help="Groups of each pair.")] = 12,
+    full: Annotated[bool, typer.Option("--full", help="Measure all groups.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check the scores of a plan against the true KL divergence of some groups.
+
+    Exit code 3 if a pair's scores are not to be trusted. Publish again to see it in reports.
+    """
+    from qsens.pipeline.audit import audit as step
+
+    read = read_plan(plan)
+    with ProgressLine(stderr, cells=["audit"]) as line:
+        found = step(
+            read,
+            pairs=pairs or (),
+            groups=groups,
+            full=full,
+            progress=lambda *steps: line.update("audit", *steps),
+        )
+    if as_json:
+        print_json(found)
+    else:
+        _print_audits(found)
+    if any(entry["judgement"]["verdict"] == "do not trust" for entry in found["audits"]):
+        sys.exit(AnswerIsNo.exit_code)
+
+
+@app.command()
+def recipe(
+    sweep: Annotated[
+        str, typer.Argument(metavar="SWEEP", help="A sweep's directory, summary.json, or id.")
+    ],
+    bits: Annotated[float, typer.Option(help="Bits a weight, at most.")],
+    to: Annotated[RecipeTarget, typer.Option("--to", help="Who takes the recipe.")],
+    size: Annotated[
+        Literal["small", "medium", "large"] | None,
+        typer.Option(help="Size of the scores; the largest there is when left out."),
+    ] = None,
+    coverage: Annotated[
+        Coverage | None,
+        typer.Option(help="Coverage of the scores; the widest there is when left out."),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(metavar="PAIR,...", help="Pairs to choose from; all when left out."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Groups or modules that stay at 16 bits; repeatable."),
+    ] = None,
+    tied_head: Annotated[
+        bool, typer.Option("--tied-head", help="Let a head tied to the embedding be quantized.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to write it; stdout if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose a format for every group at a target of bits; exit code 3 if out of reach."""
+    from qsens.pipeline.recipe import write_recipe
+
+    found = write_recipe(
+        sweep,
+        bits=bits,
+        target=to,
+        size=size,
+        coverage=coverage,
+        pairs=pairs.split(",") if pairs else (),
+        keep=keep or (),
+        tied_head=tied_head,
+        out=out,
+    )
+    if as_json:
+        print_json(found)
+        return
+    say_notices(found["notices"])
+    for entry in found["left_out"]:
+        stderr.print(
+            f"left out: {entry['format']}: {entry['reason']}", style="yellow", markup=False
+        )
+    if out is None:
+        sys.stdout.write(found["recipe"])
+        return
+    _print_recipe(found)
+
+
+def _print_audits(found: dict[str, Any]) -> None:
+    table = Table(title="scores against the true KL divergence", title_justify="left")
+    for column in ("cell", "groups", "rho", "estimate / truth", "verdict", "why"):
+        table.add_column(column)
+    for entry in found["audits"]:
+        judged = entry["judgement"]
+        rho, ratio = (
+            "" if judged[name] is None else f"{judged[name]:.3f}" for name in ("rho", "ratio")
+        )
+        table.add_row(
+            entry["cell"],
+            str(len(entry["points"])),
+            rho,
+            "" if judged["verdict"] == "do not trust" else ratio,
+            judged["verdict"],
+            judged["reason"],
+        )
+    stdout.print(table)
+    for entry in found["missing"]:
+        stdout.print(f"not audited: {entry['cell']}: {entry['reason']}", markup=False)
+
+
+def _print_recipe(found: dict[str, Any]) -> None:
+    table = Table(
+        title=f"{found['bits']:.4f} bits a weight, predicted damage {found['damage']:.4g} "
+        f"{found['damage_unit']}",
+        title_justify="left",
+    )
+    for column in ("format", "groups", "weights"):
+        table.add_column(column)
+    for row in found["formats"]:
+        table.add_row(row["format"] or "16 bits", str(row["groups"]), str(row["weights"]))
+    stdout.print(table)
+    stdout.print(found["path"], markup=False)
+
+
+def _print_verified(result: dict[str, Any]) -> None:
+    verdict = "agree" if result["agrees"] else "DISAGREE"
+    rho = "" if result["spearman"] is None else f", Spearman's rho {result['spearman']:.6f}"
+    stdout.print(
+        f"{result['cell']}: the engines {verdict}: largest relative difference "
+        f"{result['largest']:.2e} (allowed {result['tolerance']:.0e}), "
+        f"median {result['median']:.2e}{rho}",
+        markup=False,
+    )
+    table = Table(title="groups that differ most", title_justify="left")
+    for column in ("group", "fused", "modelopt", "relative difference"):
+        table.add_column(column)
+    for name, ours, theirs, difference in result["worst"]:
+        table.add_row(name, f"{ours:.6e}", f"{theirs:.6e}", f"{difference:.2e}")
+    stdout.print(table)
+    for name in result["only_in_one"]:
+        stdout.print(f"only one engine scored {name}", markup=False)
+
+
+def _print_comparison(found: Comparison, count: int) -> None:
+    for entry in found.differences:
+        stdout.print(f"{entry.cause}: {entry.what}: {entry.before} -> {entry.after}", markup=False)
+    table = Table(title=f"{found.before} against {found.after}", title_justify="left")
+    for column in ("cell", "samples", "total A", "total B", "Spearman", "moved"):
+        table.add_column(column)
+    for cell in found.cells:
+        rho = "-" if cell.spearman is None else f"{cell.spearman:.3f}"
+        unknown = cell.samples == "noise unknown"
+        totals = (f"{cell.total_before:.3e}", f"{cell.total_after:.3e}")
+        table.add_row(cell.name, cell.samples, *totals, rho, "-" if unknown else str(cell.moved))
+    stdout.print(table)
+    table = Table(title="groups that changed most", title_justify="left")
+    for column in ("cell", "group", "A", "B", "change", "verdict"):
+        table.add_column(column, overflow="fold")
+    changed = [(cell, group) for cell in found.cells for group in cell.groups]
+    changed.sort(key=lambda pair: (not pair[1].moved, -abs(pair[1].relative or 0.0)))
+    for cell, group in changed[:count]:
+        scores = ("-" if value is None else f"{value:.3e}" for value in (group.before, group.after))
+        change = "-" if group.relative is None else f"{100 * group.relative:+.1f} %"
+        table.add_row(escape(cell.name), escape(group.layer), *scores, change, group.status)
+    stdout.print(table)

@@ -1,0 +1,173 @@
+"""What a sweep needs and leaves: checkpoints, captions, old results, the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qsens.cli.base import (
+    Json,
+    app,
+    print_json,
+    say_notices,
+    stderr,
+    stdout,
+)
+from qsens.config import DagConfig, Roots
+from qsens.progress import ProgressLine
+
+
+@app.command("demo-model")
+def demo_model(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where; that of model=tiny_qwen3_vl.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of its training.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Build and train the demo checkpoint, a tiny real Qwen3-VL."""
+    from qsens.config import load_sweep
+    from qsens.demo.recipe import finished, recipe_digest
+
+    target = (directory or load_sweep("demo").config.model.path).resolve()
+    built = finished(target, recipe_digest(seed))
+    if built is None:
+        from qsens.demo.checkpoint import build
+
+        with ProgressLine(stderr, cells=[]) as line:
+            built = build(
+                target,
+                seed=seed,
+                progress=lambda step, steps, loss: line.update("demo-model", "train", step, steps),
+            )
+    described = {
+        "directory": str(built.directory),
+        "parameters": built.parameters,
+        "held_out_loss_nats_per_token": built.held_out_loss,
+        "unigram_entropy_nats_per_token": built.unigram_entropy,
+        "seconds": round(built.seconds, 1),
+    }
+    if as_json:
+        print_json(described)
+        return
+    for name, value in described.items():
+        stdout.print(f"{name}: {value}", markup=False)
+
+
+@app.command("fetch-model")
+def fetch_model(
+    target: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A file below configs/model/, or OWNER/NAME.")
+    ],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Where; the model file's path.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit; the model file's, else main.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Get a checkpoint from a model hub: safetensors, configuration, tokenizer, processor.
+
+    HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are those of huggingface_hub. A download that was
+    interrupted goes on where it stopped.
+    """
+    from qsens.pipeline.fetch import fetch_model as step
+
+    fetched = step(target, directory, revision=revision)
+    if as_json:
+        print_json(fetched)
+        return
+    for name, value in fetched.items():
+        stdout.print(f"{name}: {value}", markup=False)
+
+
+@app.command()
+def captions(
+    annotations: Annotated[
+        Path, typer.Argument(metavar="ANNOTATIONS", help="COCO's captions_*.json.")
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="File below configs/dataset/: names and sizes.")
+    ] = "coco2017_captions",
+    out: Annotated[Path | None, typer.Option(help="Directory; that of the data set.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Directory of the images: write image and caption, JSONL.")
+    ] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Size to write, may be repeated; all when left out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws other images and captions.")] = 0,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Overwrite files with another content.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Make calibration samples from COCO's annotations: one caption an image, nested sizes."""
+    from qsens.pipeline.coco import make_captions
+
+    made = make_captions(
+        annotations,
+        dataset=dataset,
+        out=out,
+        images=images,
+        sizes=size or (),
+        seed=seed,
+        replace=replace,
+    )
+    if as_json:
+        print_json(made)
+        return
+    for name, file in made["files"].items():
+        stdout.print(f"{name}: {file['samples']} samples, {file['path']}", markup=False)
+    for reason, count in made["left_out"].items():
+        stderr.print(f"note: left out: {count} {reason}", style="yellow", markup=False)
+
+
+@app.command()
+def prune(
+    keep_sweeps: Annotated[
+        int, typer.Option(help="Sweeps of each model that are kept, the newest.")
+    ] = DagConfig().keep_sweeps,
+    keep_days: Annotated[
+        int, typer.Option(help="Days that everything is kept.")
+    ] = DagConfig().keep_days,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be removed; remove nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove old sweeps and what only they refer to."""
+    from qsens.pipeline.prune import prune as step
+
+    results = Roots.from_environment().results
+    pruned = step(results, keep_sweeps=keep_sweeps, keep_days=keep_days, dry_run=dry_run)
+    say_notices(pruned.notes)
+    if as_json:
+        print_json({"dry_run": dry_run, **vars(pruned)})
+        return
+    for name, removed in vars(pruned).items():
+        if name != "notes":
+            count = removed if isinstance(removed, int) else len(removed)
+            stdout.print(f"{name}{' to remove' if dry_run else ' removed'}: {count}")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what is installed and free here, and what would fail."""
+    from qsens.pipeline.doctor import examine
+
+    found = examine()
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        if name != "problems":
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            if isinstance(value, dict):
+                text = "; ".join(f"{key}: {item}" for key, item in value.items())
+            stdout.print(f"{name}: {text}", markup=False)
+    for problem in found["problems"]:
+        stdout.print(f"problem: {problem}", style="yellow", markup=False)

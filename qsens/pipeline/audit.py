@@ -1,0 +1,139 @@
+"""The audit of a plan's scores: true KL divergence of some groups against what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qsens.analysis.audit import Audit, Point, choose_groups, judge, read_audit
+from qsens.analysis.ranking import rank
+from qsens.config.models import SIZES
+from qsens.errors import UserError
+from qsens.grid import Cell, Plan
+from qsens.manifest import GroupSensitivity, dump_json, group_name, kind_of, read_manifest
+from qsens.pipeline.cell import Progress
+from qsens.store import Store, write_text
+
+GROUPS = 12
+
+
+def audit(
+    plan: Plan,
+    *,
+    pairs: Sequence[str] = (),
+    groups: int = GROUPS,
+    full: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure the true divergence of some groups of every pair, and judge the scores by it.
+
+    Each pair is audited at the smallest size of the plan, on the samples that were scored there. An
+    audit that is there already, of as many groups, is not made again.
+
+    Args:
+        plan: The plan; its cells have been scored.
+        pairs: The pairs to audit; all of the plan when not given.
+        groups: Groups of each pair, see :func:`qsens.analysis.audit.choose_groups`.
+        full: Whether to measure all groups instead.
+        progress: Called with a phase, steps done, and steps in all.
+
+    Returns:
+        ``{audits: [...], missing: [{cell, reason}]}``, each audit as it is stored, with its
+        ``path``.
+
+    Raises:
+        UserError: The plan has no such pair, or its scores are the truth already.
+    """
+    store = Store(plan)
+    if plan.config.autoquant.method == "kl_div":
+        raise UserError(
+            "its scores are the true KL divergence already",
+            where=f"plan {plan.plan_id}: autoquant.method = kl_div",
+            remedy="Audit a plan of method gradient or fisher.",
+        )
+    unknown = sorted(set(pairs) - {cell.pair for cell in plan.cells})
+    if unknown:
+        raise UserError(
+            f"the plan has no pair '{unknown[0]}'",
+            where=f"plan {plan.plan_id}",
+            remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in plan.cells))}.",
+        )
+    cells = [cell for cell in audited_cells(plan) if not pairs or cell.pair in pairs]
+    wanted: dict[str, list[str]] = {}
+    scores: dict[str, dict[str, GroupSensitivity]] = {}
+    missing = []
+    for cell in cells:
+        if not store.is_done(cell):
+            missing.append({"cell": cell.cell, "reason": "has no result"})
+            continue
+        manifest = read_manifest(store.manifest(cell))
+        ranked = rank(manifest).rows
+        scored = [row.layer for row in ranked if row.position is not None]
+        chosen = scored if full else choose_groups(ranked, groups)
+        known = read_audit(store.audit(cell))
+        if known is not None and len(known.points) + len(known.failures) >= len(chosen):
+            continue
+        wanted[cell.cell] = chosen
+        scores[cell.cell] = {
+            group_name(key): group for key, group in manifest.layer_sensitivity.items()
+        }
+    for modality in dict.fromkeys(plan.cell(name).modality for name in wanted):
+        from qsens.pipeline.truth import true_divergence
+
+        share = {
+            name: layers for name, layers in wanted.items() if plan.cell(name).modality == modality
+        }
+        measured = true_divergence(store, share, progress or (lambda *_: None))
+        for name, layers in share.items():
+            cell = plan.cell(name)
+            points = [
+                _point(layer, scores[name][layer], measured.nats[name][layer])
+                for layer in layers
+                if layer in measured.nats[name]
+            ]
+            found = Audit(
+                cell=name,
+                pair=cell.pair,
+                granularity=cell.granularity,
+                coverage=cell.coverage,
+                size=cell.size,
+                cell_digest=cell.digest,
+                method=plan.config.autoquant.method,
+                mode="full" if full else "sample",
+                samples=plan.samples_scored(cell),
+                points=tuple(points),
+                judgement=judge(points, in_nats=plan.config.autoquant.method == "fisher"),
+                failures=measured.failures[name],
+                seconds=round(measured.seconds, 3),
+                device=measured.device,
+            )
+            write_text(store.audit(cell), dump_json(found.model_dump(mode="json")))
+    audits = []
+    for cell in cells:
+        stored = read_audit(store.audit(cell))
+        if stored is not None:
+            audits.append({**stored.model_dump(mode="json"), "path": str(store.audit(cell))})
+    return {"audits": audits, "missing": missing}
+
+
+def audited_cells(plan: Plan) -> list[Cell]:
+    """Return the cells that stand for their pairs: those of the plan's smallest size."""
+    smallest = min((cell.size for cell in plan.cells), key=SIZES.index)
+    return [cell for cell in plan.cells if cell.size == smallest]
+
+
+def find_audits(store: Store) -> list[Audit]:
+    """Return the audits of a plan that are there, in its order."""
+    found = [read_audit(store.audit(cell)) for cell in audited_cells(store.plan)]
+    return [audit for audit in found if audit is not None]
+
+
+def _point(layer: str, score: GroupSensitivity, truth: float) -> Point:
+    assert score.sensitivity_per_token is not None
+    return Point(
+        layer=layer,
+        kind=score.kind or kind_of(layer),
+        estimate=score.sensitivity_per_token,
+        standard_error=score.standard_error,
+        truth=truth,
+    )

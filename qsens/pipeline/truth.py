@@ -1,0 +1,116 @@
+"""True KL divergences for an audit: load, perturb one group at a time. Imports torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+
+from qsens.engine.budget import plan_budget
+from qsens.engine.calibrate import Maxima
+from qsens.engine.candidates import distinct
+from qsens.engine.checkpoint import device_name
+from qsens.engine.divergence import diverge
+from qsens.engine.scores import Progress
+from qsens.grid import Cell
+from qsens.pipeline.compute import request_of, widest
+from qsens.pipeline.loading import groups_of, load
+from qsens.store import Store
+
+_AMAX = "amax.input."
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What was measured.
+
+    Attributes:
+        nats: KL divergence a real token of each group, by cell and group.
+        failures: Why a group could not be measured, by cell and group.
+        seconds: What it took, loading left out.
+        device: The device, in words.
+    """
+
+    nats: Mapping[str, Mapping[str, float]]
+    failures: Mapping[str, dict[str, str]]
+    seconds: float
+    device: str
+
+
+@torch.inference_mode(False)
+def true_divergence(store: Store, wanted: Mapping[str, Sequence[str]], progress: Progress) -> Truth:
+    """Measure the true KL divergence of some groups of some cells of one size and modality.
+
+    Calibration is that of the scores: its maxima lie beside them.
+
+    Args:
+        store: Where the results of the plan lie.
+        wanted: Names of the groups, by cell id.
+        progress: Called as work goes on.
+    """
+    plan = store.plan
+    config = plan.config
+    cells = [plan.cell(name) for name in wanted]
+    loaded = load(plan, cells[0], progress)
+    groups = groups_of(plan, widest(cells, cells[0]), loaded.model)
+    candidates = distinct([request_of(plan, cell) for cell in cells])
+    of_cell = candidates.of_cell
+    used = {name for names in wanted.values() for name in names}
+    started = time.monotonic()
+    found = diverge(
+        loaded.model,
+        loaded.samples,
+        [group for group in groups if group.name in used],
+        candidates,
+        _maxima(store, cells, candidates.snapshots()),
+        boundaries=plan.boundaries(cells[0]),
+        budget=plan_budget(
+            loaded.model,
+            groups,
+            candidates,
+            limit_gb=config.autoquant.memory_budget_gb,
+            samples=loaded.samples,
+        ),
+        only={(name, of_cell[cell]) for cell, names in wanted.items() for name in names},
+        progress=progress,
+    )
+    seconds = time.monotonic() - started
+    at = {group.name: position for position, group in enumerate(found.groups)}
+    nats: dict[str, dict[str, float]] = {}
+    failures: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        nats[cell.cell], failures[cell.cell] = {}, {}
+        tokens = loaded.samples.predictions(plan.samples_scored(cell))
+        for name in wanted[cell.cell]:
+            candidate = of_cell[cell.cell]
+            value = float(found.per_sample[at[name], candidate].sum()) / tokens
+            reason = found.failures.get((at[name], candidate))
+            if reason is None and not math.isfinite(value):
+                reason = "its divergence is not finite"
+            if reason is None:
+                nats[cell.cell][name] = value
+            else:
+                failures[cell.cell][name] = reason
+    return Truth(nats, failures, seconds, device_name(loaded.device))
+
+
+def _maxima(store: Store, cells: Sequence[Cell], snapshots: Sequence[int]) -> dict[int, Maxima]:
+    """Read the maxima that the scores were calibrated with, by sample count."""
+    found: dict[int, Maxima] = {}
+    for cell in cells:
+        count = store.plan.samples_used(cell)
+        if count not in snapshots:
+            continue
+        state = load_file(store.state(cell))
+        maxima = {
+            name.removeprefix(_AMAX): value
+            for name, value in state.items()
+            if name.startswith(_AMAX)
+        }
+        if maxima:
+            found.setdefault(count, {}).update(maxima)  # a cell may lack those of the tower
+    return found

@@ -1,0 +1,172 @@
+"""Audits of a real sweep of the demo checkpoint, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from qsens.demo.checkpoint import DemoResult
+
+REPO = Path(__file__).resolve().parents[2]
+# 2 bits and one scale for weights and inputs: the outputs are of another size altogether.
+BROKEN = """\
+weight: int2
+activation: int2
+format: BROKEN
+effective_bits: 2
+experimental: true
+weight_quantizer: {num_bits: 2, axis: null}
+input_quantizer: {num_bits: 2, axis: null}
+"""
+
+
+@dataclass
+class Place:
+    """A results root with a plan in it."""
+
+    root: Path
+
+    def json(self, *words: str, code: int = 0) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-m", "qsens", *words, "--json"],
+            env={
+                **os.environ,
+                "QSENS_ROOT": str(REPO),
+                "QSENS_RESULTS": str(self.root / "results"),
+                "QSENS_CONFIG_DIR": str(self.root / "configs"),
+                "OMP_NUM_THREADS": "1",
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == code, done.stderr
+        return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def place(demo_checkpoint: DemoResult, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    made = Place(tmp_path_factory.mktemp("audit"))
+    pairs = made.root / "configs" / "quant_pair"
+    pairs.mkdir(parents=True)
+    (pairs / "wint2_aint2.yaml").write_text(BROKEN)
+    words = [
+        "demo",
+        f"model.path={demo_checkpoint.directory}",
+        "quant_pair=wint8_aint8,wfp4_afp16,wint2_aint2",
+        "dataset.size=small,medium",
+    ]
+    for method in ("fisher", "kl_div"):
+        plan = str(made.root / f"{method}.json")
+        sizes = [] if method == "fisher" else ["dataset.size=small"]
+        made.json("plan", *words, *sizes, f"autoquant.method={method}", "--out", plan)
+        made.json("score", "--plan", plan, "--cell", "wint8_aint8-small")
+    return made
+
+
+@pytest.fixture(scope="module")
+def audited(place: Place) -> Any:
+    # The broken pair makes the answer no.
+    return place.json("audit", "--plan", str(place.root / "fisher.json"), code=3)
+
+
+def test_truth_is_method_kl_div(place: Place, audited: Any) -> None:
+    assert audited["missing"] == []
+    plan = json.loads((place.root / "kl_div.json").read_text())
+    digests = {cell["cell"]: cell["digest"] for cell in plan["cells"]}
+    for entry in audited["audits"]:
+        manifest = place.root / "results/.cells" / digests[entry["cell"]] / "manifest.json"
+        rows = json.loads(manifest.read_text())["layer_sensitivity"]
+        assert len(entry["points"]) == 12
+        for point in entry["points"]:
+            known = rows[f"{point['layer']}.quant_recipe"]["sensitivity_per_token"]
+            assert point["truth"] == pytest.approx(known, rel=1e-9)
+
+
+def test_the_choice_holds_the_top_and_the_head(place: Place, audited: Any) -> None:
+    plan = json.loads((place.root / "fisher.json").read_text())
+    for entry in audited["audits"]:
+        assert entry["size"] == "small"
+        (digest,) = (c["digest"] for c in plan["cells"] if c["cell"] == entry["cell"])
+        manifest = place.root / "results/.cells" / digest / "manifest.json"
+        rows = json.loads(manifest.read_text())["layer_sensitivity"]
+        scores = {
+            name.removesuffix(".quant_recipe"): row["sensitivity_per_token"]
+            for name, row in rows.items()
+            if row["status"] == "scored"
+        }
+        order = sorted(scores, key=scores.__getitem__, reverse=True)
+        names = [point["layer"] for point in entry["points"]]
+        assert names[:5] == order[:5]
+        assert "lm_head" in names
+        assert names == [name for name in order if name in names]
+        assert all(point["estimate"] == scores[point["layer"]] for point in entry["points"])
+        assert all(point["standard_error"] is not None for point in entry["points"])
+
+
+def test_verdicts(audited: Any) -> None:
+    verdicts = {entry["pair"]: entry["judgement"]["verdict"] for entry in audited["audits"]}
+    assert verdicts["wint2_aint2"] == "do not trust"
+    assert verdicts["wint8_aint8"] != "do not trust"
+    assert verdicts["wfp4_afp16"] != "do not trust"
+
+
+def test_an_audit_is_not_made_twice_but_extended(place: Place, audited: Any) -> None:
+    plan = str(place.root / "fisher.json")
+    again = place.json("audit", "--plan", plan, "--pair", "wint8_aint8")
+    (entry,) = again["audits"]
+    assert entry == next(e for e in audited["audits"] if e["pair"] == "wint8_aint8")
+    fewer = place.json("audit", "--plan", plan, "--pair", "wint8_aint8", "--groups", "8")
+    assert fewer == again
+    more = place.json("audit", "--plan", plan, "--pair", "wint8_aint8", "--full")
+    assert more["audits"][0]["mode"] == "full"
+    assert len(more["audits"][0]["points"]) == 17
+
+
+def test_published_with_the_sweep(place: Place, audited: Any) -> None:
+    published = place.json("publish", "--plan", str(place.root / "fisher.json"))
+    summary = json.loads((Path(published["index"]).parent / "summary.json").read_text())
+    verdicts = {entry["pair"]: entry["judgement"]["verdict"] for entry in summary["audit"]}
+    assert verdicts["wint2_aint2"] == "do not trust"
+    assert len(verdicts) == 3
+    for cell in published["cells"]:
+        folder = Path(cell["manifest"]).parent
+        report = json.loads((folder / "per-layer-sensitivity.json").read_text())
+        assert report["audit"]["pair"] == cell["cell"].split("-")[0]
+        assert report["audit"]["judgement"]["verdict"] == verdicts[report["audit"]["pair"]]
+        said = (folder / "per-layer-sensitivity.md").read_text()
+        assert f"{verdicts[report['audit']['pair']]}: " in said
+
+
+def test_the_truth_needs_no_audit(place: Place) -> None:
+    answer = place.json("audit", "--plan", str(place.root / "kl_div.json"), code=2)
+    assert "true KL divergence already" in answer["what"]
+    answer = place.json(
+        "audit", "--plan", str(place.root / "fisher.json"), "--pair", "wnone", code=2
+    )
+    assert "no pair 'wnone'" in answer["what"]
+
+
+def test_a_sweep_audits_where_it_is_told_to(place: Place) -> None:
+    published = place.json(
+        "sweep",
+        "demo",
+        f"model.path={json.loads((place.root / 'fisher.json').read_text())['checkpoint']['path']}",
+        "quant_pair=wfp8_afp16",
+        "dataset.size=small",
+        "autoquant.audit=sample",
+    )
+    summary = json.loads((Path(published["index"]).parent / "summary.json").read_text())
+    (entry,) = summary["audit"]
+    assert entry["method"] == "gradient"
+    assert entry["judgement"]["ratio"] is None
+    assert entry["judgement"]["verdict"] in ("rank only", "do not trust")
