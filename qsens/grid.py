@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,32 @@ class CheckpointIdentity(Frozen):
     """Bytes of all weight files."""
     tied_head: bool | None = None
     """Whether the head's weight is the embedding's; none where an older plan does not say."""
+    processor_digest: str | None = None
+    """SHA-256 over the files of its image processor, by content; none where it has none."""
+
+
+class Skipped(Frozen):
+    """A sample that is left out because of its picture."""
+
+    sample: int
+    """Its number in the file, from 1."""
+    image: str
+    """Path of the picture, as the file has it."""
+    reason: str
+    """What is wrong with it."""
+
+
+class PicturesIdentity(Frozen):
+    """What the pictures of a sample file are, as many as its size may use."""
+
+    digest: str
+    """SHA-256 over the contents of the pictures, in order, with what is wrong with the others."""
+    skipped: list[Skipped] = []
+    """Samples that are left out, in order."""
+
+    def valid(self, count: int) -> int:
+        """Return how many of the first ``count`` samples are not left out."""
+        return count - sum(entry.sample <= count for entry in self.skipped)
 
 
 class SamplesIdentity(Frozen):
@@ -49,6 +75,8 @@ class SamplesIdentity(Frozen):
     """SHA-256 of its content."""
     available: int
     """Samples (non-empty lines) in it."""
+    pictures: PicturesIdentity | None = None
+    """Its pictures; none where no cell reads them."""
 
 
 class Cell(Frozen):
@@ -127,26 +155,52 @@ class Plan(Frozen):
         """Return the cells that one GPU computes together with ``cell``."""
         return [other for other in self.cells if other.lane == cell.lane]
 
+    def samples_taken(self, cell: Cell) -> int:
+        """Return how many samples of its file ``cell`` takes, those to skip counted."""
+        return min(self.config.dataset.limit(cell.size), self.samples[cell.size].available)
+
     def samples_used(self, cell: Cell) -> int:
         """Return how many samples calibration uses for ``cell``."""
-        return min(self.config.dataset.limit(cell.size), self.samples[cell.size].available)
+        taken, pictures = self.samples_taken(cell), self._pictures(cell)
+        return taken if pictures is None else pictures.valid(taken)
 
     def samples_scored(self, cell: Cell) -> int:
         """Return how many samples the score uses for ``cell``."""
         return min(self.samples_used(cell), self.config.autoquant.score_size)
 
+    def boundaries(self, cell: Cell) -> list[int]:
+        """Return the counts of samples, for ``cell``, that no batch crosses: where sizes end."""
+        sizes = self.config.dataset.sizes.values()
+        pictures = self._pictures(cell)
+        if pictures is None:
+            return list(sizes)
+        taken = self.samples_taken(cell)
+        return [pictures.valid(count) for count in sizes if count <= taken]
+
+    def skipped(self, cell: Cell) -> list[Skipped]:
+        """Return the samples that ``cell`` leaves out because of their pictures."""
+        taken, pictures = self.samples_taken(cell), self._pictures(cell)
+        return [entry for entry in pictures.skipped if entry.sample <= taken] if pictures else []
+
     def scheme(self, cell: Cell) -> str:
         """Return the name of the scheme that ``cell`` is published as."""
-        return self.pair(cell).scheme.format(**self._names(cell))
+        pair = self.pair(cell)
+        scheme = pair.all_layers_scheme if cell.coverage == "all_layers" else pair.scheme
+        return scheme.format(**self._names(cell))
 
     def run_dir(self, cell: Cell) -> str:
         """Return the name of the run directory that ``cell`` is published in."""
-        return self.pair(cell).run_dir.format(**self._names(cell))
+        pair = self.pair(cell)
+        run_dir = pair.all_layers_run_dir if cell.coverage == "all_layers" else pair.run_dir
+        return run_dir.format(**self._names(cell))
+
+    def _pictures(self, cell: Cell) -> PicturesIdentity | None:
+        return self.samples[cell.size].pictures if cell.modality == "image_text" else None
 
     def _names(self, cell: Cell) -> dict[str, str]:
         return {
             "pair": cell.pair,
-            "size": cell.size,
+            "size": "_".join([*unusual(cell.coverage, cell.modality), cell.size]),
             "model": self.config.model.name,
             "short_name": self.config.model.short_name,
         }
@@ -188,18 +242,22 @@ def make_plan(
         if own.refusal(granularity) is not None:
             continue
         pair = own.with_granularity(granularity)
+        modality = config.modality(coverage)
         identity = _identity(config, pair, coverage, size, checkpoint, versions)
         identity["granularity"] = granularity.name
-        identity["samples"] = samples[size].digest
+        identity |= _samples_identity(config, modality, checkpoint, samples[size])
+        pictures = samples[size].pictures if modality == "image_text" else None
+        if pictures is not None and pictures.skipped:  # it says whether the result is PARTIAL
+            identity["max_skipped"] = config.dataset.max_skipped
         if config.runner.force:
             identity["forced"] = stamp
         cells.append(
             Cell(
-                cell=cell_id(pair.name, granularity.name, size),
+                cell=cell_id(pair.name, granularity.name, coverage, modality, size),
                 pair=pair.name,
                 granularity=granularity.name,
                 coverage=coverage,
-                modality=config.dataset.modality,
+                modality=modality,
                 size=size,
                 digest=digest_of(identity),
             )
@@ -252,26 +310,33 @@ def read_plan(path: Path) -> Plan:
         ) from error
 
 
-def cell_id(pair: str, granularity: str, size: str) -> str:
+def cell_id(pair: str, granularity: str, coverage: Coverage, modality: Modality, size: str) -> str:
     """Return a cell's id; defaults are left out."""
-    parts = [pair, *([granularity] if granularity != DEFAULT_GRANULARITY else []), size]
-    return "-".join(parts)
+    parts = [pair, *([granularity] if granularity != DEFAULT_GRANULARITY else [])]
+    parts += ["all_layers"] if coverage == "all_layers" else []
+    return "-".join([*parts, *unusual(coverage, modality), size])
 
 
-def calibration_digest(plan: Plan, size: Size) -> str:
-    """Return the SHA-256 of all that changes the calibrated maxima of ``size``."""
+def calibration_digest(plan: Plan, cell: Cell) -> str:
+    """Return the SHA-256 of all that changes the calibrated maxima that ``cell`` reads.
+
+    Cells of one modality and size read the same, of the tower as well where one of them covers it.
+    """
     config = plan.config
+    tower = any(
+        other.coverage == "all_layers" and other.modality == cell.modality for other in plan.cells
+    )
     return digest_of(
         {
+            **({"tower": True} if tower else {}),
+            **_samples_identity(config, cell.modality, plan.checkpoint, plan.samples[cell.size]),
             "checkpoint": plan.checkpoint.digest,
             "tokenizer": plan.checkpoint.tokenizer_digest,
             "dtype": config.model.dtype,
             "trust_remote_code": config.model.trust_remote_code,
             "vision_patterns": config.model.vision_patterns,
             "head_patterns": config.model.head_patterns,
-            "modality": config.dataset.modality,
-            "samples": plan.samples[size].digest,
-            "count": min(config.dataset.limit(size), plan.samples[size].available),
+            "count": plan.samples_used(cell),
             "sizes": dict(sorted(config.dataset.sizes.items())),
             "calib_seq_len": config.dataset.calib_seq_len,
             "engine": ENGINE_VERSIONS["fused"],
@@ -296,6 +361,9 @@ def _identity(
 ) -> dict[str, Any]:
     """Return all that changes the numbers or the names of a cell's result."""
     autoquant, dataset = config.autoquant, config.dataset
+    other_names = {"all_layers_scheme", "all_layers_run_dir"}
+    if coverage == "all_layers":
+        other_names = {"scheme", "run_dir"}
     computing = ["torch", "transformers"]
     if autoquant.engine == "modelopt":
         computing.append("nvidia-modelopt")
@@ -307,12 +375,11 @@ def _identity(
         "vision_patterns": config.model.vision_patterns,
         "head_patterns": config.model.head_patterns,
         "names": [config.model.name, config.model.short_name, dataset.name],
-        "modality": dataset.modality,
         "size": size,
         "sizes": dict(sorted(dataset.sizes.items())),
         "max_calib_samples": dataset.max_calib_samples,
         "calib_seq_len": dataset.calib_seq_len,
-        "pair": pair.model_dump(mode="json"),
+        "pair": pair.model_dump(mode="json", exclude=other_names),
         "coverage": coverage,
         "method": autoquant.method,
         "draws": autoquant.draws if autoquant.method == "fisher" else None,
@@ -323,6 +390,30 @@ def _identity(
         "engine": [autoquant.engine, ENGINE_VERSIONS[autoquant.engine]],
         "versions": {name: versions.get(name, "none") for name in computing},
     }
+
+
+def _samples_identity(
+    config: SweepConfig,
+    modality: Modality,
+    checkpoint: CheckpointIdentity,
+    samples: SamplesIdentity,
+) -> dict[str, Any]:
+    """Return all that decides what the samples are, as the model reads them."""
+    found: dict[str, Any] = {"modality": modality, "samples": samples.digest}
+    if modality == "image_text":
+        found |= {
+            "pictures": samples.pictures.digest if samples.pictures else None,
+            "processor": checkpoint.processor_digest,
+            "max_pixels": config.dataset.max_pixels,
+            "prompt": config.dataset.prompt,
+        }
+    return found
+
+
+def unusual(coverage: Coverage, modality: Modality) -> Sequence[str]:
+    """Return the modality's name where it is not the default of the coverage."""
+    default = "image_text" if coverage == "all_layers" else "text"
+    return [modality] if modality != default else []
 
 
 def _into_lanes(cells: list[Cell], weights: Mapping[str, str], lanes: int) -> list[Cell]:

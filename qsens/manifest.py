@@ -48,7 +48,7 @@ class Scheme(Section):
     auto_quantize_score_size: int
     """Samples scored at most."""
     coverage_mode: str
-    """Part of the model that may be quantized: ``lm_only``."""
+    """Part of the model that may be quantized: ``lm_only``, ``all_layers``."""
     coverage_fraction: float
     """Share of the covered groups that took part, 0 to 1."""
     quant_formats: list[str]
@@ -82,7 +82,7 @@ class Dataset(Section):
     digest: str
     """SHA-256 of that file."""
     modality: str
-    """What a sample is: ``text``."""
+    """What a sample is: ``text``, a caption alone; ``image_text``, a picture and its caption."""
     size: str
     """Calibration size: ``small``, ``medium``, ``large``."""
     samples_asked: int
@@ -101,6 +101,16 @@ class Dataset(Section):
     """Samples cut at ``calib_seq_len`` tokens."""
     calib_seq_len: int
     """Longest sample, in tokens."""
+    pictures_digest: str | None = None
+    """SHA-256 over the contents of the pictures; null for ``text``."""
+    skipped: int = 0
+    """Samples left out because of their pictures."""
+    patches: int | None = None
+    """Patches of the pictures of the samples used, as the vision tower reads them."""
+    max_pixels: int | None = None
+    """Pixels of a picture at most; null for ``text``."""
+    prompt: str | None = None
+    """What the user says beside a picture; null for ``text``."""
 
 
 class Quantization(Section):

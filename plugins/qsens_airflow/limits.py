@@ -61,7 +61,11 @@ def allowed_roots(roots: Roots) -> list[Path]:
 def _paths(config: SweepConfig) -> dict[str, Path]:
     """Return every path that a sweep reads, by key, symbolic links resolved."""
     dataset = config.dataset
-    found = {"model.path": config.model.path, "dataset.directory": dataset.directory}
+    found = {
+        "model.path": config.model.path,
+        "dataset.directory": dataset.directory,
+        "dataset.images": dataset.images_root(),
+    }
     found |= {
         f"dataset.files.{size}": dataset.directory / dataset.files[size] for size in dataset.files
     }

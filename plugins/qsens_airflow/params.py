@@ -20,6 +20,7 @@ AXES = {
     "quant_pair": "quant_pair",
     "size": "dataset.size",
     "quant_granularity": "quant_granularity",
+    "coverage": "coverage",
 }
 # Keys that have a param of their own, which `overrides` must not go around.
 _OWN = {key: name for name, key in AXES.items()} | {
@@ -43,6 +44,8 @@ class SweepParams(Frozen):
     """As ``dataset.size`` in the configuration."""
     quant_granularity: tuple[str, ...] | None = None
     """As ``quant_granularity`` in the configuration."""
+    coverage: tuple[str, ...] | None = None
+    """As ``coverage`` in the configuration."""
     mode: Literal["full", "report_only"] = "full"
     """``full`` computes what is missing and publishes; ``report_only`` publishes an existing sweep
     again, from its manifests, and computes nothing."""

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from scipy.stats import binom, spearmanr
 
 from qsens.analysis.ranking import Row
-from qsens.config.models import Frozen, Size
+from qsens.config.models import Coverage, Frozen, Size
 from qsens.manifest import Kind, kind_of
 
 AUDIT_VERSION = 1
@@ -78,6 +78,8 @@ class Audit(Frozen):
     """Precision pair; the verdict holds for it at every size."""
     granularity: str
     """Granularity."""
+    coverage: Coverage = "lm_only"
+    """Part of the model that may be quantized."""
     size: Size
     """Calibration size."""
     cell_digest: str

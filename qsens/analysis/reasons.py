@@ -50,6 +50,9 @@ def inputs(manifest: Manifest) -> dict[tuple[Cause, str], str]:
             ("captions", "samples scored"): dataset.samples_scored,
             ("captions", "longest sample, tokens"): dataset.calib_seq_len,
             ("captions", "modality"): dataset.modality,
+            ("captions", "digest of the pictures"): dataset.pictures_digest,
+            ("captions", "pixels of a picture at most"): dataset.max_pixels,
+            ("captions", "prompt"): dataset.prompt,
         }
     if (quantization := manifest.quantization) is not None:
         found |= {

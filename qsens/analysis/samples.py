@@ -22,7 +22,8 @@ class SampleScores:
     Attributes:
         groups: Names of the groups.
         scores: ``(groups, samples)``, float64: ``s_i`` with method ``gradient``, else nats.
-        tokens: ``(samples,)``, float64: label tokens with method ``gradient``, else real tokens.
+        tokens: ``(samples,)``, float64: label tokens with method ``gradient`` or with pictures,
+            else real tokens.
     """
 
     groups: tuple[str, ...]
@@ -77,8 +78,9 @@ def read_samples(path: Path, method: str) -> SampleScores | None:
             where=str(path),
             remedy="Compute the cell again, with runner.force=true.",
         )
-    # A label is a real token predicted from a real token: one fewer than real tokens.
-    tokens = labels if method == "gradient" else labels + 1
+    # Of text, a label is a real token predicted from a real token: one fewer than real tokens.
+    of_labels = method == "gradient" or metadata.get("modality") == "image_text"
+    tokens = labels if of_labels else labels + 1
     kept = np.asarray(np.isfinite(scores).all(axis=1))
     names = tuple(name for name, keep in zip(groups, kept, strict=True) if keep)
     return SampleScores(names, scores[kept], tokens)

@@ -21,6 +21,7 @@ from qsens.cli.base import (
     stdout,
 )
 from qsens.config import Roots
+from qsens.config.models import Coverage
 from qsens.errors import AnswerIsNo
 from qsens.grid import read_plan
 from qsens.progress import ProgressLine
@@ -151,6 +152,10 @@ def recipe(
         Literal["small", "medium", "large"] | None,
         typer.Option(help="Size of the scores; the largest there is when left out."),
     ] = None,
+    coverage: Annotated[
+        Coverage | None,
+        typer.Option(help="Coverage of the scores; the widest there is when left out."),
+    ] = None,
     pairs: Annotated[
         str | None,
         typer.Option(metavar="PAIR,...", help="Pairs to choose from; all when left out."),
@@ -173,6 +178,7 @@ def recipe(
         bits=bits,
         target=to,
         size=size,
+        coverage=coverage,
         pairs=pairs.split(",") if pairs else (),
         keep=keep or (),
         tied_head=tied_head,

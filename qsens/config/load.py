@@ -361,12 +361,15 @@ def _unknown_key(key: str, allowed: list[str], sources: _Sources) -> UserError:
 
 def _absolute(config: SweepConfig, roots: Roots) -> SweepConfig:
     """Resolve every path, so that nothing depends on a working directory later."""
-    output = config.runner.output_dir
+    output, images = config.runner.output_dir, config.dataset.images
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": roots.resolve(config.model.path)}),
             "dataset": config.dataset.model_copy(
-                update={"directory": roots.resolve(config.dataset.directory)}
+                update={
+                    "directory": roots.resolve(config.dataset.directory),
+                    "images": roots.resolve(images) if images else None,
+                }
             ),
             "runner": config.runner.model_copy(
                 update={"output_dir": roots.resolve(output) if output else None}

@@ -14,8 +14,12 @@ from qsens.config.pairs import GranularityConfig, PairConfig
 
 Size = Literal["small", "medium", "large"]
 SIZES: tuple[Size, ...] = ("small", "medium", "large")
-Coverage = Literal["lm_only"]
-Modality = Literal["text"]
+Coverage = Literal["lm_only", "all_layers"]
+COVERAGES: tuple[Coverage, ...] = ("lm_only", "all_layers")
+Modality = Literal["text", "image_text"]
+# Suffixes of sample files that can name pictures.
+JSONL = (".jsonl", ".ndjson")
+SQLITE = (".sqlite", ".sqlite3", ".db")
 
 
 class HubConfig(Frozen):
@@ -59,7 +63,8 @@ class DatasetConfig(Frozen):
     name: Name = "coco2017_captions"
     """Name of the data set, as manifests and reports state it."""
     modality: Modality = "text"
-    """What a sample is: ``text``, one caption a line."""
+    """What ``lm_only`` reads: ``text``, the captions alone; ``image_text``, pictures with their
+    captions. ``all_layers`` reads pictures always."""
     directory: Path = Path("datasets/vlm-quantize-calib")
     """Directory of the sample files."""
     files: dict[Size, str] = Field(
@@ -77,7 +82,15 @@ class DatasetConfig(Frozen):
     max_calib_samples: Annotated[int, Field(ge=1)] | None = None
     """Upper limit of samples at every size; what falls short of its size is PARTIAL."""
     calib_seq_len: int = Field(default=512, ge=2, le=1_048_576)
-    """Longest sample, in tokens; what is longer is cut."""
+    """Longest sample, in tokens; what is longer is cut, but never within a picture."""
+    images: Path | None = None
+    """Directory that the paths of pictures start at and never leave; ``directory`` when null."""
+    max_pixels: int = Field(default=512 * 512, ge=28 * 28, le=1 << 26)
+    """Pixels of a picture at most, as the model sees it; a larger one is made smaller."""
+    max_skipped: float = Field(default=0.02, ge=0, le=1)
+    """Share of a size's pictures that may be skipped, 0 to 1; beyond it, the size is PARTIAL."""
+    prompt: str = Field(default="Describe this image.", min_length=1)
+    """What the user says beside the picture; the caption is the answer."""
 
     @model_validator(mode="after")
     def _sizes_are_ordered(self) -> Self:
@@ -101,6 +114,10 @@ class DatasetConfig(Frozen):
     def path(self, size: Size) -> Path:
         """Return the sample file of ``size``."""
         return self.directory / self.files[size]
+
+    def images_root(self) -> Path:
+        """Return the directory that the paths of pictures start at."""
+        return self.images or self.directory
 
     def asked(self, size: Size) -> int:
         """Return how many samples ``size`` asks for, before any limit."""
@@ -212,7 +229,8 @@ class SweepConfig(Frozen):
     )
     """Granularities to sweep."""
     coverage: tuple[Coverage, ...] = Field(default=("lm_only",), min_length=1)
-    """Which part of the model may be quantized."""
+    """Which part of the model may be quantized: ``lm_only``, the language model and its head;
+    ``all_layers``, the vision tower as well, scored on pictures with captions."""
     autoquant: AutoquantConfig = AutoquantConfig()
     """How layers are scored."""
     runner: RunnerConfig = RunnerConfig()
@@ -234,3 +252,21 @@ class SweepConfig(Frozen):
             if twice:
                 raise ValueError(f"{axis} names {', '.join(twice)} twice")
         return self
+
+    @model_validator(mode="after")
+    def _pictures_have_a_file(self) -> Self:
+        for coverage in self.coverage:
+            if self.modality(coverage) == "text":
+                continue
+            for size in self.dataset.size:
+                file = self.dataset.files[size]
+                if not file.endswith((*JSONL, *SQLITE)):
+                    raise ValueError(
+                        f"coverage {coverage} reads pictures, and dataset.files.{size} = {file} "
+                        "names none; choose a data set of .jsonl or .sqlite files"
+                    )
+        return self
+
+    def modality(self, coverage: Coverage) -> Modality:
+        """Return what a sample is at ``coverage``."""
+        return "image_text" if coverage == "all_layers" else self.dataset.modality

@@ -167,6 +167,10 @@ class PairConfig(Frozen):
     """Name of the scheme; ``{pair}``, ``{model}``, ``{short_name}`` are filled in."""
     run_dir: str = "{model}_autoquant_{pair}_lm_{size}"
     """Name of the run directory; as ``scheme``, with ``{size}``."""
+    all_layers_scheme: str = "{pair}_autoquant_all_layers"
+    """``scheme`` of ``coverage: all_layers``."""
+    all_layers_run_dir: str = "{model}_autoquant_{pair}_all_layers_{size}"
+    """``run_dir`` of ``coverage: all_layers``."""
 
     @model_validator(mode="after")
     def _inputs_can_be_calibrated(self) -> Self:

@@ -14,9 +14,9 @@ from torch import nn
 from qsens.engine.candidates import Candidates
 from qsens.engine.families import head_of
 from qsens.engine.groups import Group
-from qsens.engine.model_pass import HEAD_ROWS
+from qsens.engine.model_pass import HEAD_ROWS, layers_of
 from qsens.engine.quantizer import WEIGHT_CHUNK
-from qsens.engine.samples import BATCH_TOKENS
+from qsens.engine.samples import BATCH_TOKENS, Samples
 from qsens.errors import UserError
 
 GIB = 1 << 30
@@ -60,6 +60,7 @@ def plan_budget(
     *,
     limit_gb: float | None,
     losses: int = 1,
+    samples: Samples | None = None,
 ) -> Budget:
     """Return how many tokens fit.
 
@@ -69,12 +70,14 @@ def plan_budget(
         candidates: What the pass computes.
         limit_gb: GiB above the weights; from what is free when not given.
         losses: Losses that go backward, each with gradients of its own.
+        samples: The samples: how many patches of pictures a token brings along.
     """
     parameter = next(model.parameters())
     free = limit_gb * GIB if limit_gb else _free(parameter.device) * _SHARE_OF_FREE
     limit = int(free * memory_share())
     size = parameter.element_size()
-    fixed, per_token, records = _footprint(model, groups, candidates, size, losses)
+    rows = _Rows.of(model, samples)
+    fixed, per_token, records = _footprint(model, groups, candidates, size, losses, rows)
     fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
     tokens = min(_WAVE_TOKENS, fitting)
     recorded = int((min(limit, _RECORDS) - fixed) / (per_token + records))
@@ -130,12 +133,67 @@ def reset_peak(device: torch.device) -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """How many rows a token is to each part of a model, at most over the samples.
+
+    Attributes:
+        layers: Names of the layers.
+        tower: Name of the vision tower; empty where there is none.
+        patches: Patches of pictures a token.
+        visual: The same once they are merged.
+        kept: Values a token that are kept between the layers: what goes in.
+    """
+
+    layers: tuple[str, ...]
+    tower: str
+    patches: float
+    visual: float
+    kept: float
+
+    @classmethod
+    def of(cls, model: nn.Module, samples: Samples | None) -> _Rows:
+        """Return those of a model and samples."""
+        tower = next(
+            (
+                name
+                for name, module in model.named_modules()
+                if hasattr(module, "patch_embed") and hasattr(module, "blocks")
+            ),
+            "",
+        )
+        counts = []
+        if samples is not None and samples.pictures:
+            counts = [
+                (len(picture.patches) / len(ids), ids.count(samples.image_token or 0) / len(ids))
+                for picture, ids in zip(samples.pictures, samples.ids, strict=True)
+            ]
+        patches = max((each for each, _ in counts), default=0.0)
+        visual = max((each for _, each in counts), default=0.0)
+        kept = 0.0
+        layers = layers_of(model)
+        for name, layer in layers.items():
+            inner = [part for part in layer.modules() if isinstance(part, nn.Linear)]
+            width = inner[0].in_features if inner else 0
+            kept += width * (patches if tower and name.startswith(f"{tower}.") else 1.0)
+        return cls(tuple(layers), tower, patches, visual, kept)
+
+    def of_module(self, name: str, module: nn.Module) -> tuple[str, float]:
+        """Return the layer of a module, empty where it is in none, and its rows a token."""
+        layer = next((layer for layer in self.layers if name.startswith(f"{layer}.")), "")
+        if not (self.tower and name.startswith(f"{self.tower}.")):
+            return layer, 1.0
+        at_patches = layer or not isinstance(module, nn.Linear)
+        return layer, self.patches if at_patches else self.visual
+
+
 def _footprint(
     model: nn.Module,
     groups: Sequence[Group],
     candidates: Candidates,
     size: int,
     losses: int,
+    rows: _Rows,
 ) -> tuple[float, float, float]:
     """Return the bytes of a pass: those that depend on no token, those of a token, its records."""
     head = head_of(model)
@@ -147,8 +205,8 @@ def _footprint(
         of_weight[weight_index] += part  # type: ignore[assignment]
         of_input[entry] = max(of_input.get(entry, 0.0), part)
     most = max(of_weight.values())
-    inside: dict[int | None, float] = {}
-    slopes: dict[int | None, float] = {}
+    inside: dict[str, float] = {}
+    slopes: dict[str, float] = {}
     widest = largest = 0.0
     for group in groups:
         if not group.covered:
@@ -159,19 +217,19 @@ def _footprint(
             largest = max(largest, weight.numel())
             if module is head:
                 continue
-            out, into = weight.shape[0], weight[0].numel()
+            layer, each = rows.of_module(name, module)
+            out, into = each * weight.shape[0], each * weight[0].numel()
             # One layer at a time: what autograd keeps while it runs again, and the rows taken.
-            inside[group.depth] = inside.get(group.depth, 0.0) + 1.5 * size * (into + out)
-            slopes[group.depth] = slopes.get(group.depth, 0.0) + (losses - 1) * size * out
+            inside[layer] = inside.get(layer, 0.0) + 1.5 * size * (into + out)
+            slopes[layer] = slopes.get(layer, 0.0) + (losses - 1) * size * out
             # Quantized inputs, also stacked for two kinds of weights; the rows; one product.
             stacked = 2 * sum(of_input.values()) + most
             widest = max(widest, into * size * (1 + stacked) + out * size * (2 + most))
-    layers = len({group.depth for group in groups if group.depth is not None})
     hidden, vocabulary = head.weight.shape[1], head.weight.shape[0]
     chunk = min(largest, WEIGHT_CHUNK)
     fixed = largest * size + chunk * 3 * 4 + HEAD_ROWS * vocabulary * (3 * 4 + 2 * size)
     at_head = hidden * size * (3 + most)
-    per_token = layers * hidden * size * 1.1 + max(
+    per_token = rows.kept * size * 1.1 + max(
         max(inside.values(), default=0.0) + max(slopes.values(), default=0.0) + widest, at_head
     )
     return fixed, per_token, sum(inside.values()) - max(inside.values(), default=0.0)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from qsens.config import DatasetConfig
-from qsens.config.models import SIZES, Size
+from qsens.config.models import JSONL, SIZES, SQLITE, Size
 from qsens.engine.files import digest_file
-from qsens.engine.records import JSONL, SQLITE, read_records
+from qsens.engine.pictures import PictureReader, identify_pictures
+from qsens.engine.records import Record, read_records
 from qsens.errors import UserError
 from qsens.grid import SamplesIdentity
 
 
 def read_captions(path: Path, split: str = "") -> list[str]:
-    """Return the captions of a file, stripped, in order, without empty ones.
+    """Return the captions of a file; see :func:`read_samples`."""
+    return [record.caption for record in read_samples(path, split)]
+
+
+def read_samples(path: Path, split: str = "") -> list[Record]:
+    """Return the samples of a file, captions stripped, in order, without empty ones.
 
     A text file holds one a line; a byte-order mark and CRLF line ends are taken as what they are.
     ``.jsonl`` and ``.sqlite`` are those of :mod:`qsens.engine.records`.
@@ -31,20 +37,20 @@ def read_captions(path: Path, split: str = "") -> list[str]:
         with path.open("rb"):
             pass
         if path.suffix in (*JSONL, *SQLITE):
-            captions = [record.caption for record in read_records(path, split)]
+            samples = read_records(path, split)
         else:
-            captions = _lines(path)
+            samples = [Record("", caption) for caption in _lines(path)]
     except OSError as error:
         raise UserError(
             f"cannot be read: {error.strerror}",
             where=f"captions file {path}",
             remedy="Set dataset.directory, or choose another data set, such as dataset=demo.",
         ) from error
-    if not captions:
+    if not samples:
         raise UserError(
             "holds no caption", where=f"captions file {path}", remedy="Write one caption a line."
         )
-    return captions
+    return samples
 
 
 def _lines(path: Path) -> list[str]:
@@ -63,43 +69,62 @@ def _lines(path: Path) -> list[str]:
 
 
 def identify_samples(
-    dataset: DatasetConfig, sizes: Sequence[Size]
+    dataset: DatasetConfig, sizes: Sequence[Size], reader: PictureReader | None = None
 ) -> tuple[dict[Size, SamplesIdentity], list[str]]:
     """Read the files of ``sizes``; check that each is the head of the next.
 
+    Args:
+        dataset: The data set.
+        sizes: The sizes.
+        reader: Reads the pictures; none where no cell does.
+
     Returns:
-        What each file is, and a notice for each that is shorter than its size.
+        What each file is, and a notice for each that is shorter than its size or skips pictures.
 
     Raises:
-        UserError: A file is missing or broken, or is not the head of the next larger one.
+        UserError: A file is missing or broken, or is not the head of the next larger one; or no
+            picture can be used.
     """
     found: dict[Size, SamplesIdentity] = {}
-    heads: dict[Size, list[str]] = {}
+    heads: dict[Size, list[Record]] = {}
     notices = []
     for size in sizes:
         path = dataset.path(size)
-        captions = read_captions(path, size)
-        heads[size] = captions[: dataset.limit(size)]
-        found[size] = SamplesIdentity(path=path, digest=digest_file(path), available=len(captions))
-        if len(captions) < dataset.asked(size):
+        samples = read_samples(path, size)
+        heads[size] = samples[: dataset.limit(size)]
+        found[size] = SamplesIdentity(path=path, digest=digest_file(path), available=len(samples))
+        if len(samples) < dataset.asked(size):
             notices.append(
-                f"{path.name} holds {len(captions)} captions, fewer than the {dataset.asked(size)} "
+                f"{path.name} holds {len(samples)} captions, fewer than the {dataset.asked(size)} "
                 f"of size '{size}': its results are PARTIAL"
             )
-    _check_nesting(dataset, heads)
+    _check_nesting(dataset, heads, "caption", lambda record: record.caption)
+    if reader is not None:
+        _check_nesting(dataset, heads, "picture", lambda record: record.image)
+        pictures, more = identify_pictures(dataset, heads, reader)
+        notices += more
+        found = {
+            size: samples.model_copy(update={"pictures": pictures[size]})
+            for size, samples in found.items()
+        }
     return found, notices
 
 
-def _check_nesting(dataset: DatasetConfig, heads: Mapping[Size, list[str]]) -> None:
+def _check_nesting(
+    dataset: DatasetConfig,
+    heads: Mapping[Size, list[Record]],
+    what: str,
+    part: Callable[[Record], str],
+) -> None:
     ordered = [size for size in SIZES if size in heads]
     for smaller, larger in itertools.pairwise(ordered):
         common = min(len(heads[smaller]), len(heads[larger]))
         for line, (a, b) in enumerate(
             zip(heads[smaller][:common], heads[larger][:common], strict=True), start=1
         ):
-            if a != b:
+            if part(a) != part(b):
                 raise UserError(
-                    f"is not the head of {dataset.path(larger).name}: caption {line} differs",
+                    f"is not the head of {dataset.path(larger).name}: {what} {line} differs",
                     where=f"captions file {dataset.path(smaller)}",
-                    remedy="Make each size the first captions of the next larger one.",
+                    remedy="Make each size the first samples of the next larger one.",
                 )

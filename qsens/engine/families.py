@@ -42,11 +42,13 @@ class Family:
         name: The family, in words.
         model_types: ``model_type`` in ``config.json``.
         parts: Where its parts are.
+        sees: Whether samples may hold pictures.
     """
 
     name: str
     model_types: tuple[str, ...]
     parts: Parts
+    sees: bool = False
 
 
 _HEAD = ("lm_head",)
@@ -57,8 +59,8 @@ _QWEN_VL = Parts(
     head=_HEAD,
 )
 FAMILIES = (
-    Family("Qwen3-VL", ("qwen3_vl",), _QWEN_VL),
-    Family("Qwen2.5-VL", ("qwen2_5_vl",), _QWEN_VL),
+    Family("Qwen3-VL", ("qwen3_vl",), _QWEN_VL, sees=True),
+    Family("Qwen2.5-VL", ("qwen2_5_vl",), _QWEN_VL, sees=True),
     Family("Qwen3", ("qwen3",), _DECODER),
     Family("Llama", ("llama",), _DECODER),
     Family(

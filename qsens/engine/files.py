@@ -25,6 +25,7 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _HEADS = ("lm_head.weight", "output_layer.weight")
 _REMEDY = "Download the checkpoint again, or set model.path to a whole one."
 
@@ -45,6 +46,7 @@ def identify(path: Path, *, cache: Path | None = None) -> CheckpointIdentity:
     known = _read_cache(cache)
     files = [path / "config.json", *weights]
     tokenizer = [path / name for name in _TOKENIZER if (path / name).is_file()]
+    processor = [path / name for name in PROCESSOR if (path / name).is_file()]
     if not tokenizer:
         raise UserError(
             "has no tokenizer files", where=str(path), remedy="Save the tokenizer beside it."
@@ -52,8 +54,8 @@ def identify(path: Path, *, cache: Path | None = None) -> CheckpointIdentity:
     with ThreadPoolExecutor(max_workers=4) as pool:
         digests = dict(
             zip(
-                [*files, *tokenizer],
-                pool.map(lambda file: _digest(file, known), [*files, *tokenizer]),
+                [*files, *tokenizer, *processor],
+                pool.map(lambda file: _digest(file, known), [*files, *tokenizer, *processor]),
                 strict=True,
             )
         )
@@ -68,6 +70,9 @@ def identify(path: Path, *, cache: Path | None = None) -> CheckpointIdentity:
         architecture=str((config.get("architectures") or ["unknown"])[0]),
         weight_bytes=sum(file.stat().st_size for file in weights),
         tied_head=_has_tied_head(config, weights),
+        processor_digest=digest_of({file.name: digests[file] for file in processor})
+        if processor
+        else None,
     )
 
 

@@ -38,16 +38,19 @@ class Group:
     covered: bool
 
 
-def find_groups(model: nn.Module, disabled: Iterable[str] = ()) -> list[Group]:
+def find_groups(
+    model: nn.Module, vision: Iterable[str] = (), *, all_layers: bool = False
+) -> list[Group]:
     """Return the groups of ``model`` in model order.
 
     Args:
         model: The model, not converted yet.
-        disabled: Module name patterns (fnmatch); one match disables the whole group.
+        vision: Module name patterns (fnmatch) of the vision tower; one match is enough for a group.
+        all_layers: Whether the tower is covered as well.
 
     Source: ``AutoQuantizeGradientSearcher.quant_grouping_rules`` of ModelOpt; the first match wins.
     """
-    patterns = tuple(disabled)
+    patterns = tuple(vision)
     searcher = AutoQuantizeGradientSearcher()
     searcher.model = model
     members: dict[str, list[str]] = defaultdict(list)
@@ -66,7 +69,7 @@ def find_groups(model: nn.Module, disabled: Iterable[str] = ()) -> list[Group]:
                 kind=kind_of(names[0], vision=matches),
                 depth=depth_of(names[0]),
                 weights=sum(modules[name].weight.numel() for name in names),
-                covered=not matches,
+                covered=all_layers or not matches,
             )
         )
     return groups

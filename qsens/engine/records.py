@@ -15,10 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
+from qsens.config.models import JSONL
 from qsens.errors import UserError
 
-JSONL = (".jsonl", ".ndjson")
-SQLITE = (".sqlite", ".sqlite3", ".db")
 _TABLE = "vlm_calib_samples"
 
 

@@ -35,7 +35,8 @@ def score_cell(
     samples: Samples,
     pair: PairConfig,
     *,
-    disabled: Sequence[str],
+    vision: Sequence[str],
+    all_layers: bool = False,
     sizes: Sequence[int],
     scored: int,
     batch_size: int,
@@ -48,7 +49,8 @@ def score_cell(
         model: The model, fresh from its checkpoint; it is converted, and of no use afterwards.
         samples: All samples of the cell's size.
         pair: The format.
-        disabled: Module name patterns that stay unquantized.
+        vision: Module name patterns of the vision tower.
+        all_layers: Whether the tower may be quantized as well.
         sizes: Sample counts that no batch crosses: those of the data set's sizes.
         scored: The score uses the first ``scored`` samples.
         batch_size: Samples of a nominal batch, and of a batch at most.
@@ -57,7 +59,8 @@ def score_cell(
     """
     device = next(model.parameters()).device
     on_a_cpu = device.type == "cpu"
-    groups = find_groups(model, disabled)
+    groups = find_groups(model, vision, all_layers=all_layers)
+    disabled = [] if all_layers else list(vision)
     batches = equal_length_batches(samples, boundaries=[*sizes, scored], batch_size=batch_size)
     score_steps = sum(batch.samples[0] < scored for batch in batches)
     nominal = nominal_labels(samples, scored=scored, batch_size=batch_size)
@@ -70,13 +73,13 @@ def score_cell(
             constraints={
                 # Always feasible: only the scores are taken from this search.
                 "effective_bits": max(8.0, pair.effective_bits),
-                "cost": {"excluded_module_name_patterns": list(disabled)},
+                "cost": {"excluded_module_name_patterns": disabled},
             },
             quantization_formats=[on_cpu(pair.modelopt()) if on_a_cpu else pair.modelopt()],
             data_loader=batches,
             forward_step=steps.forward,
             loss_func=steps.loss if method == "gradient" else None,
-            disabled_layers=list(disabled),
+            disabled_layers=disabled,
             num_calib_steps=len(batches),
             num_score_steps=score_steps,
             verbose=False,

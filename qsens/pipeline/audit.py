@@ -77,11 +77,14 @@ def audit(
         scores[cell.cell] = {
             group_name(key): group for key, group in manifest.layer_sensitivity.items()
         }
-    if wanted:
+    for modality in dict.fromkeys(plan.cell(name).modality for name in wanted):
         from qsens.pipeline.truth import true_divergence
 
-        measured = true_divergence(store, wanted, progress or (lambda *_: None))
-        for name, layers in wanted.items():
+        share = {
+            name: layers for name, layers in wanted.items() if plan.cell(name).modality == modality
+        }
+        measured = true_divergence(store, share, progress or (lambda *_: None))
+        for name, layers in share.items():
             cell = plan.cell(name)
             points = [
                 _point(layer, scores[name][layer], measured.nats[name][layer])
@@ -92,6 +95,7 @@ def audit(
                 cell=name,
                 pair=cell.pair,
                 granularity=cell.granularity,
+                coverage=cell.coverage,
                 size=cell.size,
                 cell_digest=cell.digest,
                 method=plan.config.autoquant.method,

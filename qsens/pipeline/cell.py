@@ -49,7 +49,7 @@ def calibrate(
     status = _calibration_status(store, cell)
     if status is not None:
         return _outcome(store, cell, status)
-    digest = calibration_digest(plan, cell.size)
+    digest = calibration_digest(plan, cell)
     lock, where = store.calibration_lock(digest), f"calibration of {cell.cell}"
     with ExitStack() as locks:
         locks.enter_context(held(lock, where=where, wait=wait))
@@ -131,11 +131,15 @@ def _calibration_status(store: Store, cell: Cell) -> str | None:
         return "done"
     if store.plan.config.autoquant.engine == "modelopt":
         return "with_score"
-    pair = store.plan.pair(cell)
-    if pair.input_quantizer is None or not pair.input_quantizer.needs_calibration():
+    if not _needs_calibration(store.plan, cell):
         return "not_needed"
-    there = store.calibration(calibration_digest(store.plan, cell.size)).is_file()
+    there = store.calibration(calibration_digest(store.plan, cell)).is_file()
     return "done" if there else None
+
+
+def _needs_calibration(plan: Plan, cell: Cell) -> bool:
+    quantizer = plan.pair(cell).input_quantizer
+    return quantizer is not None and quantizer.needs_calibration()
 
 
 def _lock_others(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
@@ -149,9 +153,11 @@ def _lock_others(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
 
 def _lock_other_sizes(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
     """Take the sizes that have no calibrated maxima and that nobody else computes."""
-    taken = {calibration_digest(store.plan, cell.size): cell}
+    taken = {calibration_digest(store.plan, cell): cell}
     for other in store.plan.cells:
-        digest = calibration_digest(store.plan, other.size)
+        if not _needs_calibration(store.plan, other):
+            continue
+        digest = calibration_digest(store.plan, other)
         if digest not in taken and _take(
             store.calibration_lock(digest), store.calibration(digest), locks
         ):
@@ -175,7 +181,8 @@ def _failure_is_kept(store: Store, cells: Sequence[Cell]) -> Iterator[None]:
     except Exception as error:
         failure = _out_of_memory(error, cells[0]) or error
         for cell in cells:
-            keep_failure(store, cell, failure)
+            if not store.is_done(cell):
+                keep_failure(store, cell, failure)
         if failure is not error:
             raise failure from error
         raise

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qsens.config import Roots, load_sweep
-from qsens.config.models import SIZES, DatasetConfig, Size
+from qsens.config.models import JSONL, SIZES, DatasetConfig, Size
 from qsens.errors import UserError
 from qsens.store import write_file
 
@@ -66,7 +66,8 @@ def make_captions(
         dataset: File below ``configs/dataset/`` that says names and sizes of the sample files.
         out: Directory of the sample files; the data set's when not given.
         images: Directory of the images: writes ``{"image": path, "caption": text}``, a line each,
-            with paths relative to it; images that are not there are left out.
+            with paths relative to it; images that are not there are left out. That of the data
+            set when not given, where its files are JSON lines.
         sizes: Sizes to write; all of the data set when empty.
         seed: Draws other images and captions.
         replace: Whether files with another content may be overwritten.
@@ -83,6 +84,8 @@ def make_captions(
     roots = roots or Roots.from_environment()
     config = load_sweep("single", [f"dataset={dataset}"], roots=roots).config.dataset
     chosen = _sizes(config, sizes)
+    if images is None and any(config.files[size].endswith(JSONL) for size in chosen):
+        images = config.images_root()
     read = read_annotations(annotations, with_images=images is not None)
     left_out: Counter[str] = Counter()
     if images is not None and not images.is_dir():

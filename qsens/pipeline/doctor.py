@@ -14,7 +14,7 @@ from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
 from qsens.engine.files import weight_files
 from qsens.errors import QsensError
-from qsens.pipeline.plan import installed_version
+from qsens.pipeline.plan import installed_version, picture_reader
 
 _GIB = 1 << 30
 _LOW_DISK = 5 * _GIB
@@ -63,6 +63,7 @@ def _preset(name: str, roots: Roots) -> str:
         resolve_parts(config.model)
         weight_files(config.model.path)
         identify_samples(config.dataset, config.dataset.size)
+        picture_reader(config, roots)
     except QsensError as error:
         return f"{error.where}: {error.what}"
     return "ready"

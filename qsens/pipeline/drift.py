@@ -127,7 +127,13 @@ def comparable(before: Result, after: Result) -> tuple[str | None, bool]:
     if before.samples is None or after.samples is None:
         return "its noise is unknown: no scores of every sample", False
     datasets = [result.manifest.dataset for result in (before, after)]
-    same_file = all(datasets) and len({entry.digest for entry in datasets if entry}) == 1
+    same_file = (
+        all(datasets)
+        and len(
+            {(entry.digest, entry.modality, entry.pictures_digest) for entry in datasets if entry}
+        )
+        == 1
+    )
     # The same captions with other tokens are other samples.
     tokens = [result.tokens for result in (before.samples, after.samples)]
     paired = (

@@ -13,10 +13,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qsens.config import Roots, load_sweep
+from qsens.config import Roots, SweepConfig, load_sweep
 from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
 from qsens.engine.files import identify, shapes
+from qsens.engine.pictures import PictureReader, cache_of, read_resolution
 from qsens.grid import Plan, calibration_digest, make_plan
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
 from qsens.store import Store, write_text
@@ -50,9 +51,10 @@ def plan_sweep(
     config = loaded.config
     config = config.model_copy(update={"model": resolve_parts(config.model)})
     checkpoint = identify(config.model.path, cache=roots.results / ".cells" / "digests.json")
-    samples, notices = identify_samples(config.dataset, config.dataset.size)
+    reader = picture_reader(config, roots)
+    samples, notices = identify_samples(config.dataset, config.dataset.size, reader)
     weights = shapes(config.model.path)
-    notices += check_formats(config, covered_shapes(weights, config.model.vision_patterns))
+    notices += check_formats(config, covered_shapes(weights, _left_alone(config)))
     plan = make_plan(
         config,
         roots,
@@ -64,16 +66,36 @@ def plan_sweep(
     )
     check_disk(plan, weights)
     _mark_used(plan)
+    if reader is not None:
+        with contextlib.suppress(OSError):
+            reader.mark_used()
     if out is not None:
         write_text(out, plan_json(plan))
     return plan
+
+
+def picture_reader(config: SweepConfig, roots: Roots) -> PictureReader | None:
+    """Return what reads the pictures of a sweep; none where no cell of it reads any.
+
+    Raises:
+        UserError: The checkpoint cannot be given pictures.
+    """
+    if not any(config.modality(coverage) == "image_text" for coverage in config.coverage):
+        return None
+    resolution = read_resolution(config.model, config.dataset.max_pixels)
+    return PictureReader(config.dataset.images_root(), cache_of(roots.results), resolution)
+
+
+def _left_alone(config: SweepConfig) -> tuple[str, ...]:
+    """Return the patterns of modules that no cell quantizes."""
+    return () if "all_layers" in config.coverage else config.model.vision_patterns
 
 
 def _mark_used(plan: Plan) -> None:
     """Note that somebody plans with the results that are there, so that none is pruned as old."""
     store = Store(plan)
     used = [store.manifest(cell) for cell in plan.cells]
-    used += [store.calibration(calibration_digest(plan, size)) for size in plan.samples]
+    used += [store.calibration(calibration_digest(plan, cell)) for cell in plan.cells]
     for path in used:
         # A results root that cannot be written to is left as it is.
         with contextlib.suppress(OSError):

@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from qsens.engine.pictures import cache_of
 from qsens.errors import UserError
 from qsens.grid import calibration_digest, read_plan
 from qsens.report.model_index import write_model_index
@@ -63,7 +64,8 @@ class Pruned:
         sweeps: Ids of sweeps.
         cells: Directories of published cells, which showed one of those sweeps.
         results: Digests of results.
-        files: Other files: calibrations, plans of runs, reasons of failures, half-written files.
+        files: Other files: calibrations, decoded pictures, plans of runs, reasons of failures,
+            half-written files.
         bytes: Size of all that.
         notes: What was left alone, and why.
     """
@@ -159,6 +161,9 @@ class _Job:
         for path in _entries(self.results / ".calibrations"):
             if path.suffix == ".safetensors" and path.stem not in calibrations:
                 self._remove_locked(path, path.with_suffix(".lock"))
+        for path in _entries(cache_of(self.results)):
+            if path.suffix == ".npy" and self._is_old(path):  # made again where it is needed
+                self._remove_file(path)
         for path in _entries(self.results / ".verified"):
             if path.suffix == ".json" and path.stem not in cells and self._is_old(path):
                 self._remove_file(path)
@@ -174,7 +179,7 @@ class _Job:
     def remove_half_written(self) -> None:
         """Remove what processes that were killed have left; nothing is written for a day."""
         limit = min(self.before, time.time() - _HALF_WRITTEN_SECONDS)
-        roots = [".cells", ".calibrations", ".plans", ".verified", "tmp"]
+        roots = [".cells", ".calibrations", ".pictures", ".plans", ".verified", "tmp"]
         found = [path for name in roots for path in _entries(self.results / name)]
         for directory in self.results.glob("models/*/layer-analysis"):
             found += directory.rglob(".*")
@@ -325,7 +330,7 @@ def _references(kept: list[Sweep], notes: list[str]) -> tuple[set[str], set[str]
             notes.append(f"{error.where}: {error.what}; so every result is kept")
             return None
         cells |= {cell.digest for cell in plan.cells}
-        calibrations |= {calibration_digest(plan, size) for size in plan.samples}
+        calibrations |= {calibration_digest(plan, cell) for cell in plan.cells}
     return cells, calibrations
 
 

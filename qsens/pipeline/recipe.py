@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from qsens.analysis.options import UNQUANTIZED_BITS, matches
 from qsens.config import PairConfig, Roots
-from qsens.config.models import SIZES, Size
+from qsens.config.models import SIZES, Coverage, Size
 from qsens.errors import UserError
 from qsens.export import llm_compressor, modelopt
 from qsens.export.recipe import LeftOut, Recipe, choose, tally
 from qsens.grid import Plan, read_plan
 from qsens.manifest import dump_json
+from qsens.report.findings import of_coverage
 from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell, read_summary
 from qsens.store import write_text
 
@@ -27,6 +28,7 @@ def write_recipe(
     bits: float,
     target: Target,
     size: Size | None = None,
+    coverage: Coverage | None = None,
     pairs: Sequence[str] = (),
     keep: Sequence[str] = (),
     tied_head: bool = False,
@@ -40,6 +42,7 @@ def write_recipe(
         bits: Bits a weight, at most.
         target: Who takes it.
         size: Calibration size of the scores; the largest that has results when not given.
+        coverage: Coverage of the scores; the widest that has results when not given.
         pairs: The pairs to choose from; all of the sweep when not given.
         keep: Patterns (fnmatch) of groups or modules that stay at 16 bits.
         tied_head: Whether a head that is tied to the embedding may be quantized too.
@@ -66,6 +69,7 @@ def write_recipe(
         read_plan(directory / PLAN),
         bits,
         size=size,
+        coverage=coverage,
         pairs=pairs,
         keep=keep,
         tied_head=tied_head,
@@ -108,6 +112,7 @@ def recipe_of(
     bits: float,
     *,
     size: Size | None = None,
+    coverage: Coverage | None = None,
     pairs: Sequence[str] = (),
     keep: Sequence[str] = (),
     tied_head: bool = False,
@@ -120,6 +125,7 @@ def recipe_of(
         plan: The plan of the same sweep.
         bits: Bits a weight, at most.
         size: Calibration size of the scores; the largest that has results when not given.
+        coverage: Coverage of the scores; the widest that has results when not given.
         pairs: The pairs to choose from; all of the sweep when not given.
         keep: Patterns (fnmatch) of groups or modules that stay at 16 bits.
         tied_head: Whether a head that is tied to the embedding may be quantized too.
@@ -129,13 +135,15 @@ def recipe_of(
         UserError: No results at that size, or a pattern matches nothing.
         AnswerIsNo: The target is out of reach.
     """
-    cells = _cells(summary, size, pairs)
-    chosen_size = cells[0].size
+    cells = _cells(summary, size, coverage, pairs)
+    chosen_size, chosen_coverage = cells[0].size, cells[0].coverage
     formats = {format_name(cell): plan.pair(plan.cell(cell.cell)) for cell in cells}
     left_out = [
         LeftOut(format=format_name(cell), reason=cell.reason or "no result")
         for cell in summary.cells
-        if cell.size == chosen_size and not cell.done and (not pairs or cell.pair in pairs)
+        if (cell.size, cell.coverage) == (chosen_size, chosen_coverage)
+        and not cell.done
+        and (not pairs or cell.pair in pairs)
     ]
     for name, pair in list(formats.items()):
         reason = refusal(pair) if refusal is not None else None
@@ -157,6 +165,8 @@ def recipe_of(
         for reason in cell.partial
         if format_name(cell) in formats
     ]
+    if coverage is None and len({cell.coverage for cell in summary.done}) > 1:
+        notices.append(f"the sweep has several coverages: scores of {chosen_coverage} are used")
     tied = plan.checkpoint.tied_head
     keep_head = tied is not False and not tied_head
     if keep_head:
@@ -217,7 +227,9 @@ def find_sweep(where: str, roots: Roots) -> Path:
     )
 
 
-def _cells(summary: Summary, size: Size | None, pairs: Sequence[str]) -> list[SummaryCell]:
+def _cells(
+    summary: Summary, size: Size | None, coverage: Coverage | None, pairs: Sequence[str]
+) -> list[SummaryCell]:
     unknown = sorted(set(pairs) - {cell.pair for cell in summary.cells})
     if unknown:
         raise UserError(
@@ -225,14 +237,15 @@ def _cells(summary: Summary, size: Size | None, pairs: Sequence[str]) -> list[Su
             where=f"sweep {summary.sweep_id}",
             remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in summary.cells))}.",
         )
-    done = [cell for cell in summary.done if not pairs or cell.pair in pairs]
+    done = of_coverage([cell for cell in summary.done if not pairs or cell.pair in pairs], coverage)
     sizes = {cell.size for cell in done}
     wanted = size or max(sizes, key=SIZES.index, default=None)
     found = [cell for cell in done if cell.size == wanted]
     if not found:
+        of = f" of {coverage}" if coverage else ""
         known = ", ".join(sorted(sizes, key=SIZES.index)) or "none"
         raise UserError(
-            f"has no result of size '{size}'" if size else "has no results",
+            f"has no result of size '{size}'" if size else f"has no results{of}",
             where=f"sweep {summary.sweep_id}",
             remedy=f"Sizes with results: {known}.",
         )

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from qsens.analysis.allocation import allocate_one
+from qsens.engine.pictures import in_words, too_many
 from qsens.engine.scores import CellScores, GroupScore
 from qsens.grid import Cell, Plan
 from qsens.manifest import (
@@ -103,8 +104,8 @@ def build_manifest(
             modelopt=plan.versions["nvidia-modelopt"],
             device=device,
         ),
-        partial=_partial(dataset, covered),
-        notices=list(scores.notices),
+        partial=_partial(plan, cell, dataset, covered),
+        notices=[*_skipped(plan, cell), *scores.notices],
         timings={phase: round(seconds, 3) for phase, seconds in timings.items()},
         memory={name: round(value, 4) for name, value in memory.items()},
         num_quantized_layers=len(scores.module_types),
@@ -157,11 +158,23 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
     return rows
 
 
-def _partial(dataset: Dataset, covered: list[GroupScore]) -> list[str]:
+def _skipped(plan: Plan, cell: Cell) -> list[str]:
+    """Say which pictures are skipped."""
+    skipped = plan.skipped(cell)
+    if not skipped:
+        return []
+    taken = plan.samples_taken(cell)
+    return [f"{len(skipped)} of {taken} pictures are skipped; {in_words(skipped)}"]
+
+
+def _partial(plan: Plan, cell: Cell, dataset: Dataset, covered: list[GroupScore]) -> list[str]:
     reasons = []
-    if dataset.samples_used < dataset.samples_asked:
+    taken, allowed = plan.samples_taken(cell), plan.config.dataset.max_skipped
+    beyond = too_many(dataset.skipped, taken, allowed)
+    if taken < dataset.samples_asked or beyond:
         reasons.append(
             f"{dataset.samples_used} of {dataset.samples_asked} samples of size '{dataset.size}'"
+            + (f", {dataset.skipped} skipped where {allowed:.0%} may be" if beyond else "")
         )
     for status, words in (
         ("non_finite", "no finite score"),

@@ -15,10 +15,10 @@ from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import distinct
 from qsens.engine.checkpoint import device_name
 from qsens.engine.divergence import diverge
-from qsens.engine.groups import find_groups
 from qsens.engine.scores import Progress
 from qsens.grid import Cell
-from qsens.pipeline.compute import load_for, request_of
+from qsens.pipeline.compute import request_of, widest
+from qsens.pipeline.loading import groups_of, load
 from qsens.store import Store
 
 _AMAX = "amax.input."
@@ -43,7 +43,7 @@ class Truth:
 
 @torch.inference_mode(False)
 def true_divergence(store: Store, wanted: Mapping[str, Sequence[str]], progress: Progress) -> Truth:
-    """Measure the true KL divergence of some groups of some cells of one size.
+    """Measure the true KL divergence of some groups of some cells of one size and modality.
 
     Calibration is that of the scores: its maxima lie beside them.
 
@@ -55,8 +55,8 @@ def true_divergence(store: Store, wanted: Mapping[str, Sequence[str]], progress:
     plan = store.plan
     config = plan.config
     cells = [plan.cell(name) for name in wanted]
-    loaded = load_for(plan, cells[0], progress)
-    groups = find_groups(loaded.model, config.model.vision_patterns)
+    loaded = load(plan, cells[0], progress)
+    groups = groups_of(plan, widest(cells, cells[0]), loaded.model)
     candidates = distinct([request_of(plan, cell) for cell in cells])
     of_cell = candidates.of_cell
     used = {name for names in wanted.values() for name in names}
@@ -67,9 +67,13 @@ def true_divergence(store: Store, wanted: Mapping[str, Sequence[str]], progress:
         [group for group in groups if group.name in used],
         candidates,
         _maxima(store, cells, candidates.snapshots()),
-        boundaries=list(config.dataset.sizes.values()),
+        boundaries=plan.boundaries(cells[0]),
         budget=plan_budget(
-            loaded.model, groups, candidates, limit_gb=config.autoquant.memory_budget_gb
+            loaded.model,
+            groups,
+            candidates,
+            limit_gb=config.autoquant.memory_budget_gb,
+            samples=loaded.samples,
         ),
         only={(name, of_cell[cell]) for cell, names in wanted.items() for name in names},
         progress=progress,
@@ -99,7 +103,7 @@ def _maxima(store: Store, cells: Sequence[Cell], snapshots: Sequence[int]) -> di
     found: dict[int, Maxima] = {}
     for cell in cells:
         count = store.plan.samples_used(cell)
-        if count not in snapshots or count in found:
+        if count not in snapshots:
             continue
         state = load_file(store.state(cell))
         maxima = {
@@ -108,5 +112,5 @@ def _maxima(store: Store, cells: Sequence[Cell], snapshots: Sequence[int]) -> di
             if name.startswith(_AMAX)
         }
         if maxima:
-            found[count] = maxima
+            found.setdefault(count, {}).update(maxima)  # a cell may lack those of the tower
     return found

@@ -29,6 +29,7 @@ from qsens.report.assets import ASSETS, embedded, linked, page_data
 from qsens.report.findings import CellStability
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import depth_svg
+from qsens.report.words import samples_words
 from qsens.store import write_text
 
 REPORT_VERSION = 1
@@ -241,8 +242,11 @@ def facts(report: CellReport) -> list[tuple[str, str]]:
             f"{dataset.samples_asked} asked, {dataset.samples_used} used, "
             f"{dataset.samples_scored} scored"
         )
+        if dataset.skipped:
+            samples += f", {look.count(dataset.skipped, 'picture')} skipped"
         known += [
-            ("Dataset", f"{look.shown(dataset.name)}, {dataset.size}, {dataset.modality}"),
+            ("Dataset", f"{look.shown(dataset.name)}, {dataset.size}"),
+            ("Read as", samples_words(dataset.modality)),
             ("Samples", samples),
             ("Tokens", f"{dataset.tokens}, of which {dataset.label_tokens} scored as labels"),
         ]

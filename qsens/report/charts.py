@@ -9,6 +9,7 @@ from typing import Any
 
 from qsens.analysis.allocation import ParetoPoint
 from qsens.analysis.ranking import Row, normalise_name
+from qsens.grid import unusual
 from qsens.manifest import Kind
 from qsens.report import format as look
 from qsens.report.findings import Drift, largest_cells, series_of
@@ -158,9 +159,11 @@ def pareto(points: Sequence[ParetoPoint], target: float | None) -> Chart | None:
 
 
 def column_name(cell: Any) -> str:
-    """Return a pair's name, with its granularity where it is not the default."""
-    default = cell.granularity == "default"
-    return str(cell.pair) if default else f"{cell.pair} {cell.granularity}"
+    """Return a pair's name, with granularity, coverage and modality unless they are defaults."""
+    parts = [cell.pair, *([cell.granularity] if cell.granularity != "default" else [])]
+    parts += ["all_layers"] if cell.coverage == "all_layers" else []
+    parts += unusual(cell.coverage, cell.modality)
+    return " ".join(parts)
 
 
 def _size(cell: Any, names: Sequence[str], per_token: bool) -> Chart:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from qsens.analysis.ranking import Row, normalise_name
 from qsens.analysis.reasons import Difference
 from qsens.analysis.stability import compare_sizes
-from qsens.config.models import SIZES, Coverage, Frozen, Modality, Size
+from qsens.config.models import COVERAGES, SIZES, Coverage, Frozen, Modality, Size
 
 if TYPE_CHECKING:
     from qsens.report.sweep import SummaryCell
@@ -179,6 +179,15 @@ def largest_cells(cells: Iterable[SummaryCell]) -> list[SummaryCell]:
         ):
             found[key] = cell
     return list(found.values())
+
+
+def of_coverage(
+    cells: Sequence[SummaryCell], coverage: Coverage | None = None
+) -> list[SummaryCell]:
+    """Return the cells of one coverage, the widest that there is when not given."""
+    covered = {cell.coverage for cell in cells}
+    wanted = coverage or max(covered, key=COVERAGES.index, default=None)
+    return [cell for cell in cells if cell.coverage == wanted]
 
 
 def _independent(one: int | None, other: int | None) -> Literal["no", "in part", "unknown"]:

@@ -25,6 +25,7 @@ _FILTERS = {
     # What `link` returns, or a name of our own: nothing in it needs an escape.
     "link_target": Markup,
     "mebibytes": look.mebibytes,
+    "modality_words": words.modality_words,
     "moment": look.moment,
     "percent": look.percent,
     "places": look.places,

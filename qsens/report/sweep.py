@@ -21,7 +21,13 @@ from qsens.report import charts
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data
 from qsens.report.cell import BASENAME, PROTECTED, build_cell
-from qsens.report.findings import CellStability, Drift, SizesCompared, compare_all_sizes
+from qsens.report.findings import (
+    CellStability,
+    Drift,
+    SizesCompared,
+    compare_all_sizes,
+    of_coverage,
+)
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import heat_svg
 from qsens.report.views import heat_table, pair_lines, protected, stable_in
@@ -254,6 +260,7 @@ def write_sweep(summary: Summary, directory: Path, *, single_file: bool = False)
         "per_token": any(cell.total_per_token is not None for cell in summary.cells),
         "index_link": look.link(up, PAGE) if nested else None,
         "picture": CHART if picture else None,
+        "modalities": sorted({cell.modality for cell in summary.cells}),
     }
     drawn = {
         "heat": charts.heat(heat),
@@ -316,8 +323,8 @@ def read_summary(path: Path) -> Summary:
 
 
 def _pareto(plan: Plan, cells: Sequence[SummaryCell]) -> list[ParetoPoint]:
-    """Return the curve that recipes of this sweep lie on."""
-    done = [cell for cell in cells if cell.done]
+    """Return the curve that recipes of this sweep lie on: those of the widest coverage."""
+    done = of_coverage([cell for cell in cells if cell.done])
     size = max((cell.size for cell in done), key=SIZES.index, default=None)
     rows = {f"{cell.pair}-{cell.granularity}": cell.rows for cell in done if cell.size == size}
     return pareto(build_units(rows, keep_head=plan.checkpoint.tied_head is not False))

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 from qsens.report import format as look
 from qsens.report.findings import CellStability, Drift, SizesCompared
+
+if TYPE_CHECKING:
+    from qsens.report.sweep import SummaryCell
 
 
 def stable_words(stable: bool | None) -> str:
@@ -29,6 +35,24 @@ def independent_words(entry: SizesCompared) -> str:
         small, large = sorted((entry.scored_smaller or 0, entry.scored_larger or 0))
         return f"in part: {small} of {large} samples are shared"
     return "not known"
+
+
+def modality_words(cells: Iterable[SummaryCell]) -> str:
+    """Say what the samples of a sweep are, by coverage; rows of different ones differ."""
+    found = dict.fromkeys((cell.coverage, cell.modality) for cell in cells)
+    said = "; ".join(f"{coverage}: {samples_words(modality)}" for coverage, modality in found)
+    if len({modality for _, modality in found}) > 1:
+        said += ". Scores from different samples are not those of one another"
+    return f"{said}."
+
+
+def samples_words(modality: str) -> str:
+    """Say what a sample is."""
+    known = {
+        "text": "captions alone (text)",
+        "image_text": "pictures with their captions (image_text)",
+    }
+    return known.get(modality, modality)
 
 
 def drift_words(drift: Drift | None, previous: str | None) -> str:

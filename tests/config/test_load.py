@@ -150,7 +150,7 @@ def test_refusals_name_key_source_and_what_is_allowed(
 
 
 def test_unknown_preset_lists_presets(roots: Roots) -> None:
-    with pytest.raises(UserError, match="demo, nightly, single"):
+    with pytest.raises(UserError, match="demo, fp8-all-layers, int8-3phase, nightly, single"):
         load_sweep("weekly", roots=roots)
 
 

@@ -222,7 +222,7 @@ def test_fused_equals_auto_quantize(cell: str, pair: PairConfig, samples: Sample
         tiny_model(),
         samples,
         pair,
-        disabled=VISION,
+        vision=VISION,
         sizes=[len(samples)],
         scored=len(samples),
         batch_size=BATCH_SIZE,

@@ -63,7 +63,7 @@ class Place:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / ".sweep").write_text(plan.sweep_id)
             (directory / "per-layer-sensitivity.md").write_text(plan.sweep_id)
-        self.result(store.calibration(calibration_digest(plan, "small")), days)
+        self.result(store.calibration(calibration_digest(plan, plan.cells[0])), days)
         store.sweep_dir().mkdir(parents=True)
         (store.sweep_dir() / "plan.json").write_text(plan_json(plan))
         summary = {"sweep_id": plan.sweep_id, "previous": previous}
@@ -99,7 +99,7 @@ class Place:
     def holds(self, plan: Plan) -> bool:
         """Return whether everything that a plan's reports are made from is there."""
         store = Store(plan)
-        digest = calibration_digest(plan, "small")
+        digest = calibration_digest(plan, plan.cells[0])
         return store.calibration(digest).is_file() and all(map(store.is_done, plan.cells))
 
 

@@ -110,7 +110,8 @@ def test_the_header_states_what_was_measured(make: Any, tmp_path: Path) -> None:
     for line in (
         "| Model | tiny |",
         "| Checkpoint | Tiny, cdcdcdcdcdcd |",
-        "| Dataset | captions, small, text |",
+        "| Dataset | captions, small |",
+        "| Read as | captions alone (text) |",
         "| Samples | 16 asked, 15 used, 14 scored |",
         "| Effective bits | target 8.5, reached 8.25 |",
         "| Constraint met | yes |",

@@ -1,0 +1,124 @@
+"""Pictures with their captions as samples: a user who shows one, and the answer. Needs torch.
+
+The checkpoint's own chat template and image processor make them; the caption's tokens alone are
+labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from qsens.config import ModelConfig
+from qsens.engine.pictures import Pixels
+from qsens.engine.samples import Picture, Samples
+from qsens.errors import UserError
+
+
+def load_processor(config: ModelConfig) -> Any:
+    """Load the checkpoint's own image processor, the one that needs no torchvision.
+
+    Raises:
+        UserError: There is none, or it is broken.
+    """
+    try:
+        return Qwen2VLImageProcessorPil.from_pretrained(config.path, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"its image processor cannot be loaded: {str(error).splitlines()[0]}",
+            where=f"model.path = {config.path}",
+            remedy="Save its preprocessor_config.json beside the weights.",
+        ) from error
+
+
+def chat_samples(
+    pictures: Sequence[Pixels],
+    captions: Sequence[str],
+    tokenizer: Any,
+    processor: Any,
+    *,
+    image_token: int,
+    prompt: str,
+    longest: int,
+    dtype: torch.dtype,
+) -> Samples:
+    """Return samples of one picture and its caption each.
+
+    Args:
+        pictures: The pictures, at the resolution of the processor.
+        captions: Their captions.
+        tokenizer: The checkpoint's tokenizer, with its chat template.
+        processor: Its image processor.
+        image_token: Id of the token that stands for a part of a picture.
+        prompt: What the user says beside the picture.
+        longest: Tokens of a sample at most; a longer caption is cut.
+        dtype: Data type of the patches.
+
+    Raises:
+        UserError: The chat template does not show a picture, or no token of a caption is left.
+    """
+    before, after = _turn(tokenizer, prompt, image_token)
+    encoded = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+    ids, truncated, spans, seen = [], [], [], []
+    for index, (pixels, caption) in enumerate(zip(pictures, encoded, strict=True)):
+        made = processor(
+            images=[pixels],
+            do_resize=False,
+            input_data_format="channels_last",
+            return_tensors="pt",
+        )
+        grid: tuple[int, int, int] = tuple(made["image_grid_thw"][0].tolist())
+        seen.append(Picture(made["pixel_values"].to(dtype), grid))
+        shown = grid[0] * grid[1] * grid[2] // processor.merge_size**2
+        start = len(before) + shown + len(after)
+        if not caption or start >= longest:
+            raise _no_label(index, captions[index], start, longest)
+        whole = (*before, *[image_token] * shown, *after, *caption)
+        ids.append(whole[:longest])
+        truncated.append(len(whole) > longest)
+        spans.append((start, len(ids[-1])))
+    return Samples(tuple(ids), tuple(truncated), tuple(spans), tuple(seen), image_token)
+
+
+def _turn(tokenizer: Any, prompt: str, image_token: int) -> tuple[list[int], list[int]]:
+    """Return the tokens of the user's turn, before and after the picture."""
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+    except (ValueError, TemplateError, TypeError) as error:
+        raise _no_template(str(error).splitlines()[0]) from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if ids.count(image_token) != 1:
+        raise _no_template(f"it gives {ids.count(image_token)} image tokens where 1 is expected")
+    at = ids.index(image_token)
+    return ids[:at], ids[at + 1 :]
+
+
+def _no_template(why: str) -> UserError:
+    return UserError(
+        f"its chat template shows no picture: {why}",
+        where="the tokenizer of model.path",
+        remedy="Save the checkpoint's own chat_template.jinja beside it, and keep image tokens "
+        "out of dataset.prompt.",
+    )
+
+
+def _no_label(index: int, caption: str, start: int, longest: int) -> UserError:
+    if start < longest:
+        return UserError(
+            "the tokenizer gives it no token",
+            where=f"caption {index + 1}: {caption[:60]!r}",
+            remedy="Remove the caption.",
+        )
+    return UserError(
+        f"picture and prompt of caption {index + 1} take {start} tokens, and a sample has at most "
+        f"{longest}",
+        where=f"dataset.calib_seq_len = {longest}, dataset.max_pixels",
+        remedy="Raise dataset.calib_seq_len, or lower dataset.max_pixels.",
+    )

@@ -1,0 +1,155 @@
+"""What a pass runs on: the model, and the samples of one modality. Imports torch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qsens.engine.captions import read_captions, read_samples
+from qsens.engine.chat import chat_samples, load_processor
+from qsens.engine.checkpoint import load_model, load_tokenizer, resolve_device
+from qsens.engine.groups import Group, find_groups
+from qsens.engine.pictures import PictureReader
+from qsens.engine.samples import Samples, tokenize
+from qsens.engine.scores import Progress
+from qsens.errors import UserError
+from qsens.grid import Cell, Plan
+from qsens.manifest import Dataset
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model with its tokenizer.
+
+    Attributes:
+        model: The model, on its device.
+        tokenizer: The tokenizer.
+        device: The device.
+        seconds: What loading took.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    device: torch.device
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with samples.
+
+    Attributes:
+        model: The model, on its device.
+        samples: The samples, of one modality.
+        device: The device.
+        seconds: What loading took, the model included.
+    """
+
+    model: nn.Module
+    samples: Samples
+    device: torch.device
+    seconds: float
+
+
+def load_checkpoint(plan: Plan, progress: Progress) -> Checkpoint:
+    """Load the model of ``plan``."""
+    config = plan.config
+    device = resolve_device(config.autoquant.device)
+    progress("load", 0, 1)
+    started = time.monotonic()
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, device)
+    progress("load", 1, 1)
+    if device.type == "cpu" and config.model.dtype == "bfloat16":
+        log.warning("bfloat16 on a CPU is slow: set model.dtype=float32 for work on a CPU")
+    return Checkpoint(model, tokenizer, device, time.monotonic() - started)
+
+
+def with_samples(plan: Plan, cell: Cell, checkpoint: Checkpoint) -> Loaded:
+    """Return the model with the samples of ``cell``.
+
+    Raises:
+        UserError: The samples cannot be read, or their pictures are not those of the plan.
+    """
+    started = time.monotonic()
+    if cell.modality == "image_text":
+        samples = _chats(plan, cell, checkpoint)
+    else:
+        captions = read_captions(plan.samples[cell.size].path, cell.size)
+        samples = tokenize(
+            captions[: plan.samples_used(cell)],
+            checkpoint.tokenizer,
+            longest=plan.config.dataset.calib_seq_len,
+        )
+    seconds = checkpoint.seconds + time.monotonic() - started
+    return Loaded(checkpoint.model, samples, checkpoint.device, seconds)
+
+
+def load(plan: Plan, cell: Cell, progress: Progress) -> Loaded:
+    """Load the model and the samples of ``cell``."""
+    return with_samples(plan, cell, load_checkpoint(plan, progress))
+
+
+def groups_of(plan: Plan, cell: Cell, model: nn.Module) -> list[Group]:
+    """Return the groups of ``model``, covered as ``cell`` says."""
+    return find_groups(
+        model, plan.config.model.vision_patterns, all_layers=cell.coverage == "all_layers"
+    )
+
+
+def dataset_of(plan: Plan, cell: Cell, samples: Samples, padding_share: float) -> Dataset:
+    """Return what the manifest of ``cell`` says of its samples."""
+    config = plan.config.dataset
+    used, scored = plan.samples_used(cell), plan.samples_scored(cell)
+    pictures = plan.samples[cell.size].pictures if cell.modality == "image_text" else None
+    return Dataset(
+        name=config.name,
+        path=str(plan.samples[cell.size].path),
+        digest=plan.samples[cell.size].digest,
+        modality=cell.modality,
+        size=cell.size,
+        samples_asked=config.asked(cell.size),
+        samples_used=used,
+        samples_scored=scored,
+        tokens=samples.tokens(used),
+        label_tokens=sum(samples.labels(scored)),
+        padding_share=padding_share,
+        truncated=sum(samples.truncated[:used]),
+        calib_seq_len=config.calib_seq_len,
+        pictures_digest=pictures.digest if pictures else None,
+        skipped=len(plan.skipped(cell)),
+        patches=samples.patches(used) if pictures else None,
+        max_pixels=config.max_pixels if pictures else None,
+        prompt=config.prompt if pictures else None,
+    )
+
+
+def _chats(plan: Plan, cell: Cell, checkpoint: Checkpoint) -> Samples:
+    config = plan.config
+    reader = PictureReader.of(plan)
+    records = read_samples(plan.samples[cell.size].path, cell.size)[: plan.samples_taken(cell)]
+    if reader.identify(records) != plan.samples[cell.size].pictures:
+        raise UserError(
+            "the pictures are not those of the plan: some were changed, added or removed",
+            where=f"dataset.images = {reader.root}",
+            remedy="Plan the sweep again.",
+        )
+    pictures = [(record, reader.read(record.image)) for record in records]
+    kept = [(record, pixels) for record, pixels in pictures if pixels is not None]
+    return chat_samples(
+        [pixels for _, pixels in kept],
+        [record.caption for record, _ in kept],
+        checkpoint.tokenizer,
+        load_processor(config.model),
+        image_token=int(checkpoint.model.config.image_token_id),  # type: ignore[union-attr,arg-type]
+        prompt=config.dataset.prompt,
+        longest=config.dataset.calib_seq_len,
+        dtype=getattr(torch, config.model.dtype),
+    )

@@ -1,0 +1,427 @@
+"""Sweeps over pictures with captions, from files to what is published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from qsens.config import Roots
+from qsens.engine.chat import chat_samples, load_processor
+from qsens.errors import QsensError, UserError
+from qsens.grid import Plan
+from qsens.manifest import Manifest, read_manifest
+from qsens.pipeline.audit import audit
+from qsens.pipeline.cell import calibrate, score
+from qsens.pipeline.plan import plan_sweep
+from qsens.pipeline.prune import prune
+from qsens.pipeline.recipe import write_recipe
+from qsens.pipeline.sweep import run_sweep
+from qsens.pipeline.verify import verify
+from qsens.store import Store
+
+from ..engine import pictures
+from . import seeing
+
+REPO = Path(__file__).resolve().parents[2]
+SIZES = {"small": 4, "medium": 8, "large": 12}
+MAX_PIXELS = 48 * 48
+
+
+class Place:
+    """A results root with a checkpoint that sees and a data set of drawn pictures."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.roots = Roots(root=REPO, results=root / "results", configs=(REPO / "configs",))
+        self.checkpoint = seeing.save_checkpoint(root / "tiny")
+        self.rows = seeing.samples(root / "images", SIZES["large"])
+        self.data(self.rows, SIZES)
+
+    def data(self, rows: list[tuple[str, str]], sizes: dict[str, int], name: str = "data") -> Path:
+        (self.root / name).mkdir(exist_ok=True)
+        for size, count in sizes.items():
+            seeing.write_jsonl(self.root / name / f"{size}.jsonl", rows[:count])
+        return self.root / name
+
+    def plan(
+        self, *overrides: str, data: Path | None = None, sizes: dict[str, int] = SIZES
+    ) -> Plan:
+        given = {
+            "model.path": self.checkpoint,
+            "model.name": "qwen3_vl_4b_instruct",
+            "model.short_name": "qwen3_vl_4b",
+            "model.dtype": "float32",
+            "dataset.directory": data or self.root / "data",
+            "dataset.images": self.root / "images",
+            "dataset.max_pixels": MAX_PIXELS,
+            "autoquant.batch_size": 3,
+            "autoquant.device": "cpu",
+            **{f"dataset.files.{size}": f"{size}.jsonl" for size in sizes},
+            **{f"dataset.sizes.{size}": count for size, count in sizes.items()},
+        }
+        given |= dict(override.split("=", 1) for override in overrides)
+        words = [f"{key}={value}" for key, value in given.items()]
+        return plan_sweep("int8-3phase", words, roots=self.roots)
+
+    def run(self, plan: Plan) -> dict[str, Manifest]:
+        published, errors = run_sweep(plan)
+        assert errors == []
+        return {
+            entry["cell"]: read_manifest(Path(entry["manifest"])) for entry in published["cells"]
+        }
+
+    def analysis(self) -> Path:
+        return self.root / "results/models/qwen3_vl_4b_instruct/layer-analysis"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("seeing"))
+
+
+@pytest.fixture(scope="module")
+def three_phases(place: Place) -> tuple[Plan, dict[str, Manifest]]:
+    plan = place.plan()
+    return plan, place.run(plan)
+
+
+def rows(manifest: Manifest, tower: bool) -> dict[str, Any]:
+    return {
+        name: row for name, row in manifest.layer_sensitivity.items() if ("visual" in name) == tower
+    }
+
+
+def scores(manifest: Manifest, tower: bool = False) -> dict[str, float]:
+    return {name: row.sensitivity for name, row in rows(manifest, tower).items()}
+
+
+def test_the_preset_publishes_its_six_directories(
+    place: Place, three_phases: tuple[Plan, dict[str, Manifest]]
+) -> None:
+    directory = place.analysis() / "weight-int8-act-int8"
+    assert {path.name for path in directory.iterdir()} == {
+        f"qwen3_vl_4b_autoquant_{kind}_{size}"
+        for kind in ("all_layers_int8", "int8_lm")
+        for size in SIZES
+    }
+    plan, _ = three_phases
+    assert {cell.cell for cell in plan.cells} == {
+        f"wint8_aint8{coverage}-{size}" for coverage in ("", "-all_layers") for size in SIZES
+    }
+
+
+def test_all_layers_scores_the_tower_and_lm_only_does_not(
+    three_phases: tuple[Plan, dict[str, Manifest]],
+) -> None:
+    _, found = three_phases
+    whole, language = found["wint8_aint8-all_layers-large"], found["wint8_aint8-large"]
+    tower = rows(whole, True)
+    assert len(tower) == 1 + 3 * 4 + 2 + 2 * 2  # patches, three layers, merger, two for deepstack
+    assert all(row.status == "scored" and row.sensitivity > 0 for row in tower.values())
+    assert all(row.kind == "vision" for row in tower.values())
+    assert whole.layers["model.visual.patch_embed.proj"].module_type == "QuantConv3d"
+    assert {row.status for row in rows(language, True).values()} == {"disabled"}
+    assert (whole.scheme.coverage_mode, language.scheme.coverage_mode) == ("all_layers", "lm_only")
+    assert whole.scheme.coverage_fraction == language.scheme.coverage_fraction == 1.0
+    assert whole.partial == language.partial == []
+
+
+def test_rows_from_pictures_differ_from_those_of_text_and_reports_say_which(
+    place: Place, three_phases: tuple[Plan, dict[str, Manifest]]
+) -> None:
+    plan, found = three_phases
+    whole, language = found["wint8_aint8-all_layers-small"], found["wint8_aint8-small"]
+    for name, value in scores(whole).items():
+        assert value != pytest.approx(scores(language)[name], rel=1e-4)
+    assert (whole.dataset.modality, language.dataset.modality) == ("image_text", "text")
+    assert whole.dataset.label_tokens == SIZES["small"] * 5  # "a red square on green"
+    assert language.dataset.label_tokens == SIZES["small"] * 4
+    store = Store(plan)
+    said = {
+        cell.cell: (store.cell_dir(cell) / "per-layer-sensitivity.md").read_text("utf-8")
+        for cell in plan.cells
+    }
+    assert "captions alone (text)" in said["wint8_aint8-small"].replace("\\", "")
+    pictures_said = "pictures with their captions (image_text)"
+    assert pictures_said in said["wint8_aint8-all_layers-small"].replace("\\", "")
+    for name in ("summary.md", "index.html"):
+        text = (store.sweep_dir() / name).read_text("utf-8").replace("\\", "")
+        assert "lm_only: captions alone (text)" in text
+        assert f"all_layers: {pictures_said}" in text
+        assert "wint8_aint8 all_layers" in text
+
+
+def test_both_engines_agree_on_pictures_from_files(place: Place) -> None:
+    plan = place.plan("coverage=all_layers", "dataset.size=small,medium")
+    result = verify(plan, "wint8_aint8-all_layers-medium")
+    assert result["agrees"], result
+    assert result["largest"] < 1e-3
+    reference = place.run(
+        place.plan("coverage=all_layers", "dataset.size=small", "autoquant.engine=modelopt")
+    )["wint8_aint8-all_layers-small"]
+    fused = place.run(place.plan("coverage=all_layers", "dataset.size=small"))
+    for tower in (True, False):
+        ours = scores(fused["wint8_aint8-all_layers-small"], tower)
+        assert scores(reference, tower) == pytest.approx(ours, rel=1e-3)
+
+
+def test_the_language_model_alone_can_read_pictures(
+    place: Place, three_phases: tuple[Plan, dict[str, Manifest]]
+) -> None:
+    plan = place.plan("coverage=lm_only", "dataset.modality=image_text", "dataset.size=small")
+    (cell,) = plan.cells
+    assert cell.cell == "wint8_aint8-image_text-small"
+    assert plan.run_dir(cell) == "qwen3_vl_4b_autoquant_int8_lm_image_text_small"
+    alone = place.run(plan)[cell.cell]
+    together = three_phases[1]["wint8_aint8-all_layers-small"]
+    assert scores(alone) == pytest.approx(scores(together), rel=1e-5)
+    assert {row.status for row in rows(alone, True).values()} == {"disabled"}
+    # Side by side in one pass, its numbers are the same, and its files hold nothing of the tower.
+    plan = place.plan("dataset.modality=image_text", "dataset.size=small", "runner.force=true")
+    both = place.run(plan)
+    assert scores(both[cell.cell]) == pytest.approx(scores(alone), rel=1e-5)
+    from safetensors import safe_open
+
+    with safe_open(Store(plan).state(plan.cell(cell.cell)), "numpy") as file:
+        assert not any("visual" in name for name in file.keys())  # noqa: SIM118
+        groups = file.metadata()["groups"].split("\n")
+        assert file.get_tensor("per_sample").shape == (len(groups), SIZES["small"])
+    assert not any("visual" in name for name in groups)
+
+
+@pytest.mark.parametrize("allowed", [0.02, 0.3])
+def test_skipped_pictures_leave_the_numbers_of_the_others(place: Place, allowed: float) -> None:
+    named = [*place.rows]
+    named[1] = ("gone.png", named[1][1])
+    Image.new("L", (32, 32)).save(place.root / "images/gray.png")
+    named[9] = ("gray.png", named[9][1])
+    data = place.data(named, SIZES, "some_bad")
+    plan = place.plan("coverage=all_layers", f"dataset.max_skipped={allowed}", data=data)
+    partial = allowed < 0.25
+    sizes = {size: f"of size '{size}' are skipped" for size in SIZES}
+    for size, words in sizes.items():
+        (said,) = [notice for notice in plan.notices if words in notice]
+        assert ("PARTIAL" in said) == partial
+        assert "sample 2, 'gone.png' is missing" in said
+        assert ("'gray.png' is not RGB" in said) == (size == "large")
+    found = place.run(plan)
+    kept = [row for at, row in enumerate(place.rows) if at not in (1, 9)]
+    counts = {"small": 3, "medium": 7, "large": 10}
+    clean_data = place.data(kept, counts, "all_good")
+    clean = place.run(place.plan("coverage=all_layers", data=clean_data, sizes=counts))
+    for cell, manifest in found.items():
+        size = cell.rpartition("-")[2]
+        assert manifest.dataset.samples_used == counts[size]
+        assert manifest.dataset.skipped == SIZES[size] - counts[size]
+        assert bool(manifest.partial) == partial
+        assert any("'gone.png' is missing" in notice for notice in manifest.notices)
+        for tower in (True, False):
+            expected = scores(clean[cell], tower)
+            assert scores(manifest, tower) == pytest.approx(expected, rel=1e-5)
+
+
+def test_digests_follow_what_the_model_sees(place: Place) -> None:
+    images = place.root / "other_images"
+    shutil.copytree(place.root / "images", images)
+
+    def digests(*overrides: str) -> dict[str, str]:
+        plan = place.plan(f"dataset.images={images}", *overrides)
+        return {cell.cell: cell.digest for cell in plan.cells}
+
+    before = digests()
+    assert before == {cell.cell: cell.digest for cell in place.plan().cells}
+    changed = digests("dataset.prompt=Describe.")
+    pixels = digests("dataset.max_pixels=1024")
+    with (images / place.rows[6][0]).open("ab") as file:
+        file.write(b"more")
+    bytes_changed = digests()
+    for cell, digest in before.items():
+        sees = "all_layers" in cell
+        assert (changed[cell] != digest) == sees
+        assert (pixels[cell] != digest) == sees
+        # The seventh picture is none of the small size.
+        assert (bytes_changed[cell] != digest) == (sees and not cell.endswith("small"))
+
+
+def test_pictures_that_changed_since_the_plan_are_refused(place: Place) -> None:
+    images = place.root / "late_images"
+    shutil.copytree(place.root / "images", images)
+    plan = place.plan(f"dataset.images={images}", "dataset.size=small", "runner.force=true")
+    (images / place.rows[0][0]).unlink()
+    with pytest.raises(UserError, match="are not those of the plan"):
+        score(plan, "wint8_aint8-all_layers-small")
+
+
+def test_a_modality_that_fails_leaves_the_other(place: Place) -> None:
+    plan = place.plan(
+        "dataset.size=small", "dataset.calib_seq_len=14", f"dataset.prompt={'this image . ' * 4}"
+    )
+    published, errors = run_sweep(plan)
+    assert [entry["status"] for entry in published["cells"]] == ["missing", "done"]
+    (error,) = errors
+    assert isinstance(error, QsensError)
+    assert "dataset.calib_seq_len = 14, dataset.max_pixels" in str(error)
+
+
+def test_what_cannot_be_read_is_refused_before_any_work(place: Place) -> None:
+    with pytest.raises(UserError, match=r"names none; choose a data set of \.jsonl"):
+        place.plan("dataset.files.small=small.txt")
+    with pytest.raises(UserError, match=r"a picture takes 9 tokens") as caught:
+        place.plan("dataset.calib_seq_len=6")
+    assert "dataset.calib_seq_len = 6, dataset.max_pixels = 2304" in str(caught.value)
+    blind = place.root / "blind"
+    shutil.copytree(place.checkpoint, blind)
+    (blind / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="has no image processor"):
+        place.plan(f"model.path={blind}")
+    assert place.plan(f"model.path={blind}", "coverage=lm_only").samples["small"].pictures is None
+
+
+def test_larger_sizes_begin_with_the_pictures_of_smaller_ones(place: Place) -> None:
+    data = place.data(place.rows, SIZES, "not_nested")
+    mixed = [place.rows[0], place.rows[2], place.rows[1], place.rows[3]]
+    same_captions = [(image, place.rows[at][1]) for at, (image, _) in enumerate(mixed)]
+    seeing.write_jsonl(data / "small.jsonl", same_captions)
+    with pytest.raises(UserError, match=r"not the head of medium\.jsonl: picture 2 differs"):
+        place.plan(data=data)
+    assert place.plan("coverage=lm_only", data=data).cells
+
+
+def test_the_older_data_sets_load(
+    place: Place, three_phases: tuple[Plan, dict[str, Manifest]]
+) -> None:
+    data = place.root / "sqlite"
+    data.mkdir()
+    splits = {size: place.rows[:count] for size, count in SIZES.items()}
+    seeing.write_sqlite(data / "samples.sqlite", splits)
+    files = [f"dataset.files.{size}=samples.sqlite" for size in SIZES]
+    plan = place.plan("coverage=all_layers", "dataset.size=small,medium", *files, data=data)
+    found = place.run(plan)
+    for cell, manifest in found.items():
+        expected = three_phases[1][cell]
+        assert scores(manifest, True) == pytest.approx(scores(expected, True), rel=1e-5)
+        assert manifest.dataset.pictures_digest == expected.dataset.pictures_digest
+
+
+def test_a_step_by_step_run_gives_the_same(
+    place: Place, three_phases: tuple[Plan, dict[str, Manifest]]
+) -> None:
+    plan = place.plan("runner.force=true", "dataset.size=small,medium")
+    for cell in plan.cells:
+        calibrate(plan, cell.cell)
+        done = score(plan, cell.cell)
+        manifest = read_manifest(Path(done["manifest"]))
+        for tower in (cell.coverage == "all_layers", False):
+            expected = scores(three_phases[1][cell.cell], tower)
+            assert scores(manifest, tower) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["fisher", "kl_div"])
+def test_other_methods_count_the_tokens_of_captions(place: Place, method: str) -> None:
+    plan = place.plan(f"autoquant.method={method}", "coverage=all_layers", "dataset.size=small")
+    (manifest,) = place.run(plan).values()
+    labels = SIZES["small"] * 5
+    for row in manifest.layer_sensitivity.values():
+        assert row.sensitivity_per_token == pytest.approx(row.sensitivity / labels, rel=1e-6)
+    summary = json.loads((Store(plan).sweep_dir() / "summary.json").read_text("utf-8"))
+    row = summary["cells"][0]["rows"][0]
+    low, high = row["interval"]
+    assert low <= row["sensitivity_per_token"] <= high
+
+
+def test_an_audit_measures_the_tower_on_pictures(place: Place) -> None:
+    plan = place.plan("autoquant.method=fisher", "autoquant.draws=64", "dataset.size=small")
+    place.run(plan)
+    found = {entry["cell"]: entry for entry in audit(plan, full=True)["audits"]}
+    assert set(found) == {cell.cell for cell in plan.cells}
+    points = found["wint8_aint8-all_layers-small"]["points"]
+    assert sum("visual" in point["layer"] for point in points) == 1 + 3 * 4 + 2 + 2 * 2
+    assert not any("visual" in p["layer"] for p in found["wint8_aint8-small"]["points"])
+    truths = place.run(place.plan("autoquant.method=kl_div", "dataset.size=small"))
+    for cell, entry in found.items():
+        rows_of = truths[cell].layer_sensitivity
+        for point in entry["points"]:
+            truth = rows_of[f"{point['layer']}.quant_recipe"].sensitivity_per_token
+            assert point["truth"] == pytest.approx(truth, rel=1e-3, abs=1e-12)
+
+
+def test_recipes_take_the_widest_coverage(
+    place: Place, three_phases: tuple[Plan, dict[str, Manifest]]
+) -> None:
+    where = str(Store(three_phases[0]).sweep_dir())
+    wide = write_recipe(where, bits=12, target="json", roots=place.roots)
+    assert any("all_layers are used" in notice for notice in wide["notices"])
+    found = json.loads(wide["recipe"])
+    members = {name for choice in found["choices"] for name in choice["members"]}
+    assert "model.visual.patch_embed.proj" in members
+    narrow = write_recipe(where, bits=12, target="json", coverage="lm_only", roots=place.roots)
+    found = json.loads(narrow["recipe"])
+    assert "model.visual.patch_embed.proj" in found["outside"]
+    config = write_recipe(where, bits=8, target="modelopt", roots=place.roots)["recipe"]
+    assert "model.visual.patch_embed.proj.weight_quantizer" in config
+
+
+def test_samples_are_what_the_processor_and_the_template_make(place: Place) -> None:
+    config = place.plan().config
+    image, caption = place.rows[2]
+    picture = Image.open(place.root / "images" / image)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(place.checkpoint)
+    processor.size["longest_edge"] = MAX_PIXELS
+    theirs = processor(images=[picture], return_tensors="pt")
+    from qsens.engine.pictures import PictureReader
+
+    pixels = PictureReader.of(place.plan()).read(image)
+    assert pixels is not None
+    tokenizer = AutoTokenizer.from_pretrained(place.checkpoint)
+    samples = chat_samples(
+        [pixels],
+        [caption],
+        tokenizer,
+        load_processor(config.model),
+        image_token=pictures.IMAGE,
+        prompt="Describe this image .",
+        longest=64,
+        dtype=torch.float32,
+    )
+    (made,) = samples.pictures
+    assert list(made.grid) == theirs["image_grid_thw"][0].tolist()
+    torch.testing.assert_close(made.patches, theirs["pixel_values"], rtol=0, atol=0.02)
+    shown = len(made.patches) // 4
+    words = tokenizer.convert_ids_to_tokens(samples.ids[0])
+    assert words == [
+        "user",
+        "<|vision_start|>",
+        *["<|image_pad|>"] * shown,
+        "<|vision_end|>",
+        *["Describe", "this", "image", "."],
+        "assistant",
+        *caption.split(),
+    ]
+    (span,) = samples.spans
+    assert words[slice(*span)] == caption.split()
+    assert samples.labels() == [5]
+
+
+def test_old_decoded_pictures_are_pruned_and_made_again(tmp_path: Path) -> None:
+    import os
+
+    place = Place(tmp_path)
+    plan = place.plan("coverage=all_layers", "dataset.size=small")
+    cache = place.root / "results/.pictures"
+    kept = sorted(cache.iterdir())
+    assert len(kept) == SIZES["small"]
+    for path in kept[1:]:
+        os.utime(path, (0, 0))
+    pruned = prune(place.root / "results", keep_sweeps=1, keep_days=1)
+    assert pruned.files == [str(path) for path in kept[1:]]
+    assert sorted(cache.iterdir()) == kept[:1]
+    assert place.run(plan)
+    assert sorted(cache.iterdir()) == kept
