@@ -1,4 +1,4 @@
-"""The DAG ``qsens_sweep``: plan, every cell's calibration and score, publish, prune, gate.
+"""The DAG ``qsens_sweep``: plan, every cell's calibration and score, audit, publish, prune, gate.
 
 What it can be given, and its settings, come from the configuration; see
 :mod:`qsens_airflow.settings` for the environment variables that choose the preset and the schedule.
@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from airflow.sdk import TriggerRule, dag, task_group
 
 from qsens_airflow.assets import LAYER_ANALYSIS
+from qsens_airflow.audit import AuditOperator
 from qsens_airflow.cells import CalibrateOperator, ScoreOperator
 from qsens_airflow.notices import remember, tell
 from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator
@@ -23,10 +24,12 @@ DOC = """
 
 Sweeps precision pairs × calibration sizes over a checkpoint, and publishes manifests and reports.
 
-`plan` → one `cell` a pair and size: `calibrate` → `score` → `publish` → `prune` → `gate`
+`plan` → one `cell` a pair and size: `calibrate` → `score` → `audit` → `publish` → `prune` → `gate`
 
 * **A run is green only if its grid is complete.** Cells fail alone; `publish` says PARTIAL for
   what is missing, and `gate` turns the run red and lists every missing cell with its reason.
+* **Scores are checked** where `autoquant.audit` says so: `audit` measures the true KL divergence of
+  some groups, and gives each pair a verdict. Its failure keeps no report from being made.
 * **Nothing is computed twice.** A cell whose result is there is done at once, unless `force`.
 * **Reports again:** a new run with `mode=report_only`, or clear `publish` of an old run. Neither
   runs a GPU task.
@@ -87,6 +90,17 @@ def qsens_sweep() -> None:
         )
         calibrate >> score
 
+    audit = AuditOperator(
+        task_id="audit",
+        plan="{{ ti.xcom_pull(task_ids='plan', key='plan') or '' }}",
+        # Skipped with the group of cells, without a slot of the pool; a cell that failed is left
+        # out.
+        trigger_rule=TriggerRule.ALL_DONE_MIN_ONE_SUCCESS,
+        on_failure_callback=remember,
+        doc_md="Holds the scores of each pair against the true KL divergence of some groups; "
+        "skipped where `autoquant.audit` is none.",
+        **settings.gpu_task(),
+    )
     publish = PublishOperator(
         task_id="publish",
         # Not the XComArg: that raises, and is tried again, when `plan` has failed.
@@ -115,7 +129,7 @@ def qsens_sweep() -> None:
         doc_md="Fails when cells are missing; its log lists each with its reason. Otherwise the "
         "asset `qsens_layer_analysis` gets an event: index, counts, the five first groups.",
     )
-    each_cell.expand_kwargs(plan.output) >> publish >> prune >> gate
+    each_cell.expand_kwargs(plan.output) >> audit >> publish >> prune >> gate
     plan >> publish
 
 

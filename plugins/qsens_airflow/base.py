@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 from airflow.sdk import BaseOperator, Context
 from airflow.sdk.exceptions import (
@@ -40,6 +40,8 @@ class QsensOperator(BaseOperator):
     * all else, death by a signal included, counts as a try.
     """
 
+    answers: ClassVar[tuple[int, ...]] = (0,)
+    """Exit codes that come with an answer: its JSON is returned."""
     _child: Child | None = None
     _killed = False
 
@@ -66,8 +68,10 @@ class QsensOperator(BaseOperator):
                 "%s | Once more with %s of the memory budget.", self._line(ended, verb), HALF
             )
             ended = self._run_child([verb, "--json", *rest], own | {MEMORY_SHARE: HALF}, inherited)
-        if ended.code == 0 and not ended.killed and ended.answer is not None:
-            return ended.answer
+        answer = ended.answer
+        answered = ended.code in self.answers and not ended.killed
+        if answered and answer is not None and "error" not in answer:
+            return answer
         raise self._failure(ended, verb, context)
 
     def on_kill(self) -> None:

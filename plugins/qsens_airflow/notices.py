@@ -25,6 +25,7 @@ from qsens_airflow.settings import DagSettings
 
 # Tasks whose failure leaves nothing to publish.
 BEFORE_GATE = ("plan", "publish")
+AUDIT = "audit"
 _REASON = "reason"
 _LISTED = 20
 _log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Notice:
         missing: ``{cell, reason}`` of every cell without a result.
         partial: ``{cell, reason}`` of every cell whose result is partial.
         moved: Groups that moved beyond noise since the sweep before, in words.
+        audit_failed: Why the scores could not be audited; empty unless the task failed.
+        distrusted: Cells whose scores an audit found not to be trusted, with the reason, in words.
         reasons: Why nothing was published, a line each.
     """
 
@@ -56,12 +59,14 @@ class Notice:
     missing: Sequence[Mapping[str, str]] = ()
     partial: Sequence[Mapping[str, str]] = ()
     moved: Sequence[str] = ()
+    audit_failed: str = ""
+    distrusted: Sequence[str] = ()
     reasons: Sequence[str] = ()
 
     @property
     def remarkable(self) -> bool:
         """Return whether somebody should look."""
-        return bool(self.state != "complete" or self.partial or self.moved)
+        return bool(self.state != "complete" or self.partial or self.moved or self.audit_failed)
 
     @property
     def subject(self) -> str:
@@ -74,6 +79,8 @@ class Notice:
         ):
             if count:
                 parts.append(f"{count} {words}")
+        if self.audit_failed:
+            parts.append("audit failed")
         return ", ".join(parts)
 
     @property
@@ -106,6 +113,8 @@ class Notice:
             ("Missing", [f"{entry['cell']}: {entry['reason']}" for entry in self.missing]),
             ("Partial", [f"{entry['cell']}: {entry['reason']}" for entry in self.partial]),
             ("Moved beyond noise", list(self.moved)),
+            ("Scores not audited", [self.audit_failed] if self.audit_failed else []),
+            ("Scores not to be trusted", list(self.distrusted)),
         ]
         return [(title, _shortened(items)) for title, items in lists if items]
 
@@ -164,6 +173,12 @@ def notice_of(context: Context) -> Notice:
             if cell.get("partial")
         ],
         moved=[_moved(entry) for entry in (summary.get("drift") or {}).get("moved", [])],
+        audit_failed=ti.xcom_pull(task_ids=AUDIT, key=_REASON) or "",
+        distrusted=[
+            f"{audit['cell']}: {audit['judgement']['reason']}"
+            for audit in summary.get("audit", [])
+            if audit["judgement"]["verdict"] == "do not trust"
+        ],
     )
 
 

@@ -6,8 +6,8 @@ Environment variables, not Airflow Variables: those would be a request to the AP
 | --- | --- | --- |
 | ``QSENS_PRESET`` | sweep preset that the DAG runs, and takes its own settings from | ``nightly`` |
 | ``QSENS_SCHEDULE`` | cron expression in UTC, or ``none`` for manual triggers only | the preset's |
-| ``QSENS_QUEUE`` | Celery queue of ``calibrate`` and ``score`` | the executor's default |
-| ``QSENS_POOL`` | Airflow pool of ``calibrate`` and ``score``; it must exist | the preset's |
+| ``QSENS_QUEUE`` | Celery queue of the tasks that take a GPU | the executor's default |
+| ``QSENS_POOL`` | Airflow pool of the tasks that take a GPU; it must exist | the preset's |
 """
 
 from __future__ import annotations

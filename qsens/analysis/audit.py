@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -110,12 +110,14 @@ def read_audit(path: Path) -> Audit | None:
         return None
 
 
-def choose_groups(rows: Sequence[Row], count: int) -> list[str]:
+def choose_groups(rows: Sequence[Row], count: int, known: Collection[str] = ()) -> list[str]:
     """Choose the groups to audit: the top five, the head, and others from all over the ranking.
 
     Args:
         rows: The rows of a cell.
         count: Groups in all; the top five and the head come on top where it is smaller.
+        known: Groups that are chosen for other pairs: preferred, since all pairs of a group are
+            measured together.
 
     Returns:
         Names, most sensitive first.
@@ -127,8 +129,11 @@ def choose_groups(rows: Sequence[Row], count: int) -> list[str]:
     chosen |= {row.layer for row in ranked if row.kind == "head" or kind_of(row.layer) == "head"}
     others = [row.layer for row in ranked if row.layer not in chosen]
     wanted = min(len(others), max(0, count - len(chosen)))
-    # One from the middle of each of as many strata of equal size.
-    chosen |= {others[(2 * index + 1) * len(others) // (2 * wanted)] for index in range(wanted)}
+    # One of each of as many strata of equal size: a known one, else that in the middle.
+    for index in range(wanted):
+        stratum = others[index * len(others) // wanted : (index + 1) * len(others) // wanted]
+        shared = [layer for layer in stratum if layer in known]
+        chosen.add((shared or [stratum[len(stratum) // 2]])[0])
     return [row.layer for row in ranked if row.layer in chosen]
 
 

@@ -59,24 +59,10 @@ def audit(
             remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in plan.cells))}.",
         )
     cells = [cell for cell in audited_cells(plan) if not pairs or cell.pair in pairs]
-    wanted: dict[str, list[str]] = {}
-    scores: dict[str, dict[str, GroupSensitivity]] = {}
-    missing = []
-    for cell in cells:
-        if not store.is_done(cell):
-            missing.append({"cell": cell.cell, "reason": "has no result"})
-            continue
-        manifest = read_manifest(store.manifest(cell))
-        ranked = rank(manifest).rows
-        scored = [row.layer for row in ranked if row.position is not None]
-        chosen = scored if full else choose_groups(ranked, groups)
-        known = read_audit(store.audit(cell))
-        if known is not None and len(known.points) + len(known.failures) >= len(chosen):
-            continue
-        wanted[cell.cell] = chosen
-        scores[cell.cell] = {
-            group_name(key): group for key, group in manifest.layer_sensitivity.items()
-        }
+    missing = [
+        {"cell": cell.cell, "reason": "has no result"} for cell in cells if not store.is_done(cell)
+    ]
+    wanted, scores = _to_measure(store, cells, groups, full=full)
     for modality in dict.fromkeys(plan.cell(name).modality for name in wanted):
         from qsens.pipeline.truth import true_divergence
 
@@ -116,6 +102,16 @@ def audit(
     return {"audits": audits, "missing": missing}
 
 
+def is_audited(plan: Plan) -> bool:
+    """Return whether the audits that ``plan`` asks for are there, of all cells that have a result.
+
+    Without torch, unlike what would make them.
+    """
+    mode = plan.config.autoquant.audit
+    cells = audited_cells(plan)
+    return mode == "none" or not _to_measure(Store(plan), cells, GROUPS, full=mode == "full")[0]
+
+
 def audited_cells(plan: Plan) -> list[Cell]:
     """Return the cells that stand for their pairs: those of the plan's smallest size."""
     smallest = min((cell.size for cell in plan.cells), key=SIZES.index)
@@ -126,6 +122,31 @@ def find_audits(store: Store) -> list[Audit]:
     """Return the audits of a plan that are there, in its order."""
     found = [read_audit(store.audit(cell)) for cell in audited_cells(store.plan)]
     return [audit for audit in found if audit is not None]
+
+
+def _to_measure(
+    store: Store, cells: Sequence[Cell], groups: int, *, full: bool
+) -> tuple[dict[str, list[str]], dict[str, dict[str, GroupSensitivity]]]:
+    """Return the groups to measure and the scores of all groups, of cells not audited so far."""
+    wanted: dict[str, list[str]] = {}
+    scores: dict[str, dict[str, GroupSensitivity]] = {}
+    shared: set[str] = set()
+    for cell in cells:
+        if not store.is_done(cell):
+            continue
+        manifest = read_manifest(store.manifest(cell))
+        ranked = rank(manifest).rows
+        scored = [row.layer for row in ranked if row.position is not None]
+        chosen = scored if full else choose_groups(ranked, groups, shared)
+        shared |= set(chosen)
+        known = read_audit(store.audit(cell))
+        if known is not None and len(known.points) + len(known.failures) >= len(chosen):
+            continue
+        wanted[cell.cell] = chosen
+        scores[cell.cell] = {
+            group_name(key): group for key, group in manifest.layer_sensitivity.items()
+        }
+    return wanted, scores
 
 
 def _point(layer: str, score: GroupSensitivity, truth: float) -> Point:

@@ -96,13 +96,16 @@ def test_the_order_of_the_tasks(dag: Any) -> None:
     assert edges == {
         "plan": ["cell.calibrate", "cell.score", "publish"],
         "cell.calibrate": ["cell.score"],
-        "cell.score": ["publish"],
+        "cell.score": ["audit"],
+        "audit": ["publish"],
         "publish": ["prune"],
         "prune": ["gate"],
         "gate": [],
     }
     assert dag.get_task("publish").trigger_rule == "all_done"
     assert dag.get_task("gate").trigger_rule == "all_done"
+    # A cell that failed is left out; skipped, without a slot of the pool, where no cell was to run.
+    assert dag.get_task("audit").trigger_rule == "all_done_min_one_success"
     assert (dag.get_task("prune").keep_sweeps, dag.get_task("prune").keep_days) == (30, 90)
     assert [task.task_id for task in dag.leaves] == ["gate"]
 
@@ -126,10 +129,12 @@ def test_settings_come_from_the_preset_and_the_environment(
     ]
     assert (weekly.schedule, weekly.max_active_runs) == ("0 5 * * 0", 1)
     assert weekly.params["preset"] == "weekly"
-    for name in ("cell.calibrate", "cell.score"):
+    for name in ("cell.calibrate", "cell.score", "audit"):
         task = weekly.get_task(name)
         assert (task.pool, task.queue, task.retries) == ("gpus", "gpu", 7)
         assert task.execution_timeout == timedelta(minutes=30)
+    for name in ("cell.calibrate", "cell.score"):
+        task = weekly.get_task(name)
         assert task.map_index_template == "{{ task.title }}"
     # What needs no GPU takes no GPU slot.
     assert {weekly.get_task(name).pool for name in ("plan", "publish", "prune", "gate")} == {

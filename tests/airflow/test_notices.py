@@ -201,12 +201,16 @@ def test_what_moved_and_what_is_partial_is_read_from_the_summary(
             {"cell": "b-small", "partial": []},
         ],
         "drift": {"moved": [moved, moved | {"layer": "layers.4.mlp", "before": 0.0}]},
+        "audit": [
+            {"cell": "a-small", "judgement": {"verdict": "do not trust", "reason": "rho 0.5"}},
+            {"cell": "b-small", "judgement": {"verdict": "trust", "reason": "all agree"}},
+        ],
     }
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     index = tmp_path / "index.html"
     published = {"sweep_id": "S", "index": str(index), "complete": True, "missing": []}
     context: Any = {
-        "ti": SimpleNamespace(xcom_pull=lambda task_ids: published),
+        "ti": SimpleNamespace(xcom_pull=lambda task_ids, key=None: None if key else published),
         "dag_run": SimpleNamespace(dag_id="qsens_sweep", run_id="manual__1+00:00"),
     }
     notice = notice_of(context)
@@ -218,6 +222,24 @@ def test_what_moved_and_what_is_partial_is_read_from_the_summary(
     assert "- a-small: 8 of 16 samples; 1 of 9 groups got no score" in lines
     assert "- wfp8_afp8-large: layers.3.mlp: 0.02 -> 0.05 per token (+150%)" in lines
     assert "- wfp8_afp8-large: layers.4.mlp: 0 -> 0.05 per token" in lines
+    assert lines[lines.index("Scores not to be trusted:") + 1 :] == ["- a-small: rho 0.5"]
+
+
+def test_a_failed_audit_of_a_complete_run_is_told(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"cells": []}')
+    index = str(tmp_path / "index.html")
+    values = {
+        ("publish", None): {"sweep_id": "S", "index": index, "complete": True, "missing": []},
+        ("audit", "reason"): "no device",
+    }
+    context: Any = {
+        "ti": SimpleNamespace(xcom_pull=lambda task_ids, key=None: values.get((task_ids, key))),
+        "dag_run": SimpleNamespace(dag_id="qsens_sweep", run_id="r"),
+    }
+    notice = notice_of(context)
+    assert notice.remarkable
+    assert notice.subject == "qsens_sweep: S complete, audit failed"
+    assert "Scores not audited:\n- no device" in notice.text
 
 
 def test_a_message_escapes_what_it_quotes_and_stays_short() -> None:

@@ -17,7 +17,10 @@ import pytest
 from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db
 from airflow.sdk import DAG, BaseOperator, TaskInstanceState
 
+from qsens.config import Roots
+from qsens.pipeline.plan import plan_sweep
 from qsens_airflow import base
+from qsens_airflow.audit import AuditOperator
 from qsens_airflow.base import one_line
 from qsens_airflow.cells import ScoreOperator
 from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator
@@ -300,6 +303,51 @@ def test_publish_without_a_plan_says_so_and_is_not_tried_again(
         operator = PublishOperator(task_id="publish", plan="", retries=2)
     assert run(operator).state == TaskInstanceState.FAILED
     assert "left no plan" in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+def audit(tmp_path: Path, checkpoint: Path, mode: str) -> AuditOperator:
+    words = [f"model.path={checkpoint}", "dataset.size=small", f"autoquant.audit={mode}"]
+    roots = Roots.from_environment()
+    plan_sweep("demo", words, roots=roots, out=tmp_path / "plan.json")
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"mode": "full"}):
+        return AuditOperator(task_id="audit", plan=str(tmp_path / "plan.json"), retries=2)
+
+
+@pytest.mark.parametrize(("mode", "words"), [("sample", ""), ("full", " --full")])
+def test_an_audit_that_distrusts_is_an_answer(
+    tmp_path: Path, python: Script, demo_checkpoint: Any, mode: str, words: str
+) -> None:
+    judged = '"judgement": {"verdict": "do not trust", "reason": "rho"}'
+    found = f'{{"audits": [{{"cell": "{CELL}", {judged}}}], "missing": []}}'
+    python(f"echo \"$@\" > arguments; echo '{found}'; exit 3")
+    instance = run(audit(tmp_path, demo_checkpoint.directory, mode))
+    assert instance.state == TaskInstanceState.SUCCESS
+    assert instance.xcom_pull(task_ids="audit") == {
+        "verdicts": {CELL: "do not trust"},
+        "missing": [],
+    }
+    assert (tmp_path / "arguments").read_text() == (
+        f"-m qsens audit --json --plan {tmp_path / 'plan.json'}{words}\n"
+    )
+
+
+def test_an_error_with_the_exit_code_of_an_answer_is_none(
+    tmp_path: Path, python: Script, demo_checkpoint: Any
+) -> None:
+    python(f"echo run >> runs; echo '{ERROR}'; exit 3")
+    instance = run(audit(tmp_path, demo_checkpoint.directory, "sample"))
+    assert instance.state == TaskInstanceState.FAILED
+    assert runs(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("mode", "run_mode"), [("none", "full"), ("sample", "report_only")])
+def test_no_audit_starts_no_child(
+    tmp_path: Path, python: Script, demo_checkpoint: Any, mode: str, run_mode: str
+) -> None:
+    python("echo run >> runs")
+    operator = audit(tmp_path, demo_checkpoint.directory, mode)
+    assert run(operator, {"mode": run_mode}).state == TaskInstanceState.SKIPPED
     assert not (tmp_path / "runs").exists()
 
 

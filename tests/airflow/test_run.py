@@ -52,7 +52,11 @@ def house(demo_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="module")
 def green(house: House) -> Run:
-    return house.run(quant_pair=["wfp8_afp8", "wint8_afp16"], size=["small"])
+    return house.run(
+        quant_pair=["wfp8_afp8", "wint8_afp16"],
+        size=["small"],
+        overrides="autoquant.method=fisher autoquant.audit=sample",
+    )
 
 
 def test_a_complete_grid_is_green(house: House, green: Run) -> None:
@@ -64,6 +68,7 @@ def test_a_complete_grid_is_green(house: House, green: Run) -> None:
             "cell.calibrate [wint8_afp16 · small]",
             "cell.score [wfp8_afp8 · small]",
             "cell.score [wint8_afp16 · small]",
+            "audit",
             "publish",
             "prune",
             "gate",
@@ -81,6 +86,19 @@ def test_a_complete_grid_is_green(house: House, green: Run) -> None:
         "wfp8_afp8_autoquant_lm_quant_manifest.json",
         "wint8_afp16_autoquant_lm_quant_manifest.json",
     ]
+
+
+def test_the_audit_of_a_run_is_published_with_it(house: House, green: Run) -> None:
+    found = house.airflow.client.returned(green.run_id, "audit")
+    assert isinstance(found, dict)
+    assert found["missing"] == []
+    summary = json.loads(
+        (Path(house.published(green)["index"]).parent / "summary.json").read_text()
+    )
+    stored = {entry["cell"]: entry["judgement"]["verdict"] for entry in summary["audit"]}
+    assert found["verdicts"] == stored
+    assert set(stored) == {"wfp8_afp8-small", "wint8_afp16-small"}
+    assert all(len(entry["points"]) == 12 for entry in summary["audit"])
 
 
 def test_a_complete_run_causes_an_event_that_tells_what_was_found(house: House, green: Run) -> None:
@@ -119,11 +137,13 @@ def test_report_only_makes_the_same_reports_without_a_gpu_task(
         "plan": "success",
         "cell.calibrate": "skipped",
         "cell.score": "skipped",
+        "audit": "skipped",
         "publish": "success",
         "prune": "success",
         "gate": "success",
     }
-    assert [run.task(f"cell.{name}").tries for name in ("calibrate", "score")] == [0, 0]
+    gpu_tasks = ("cell.calibrate", "cell.score", "audit")
+    assert [run.task(name).tries for name in gpu_tasks] == [0, 0, 0]
     assert house.published(run)["sweep_id"] == house.published(green)["sweep_id"]
     assert house.files(green) == before
 
@@ -136,6 +156,7 @@ def test_a_cell_that_fails_fails_alone_and_the_run_is_red(house: House, green: R
     assert (broken.state, broken.tries) == ("failed", 1)
     assert {name: state for name, state in run.states().items() if state != "success"} == {
         broken.name: "failed",
+        "audit": "skipped",
         "gate": "failed",
     }
     published = house.published(run)

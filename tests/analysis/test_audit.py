@@ -41,6 +41,10 @@ def test_the_top_the_head_and_strata_of_the_rest() -> None:
     names = [f"layers.{rank}.o_proj" for rank in expected] + ["lm_head"]
     assert choose_groups(rows, 12) == names
     assert choose_groups(rows[::-1], 12) == names
+    # Of a stratum, what is measured for another pair: ranks 20 and 21 lie in two strata.
+    known = {"layers.20.o_proj", "layers.21.o_proj", "layers.50.o_proj"}
+    shared = (1, 2, 3, 4, 5, 20, 21, 50, 60, 76, 92)
+    assert choose_groups(rows, 12, known)[:-1] == [f"layers.{rank}.o_proj" for rank in shared]
     assert len(choose_groups(rows, 1)) == 6
     assert len(choose_groups(rows, 1000)) == 100
 

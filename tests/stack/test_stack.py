@@ -89,6 +89,7 @@ def test_a_run_is_green_with_reports_and_an_asset_event(stack: Stack, undisturbe
         "plan": 1,
         **{f"cell.{step} [{' · '.join(cell.split('-'))}]": 1
            for step in ("calibrate", "score") for cell in CELLS},
+        "audit": 1,
         "publish": 1,
         "prune": 1,
         "gate": 1,

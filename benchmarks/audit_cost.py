@@ -1,0 +1,166 @@
+"""What an audit of a sample of groups adds to the pass that scores all cells.
+
+From the root of the repository, on a machine with a GPU:
+
+    python -m benchmarks.audit_cost --shape qwen3-vl-4b
+
+The pass is that of every pair at three sizes, calibration included; the audit is that of
+``autoquant.audit=sample``: for each pair at ``small``, the true KL divergence of the top five
+groups, the head, and others from all over the ranking. Both run several times in turn, after a
+first time that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+
+from benchmarks import _engines, _machine, _workload
+from benchmarks._workload import Cell
+from qsens.analysis.audit import choose_groups
+from qsens.analysis.ranking import Row
+from qsens.engine.budget import plan_budget
+from qsens.engine.calibrate import calibrate
+from qsens.engine.candidates import distinct
+from qsens.engine.checkpoint import resolve_device
+from qsens.engine.divergence import diverge
+from qsens.engine.groups import Group, find_groups
+from qsens.pipeline.audit import GROUPS
+
+PAIRS = (
+    "wfp4_afp8",
+    "wfp4_afp16",
+    "wfp8_afp8",
+    "wfp8_afp16",
+    "wint8_afp16",
+    "wint8_afp8",
+    "wint8_aint8",
+)
+SIZES = {"small": 16, "medium": 128, "large": 512}
+SCORED = 128
+_REPEATS = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.audit_cost",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", type=Path, help="directory of a checkpoint")
+    which.add_argument("--shape", choices=sorted(_workload.SHAPES), help="random weights")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--pairs", type=lambda text: text.split(","), default=list(PAIRS))
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    given = parser.parse_args(arguments)
+    found = _run(given)
+    print(
+        f"pass over {found['cells']} cells {found['pass']:.2f} s, audit of {found['audited']} "
+        f"groups of pairs {found['audit']:.2f} s: {found['audit'] / found['pass']:.0%}"
+    )
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _run(given: argparse.Namespace) -> dict[str, Any]:
+    load = _workload.build(
+        model=given.model,
+        shape=given.shape,
+        device=resolve_device(given.device),
+        dtype=given.dtype,
+        captions=None,
+        batch_size=8,
+        score_size=SCORED,
+    )
+    pairs = _workload.pair_configs(given.pairs)
+    cells = [
+        Cell(pair, size, min(count, len(load.samples)), min(count, SCORED, len(load.samples)))
+        for pair in pairs
+        for size, count in SIZES.items()
+    ]
+    small = [cell for cell in cells if cell.size == "small"]
+    groups = find_groups(load.model, load.disabled)
+    candidates = distinct([_engines.request(cell) for cell in small])
+    maxima = {}
+    if candidates.snapshots():
+        maxima = calibrate(load.model, load.samples, groups, snapshots=candidates.snapshots())
+    seconds: dict[str, list[float]] = {"pass": [], "audit": []}
+    only: set[tuple[str, int]]
+    used: set[str]
+    for _ in range(_REPEATS + 1):
+        _machine.synchronize(load.device)
+        started = time.monotonic()
+        scores = _engines.run_fused(load, cells).scores
+        _machine.synchronize(load.device)
+        seconds["pass"].append(time.monotonic() - started)
+        only, used = set(), set()
+        for cell in small:
+            chosen = choose_groups(_rows(groups, scores[cell.name]), GROUPS, used)
+            used |= set(chosen)
+            only |= {(name, candidates.of_cell[cell.name]) for name in chosen}
+        budget = plan_budget(load.model, groups, candidates, limit_gb=None)
+        started = time.monotonic()
+        diverge(
+            load.model,
+            load.samples,
+            [group for group in groups if group.name in used],
+            candidates,
+            maxima,
+            boundaries=load.boundaries(),
+            budget=budget,
+            only=only,
+        )
+        _machine.synchronize(load.device)
+        seconds["audit"].append(time.monotonic() - started)
+    return {
+        "machine": _machine.describe(load.device),
+        "versions": _machine.versions(),
+        "model": load.name,
+        "cells": len(cells),
+        "audited": len(only),
+        "groups": len(used),
+        **{name: statistics.median(each[1:]) for name, each in seconds.items()},
+        "each": seconds,
+    }
+
+
+def _rows(groups: Sequence[Group], scores: dict[str, float]) -> list[Row]:
+    """Return the groups of a cell with their places, as reports rank them."""
+    ranked = sorted(scores, key=lambda name: -scores[name])
+    places = {name: place for place, name in enumerate(ranked, start=1)}
+    return [
+        Row(
+            layer=group.name,
+            members=group.members,
+            kind=group.kind,
+            depth=group.depth,
+            status="scored" if group.name in places else "disabled",
+            num_bits=None,
+            sensitivity=scores.get(group.name),
+            sensitivity_per_token=None,
+            size_cost=None,
+            position=places.get(group.name),
+            share=None,
+        )
+        for group in groups
+    ]
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What the operators that take a GPU share: one device for each task of a host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import Context
+
+from qsens.errors import UserError
+from qsens.grid import Plan, read_plan
+from qsens_airflow.base import QsensOperator
+from qsens_airflow.lease import VISIBLE, devices_to_lease, take
+
+
+class GpuOperator(QsensOperator):
+    """Base of the operators that run a verb of a plan on a GPU.
+
+    Args:
+        plan: Path of the plan.
+    """
+
+    template_fields: Sequence[str] = ("plan",)
+
+    def __init__(self, *, plan: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.plan = plan
+
+    def run_on_device(self, context: Context, verb: str, *arguments: str) -> dict[str, Any]:
+        """Run ``qsens VERB --plan ...`` with a device of its own where tasks share several."""
+        with self._device(context) as (environment, inherited):
+            return self.run_verb(
+                context,
+                *(verb, "--plan", self.plan, *arguments),
+                environment=environment,
+                inherited=inherited,
+            )
+
+    def nothing_to_compute(self, plan: Plan) -> bool:
+        """Return whether the verb needs no device, since what it makes is there."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """What the task is called where it waits."""
+        return str(self.task_id)
+
+    @contextmanager
+    def _device(self, context: Context) -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
+        """Lease a GPU where tasks share several; what needs none goes without."""
+        devices = devices_to_lease()
+        wanted = self._wanted(devices) if devices else []
+        if not wanted:
+            yield {}, ()
+            return
+        lease = take(wanted)
+        if lease is None:
+            raise self.give_back(context, f"{self.title}: no device is free of {', '.join(wanted)}")
+        self.log.info("Device %s", lease.device)
+        try:
+            # A device that the plan names by its number needs the others before it in sight.
+            yield {VISIBLE: lease.device} if wanted == devices else {}, (lease.descriptor,)
+        finally:
+            lease.release()
+
+    def _wanted(self, devices: list[str]) -> list[str]:
+        """Return the devices that would do; none where there is nothing to compute."""
+        try:
+            plan = read_plan(Path(self.plan))
+            if self.nothing_to_compute(plan):
+                return []
+        except UserError:  # the child says it
+            return []
+        device = plan.config.autoquant.device
+        if device in ("auto", "cuda", "cuda:0"):
+            return devices
+        number = device.removeprefix("cuda:")
+        return devices[int(number) :][:1] if number.isdigit() else []
