@@ -1,7 +1,8 @@
 """Method ``kl_div``: the true KL divergence of one perturbed group at a time. Needs torch.
 
 For each batch, the outputs of all layers are kept. A perturbed group then costs only what lies
-behind it: the layers before hand out what they gave, so no code of a model is repeated here.
+behind it: the layers before hand out what they gave, so no code of a model is repeated here. As
+many candidates of a group as fit go through at once, each with a copy of the batch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
 from qsens.engine.families import head_of
 from qsens.engine.groups import Group
-from qsens.engine.model_pass import HEAD_ROWS, layers_of
+from qsens.engine.model_pass import HEAD_ROWS, layers_of, weight_of
 from qsens.engine.quantizer import quantize, quantize_weight
 from qsens.engine.samples import Batch, Samples, batch_tokens, padded_batches, padding_share
 from qsens.engine.scores import PassScores, Progress, silent
@@ -53,13 +54,10 @@ def diverge(
     scored = min(max(candidates.scored), len(samples))
     cuts = [*boundaries, *candidates.scored]
     device = next(model.parameters()).device
-    batches = padded_batches(
-        samples,
-        scored,
-        boundaries=cuts,
-        together=batch_tokens(device),
-        max_tokens=budget.max_tokens if budget else None,
-    )
+    together = batch_tokens(device)
+    limit = budget.max_tokens if budget else together
+    batches = padded_batches(samples, scored, boundaries=cuts, together=together, max_tokens=limit)
+    together = min(together, limit)
     found = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
     losses = torch.zeros(scored, dtype=torch.float64)
     failures: dict[tuple[int, int], str] = {}
@@ -68,24 +66,27 @@ def diverge(
     with layers.recording():
         for done, batch in enumerate(batches):
             moved = batch.to(device)
+            copies = max(1, together // batch.input_ids.numel())
             reference = layers.run(moved)
             losses[list(batch.samples)] = _losses(reference, moved).cpu()
             for position, group in enumerate(covered):
-                for weight, active in candidates.active(batch.first).items():
-                    for entry, candidate in active:
-                        if only is not None and (group.name, candidate) not in only:
-                            continue
-                        try:
-                            with _perturbed(model, group, candidates, weight, entry, maxima, ran):
-                                changed = layers.run(moved, behind=group.members)
-                        except (torch.OutOfMemoryError, MemoryError):
-                            raise
-                        except Exception as error:
-                            reason = f"{group.name}: {error}".splitlines()[0]
-                            failures.setdefault((position, candidate), reason)
-                            continue
-                        per_sample = _divergence(reference, changed, moved.predicts())
-                        found[position, candidate, list(batch.samples)] = per_sample.cpu()
+                wanted = [
+                    candidate
+                    for active in candidates.active(batch.first).values()
+                    for _, candidate in active
+                    if only is None or (group.name, candidate) in only
+                ]
+                for start in range(0, len(wanted), copies):
+                    chosen = wanted[start : start + copies]
+                    change = _Change(model, group, candidates, chosen, maxima)
+                    with change.made():
+                        changed = layers.run(moved.repeat(len(chosen)), group.members, len(chosen))
+                    ran |= change.ran
+                    failures |= {(position, c): why for c, why in change.failures.items()}
+                    divergences = _divergences(reference, changed, moved.predicts()).cpu()
+                    for candidate, per_sample in zip(chosen, divergences, strict=True):
+                        if (position, candidate) not in failures:
+                            found[position, candidate, list(batch.samples)] = per_sample
             progress("score", done + 1, len(batches))
     return PassScores(
         groups=covered,
@@ -110,6 +111,7 @@ class _Layers:
         self.order: list[str] = []
         self.outputs: dict[str, Any] = {}
         self.skip: frozenset[str] = frozenset()
+        self.copies = 1
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -121,14 +123,18 @@ class _Layers:
             for module in self.named.values():
                 del module.forward
 
-    def run(self, batch: Batch, behind: Sequence[str] | None = None) -> torch.Tensor:
+    def run(
+        self, batch: Batch, behind: Sequence[str] | None = None, copies: int = 1
+    ) -> torch.Tensor:
         """Return logits ``(samples, longest, vocabulary)``.
 
         Args:
             batch: The batch.
             behind: Names of perturbed modules: layers that ran before all of them are not run
                 again. Without, everything runs and is kept.
+            copies: How often the batch that was kept stands in this one.
         """
+        self.copies = copies
         if behind is None:
             self.order, self.outputs, self.skip = [], {}, frozenset()
         else:
@@ -153,7 +159,7 @@ class _Layers:
     def _wrap(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if name in self.skip:
-                return self.outputs[name]
+                return _repeated(self.outputs[name], self.copies)
             output = forward(*args, **kwargs)
             if name not in self.outputs:
                 self.order.append(name)
@@ -163,66 +169,129 @@ class _Layers:
         return run
 
 
-@contextmanager
-def _perturbed(
-    model: nn.Module,
-    group: Group,
-    candidates: Candidates,
-    weight: int,
-    entry: int,
-    maxima: Mapping[int, Maxima],
-    ran: set[str],
-) -> Iterator[None]:
-    """Quantize the members of ``group`` while the context lasts; note in ``ran`` which ran."""
-    with ExitStack() as stack:
-        for name in group.members:
-            module = model.get_submodule(name)
-            chosen = candidates.inputs[entry]
-            amax = maxima[chosen.snapshot][name] if chosen.snapshot is not None else None
-            quantized = quantize_weight(
-                module.weight,  # type: ignore[arg-type]
-                candidates.weights[weight],
-            )
-            module.forward = _changed(module, quantized, chosen.cfg, amax)
-            stack.callback(delattr, module, "forward")
-            hook = module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
-            stack.callback(hook.remove)
-        yield
+class _Change:
+    """One group quantized in several ways at once: each way has a copy of the batch.
+
+    Args:
+        model: The model.
+        group: The group.
+        candidates: What is computed.
+        chosen: The candidates, in the order of their copies.
+        maxima: Calibrated maxima of every module's input, by snapshot.
+
+    Attributes:
+        ran: Members that ran.
+        failures: Why a candidate cannot be computed; its copy stays as it is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: Group,
+        candidates: Candidates,
+        chosen: Sequence[int],
+        maxima: Mapping[int, Maxima],
+    ) -> None:
+        self.group = group
+        self.modules = {name: model.get_submodule(name) for name in group.members}
+        self.candidates = candidates
+        self.chosen = chosen
+        self.maxima = maxima
+        self.ran: set[str] = set()
+        self.failures: dict[int, str] = {}
+
+    @contextmanager
+    def made(self) -> Iterator[None]:
+        """Quantize the members while the context lasts."""
+        with ExitStack() as stack:
+            for name, module in self.modules.items():
+                module.forward = self._forward(name, module)
+                stack.callback(delattr, module, "forward")
+            yield
+
+    def _forward(self, name: str, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight = weight_of(module)
+        quantized: dict[int, torch.Tensor] = {}
+        for index in {self.candidates.pairs[candidate][0] for candidate in self.chosen}:
+            try:
+                quantized[index] = quantize_weight(weight, self.candidates.weights[index])
+            except Exception as error:
+                readers = [c for c in self.chosen if self.candidates.pairs[c][0] == index]
+                self._fail(readers, error)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            self.ran.add(name)
+            outputs = []
+            for candidate, part in zip(self.chosen, x.chunk(len(self.chosen)), strict=True):
+                index, entry = self.candidates.pairs[candidate]
+                try:
+                    given = self._quantized(name, entry, part)
+                except Exception as error:
+                    self._fail([candidate], error)
+                    given = part
+                outputs.append(_apply(module, given, quantized.get(index, weight)))
+            return torch.cat(outputs)
+
+        return forward
+
+    def _quantized(self, name: str, entry: int, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.candidates.inputs[entry]
+        if chosen.cfg is None:
+            return x
+        amax = self.maxima[chosen.snapshot][name] if chosen.snapshot is not None else None
+        return quantize(x.contiguous(), chosen.cfg, None if amax is None else amax.to(x.device))
+
+    def _fail(self, candidates: Sequence[int], error: Exception) -> None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise error
+        for candidate in candidates:
+            self.failures.setdefault(candidate, f"{self.group.name}: {error}".splitlines()[0])
 
 
-def _changed(
-    module: nn.Module,
-    weight: torch.Tensor,
-    cfg: Mapping[str, Any] | None,
-    amax: torch.Tensor | None,
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if cfg is not None:
-            x = quantize(x, cfg, None if amax is None else amax.to(x.device))
-        bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
-        if isinstance(module, nn.Linear):
-            return F.linear(x, weight, bias)
-        output: torch.Tensor = module._conv_forward(x, weight, bias)  # type: ignore[operator]
+def _apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+    if isinstance(module, nn.Linear):
+        return F.linear(x, weight, bias)
+    output: torch.Tensor = module._conv_forward(x, weight, bias)  # type: ignore[operator]
+    return output
+
+
+def _repeated(output: Any, copies: int) -> Any:
+    """Return what a layer gave, as often as there are copies of the batch."""
+    if copies == 1:
         return output
+    if isinstance(output, tuple):
+        return tuple(_repeated(part, copies) for part in output)
+    if not isinstance(output, torch.Tensor):
+        return output
+    return output.repeat(copies, *[1] * (output.ndim - 1))
 
-    return forward
 
-
-def _divergence(
+def _divergences(
     reference: torch.Tensor, changed: torch.Tensor, counts: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``sum KL(p || q)`` over the positions of each sample that count, float64."""
-    per_token = torch.zeros(counts.shape, dtype=torch.float64, device=reference.device)
+    """Return ``sum KL(p || q)`` over the positions of each sample that count, float64.
+
+    Args:
+        reference: Logits of the model, ``(samples, longest, vocabulary)``.
+        changed: Logits of every copy, ``(copies * samples, longest, vocabulary)``.
+        counts: Where a position counts, ``(samples, longest)``, bool.
+
+    Returns:
+        ``(copies, samples)``
+    """
+    each = changed.unflatten(0, (-1, len(reference)))
+    per_token = torch.zeros(len(each), *counts.shape, dtype=torch.float64, device=reference.device)
     where = counts.nonzero(as_tuple=True)
-    values = torch.empty(len(where[0]), dtype=torch.float64, device=reference.device)
-    for start in range(0, len(values), HEAD_ROWS):
+    for start in range(0, len(where[0]), HEAD_ROWS):
         rows = tuple(index[start : start + HEAD_ROWS] for index in where)
         # Small divergences are sums of differences near 0: float32 would drown them.
-        p = torch.log_softmax(reference[rows].double(), dim=-1)
-        q = torch.log_softmax(changed[rows].double(), dim=-1)
-        values[start : start + HEAD_ROWS] = (p.exp() * (p - q)).sum(dim=-1)
-    per_token[where] = values
-    return per_token.sum(dim=1)
+        log_p = torch.log_softmax(reference[rows].double(), dim=-1)
+        p = log_p.exp()
+        for copy, logits in zip(per_token, each, strict=True):
+            log_q = torch.log_softmax(logits[rows].double(), dim=-1)
+            copy[rows] = (p * log_p.sub(log_q)).sum(dim=-1)
+    return per_token.sum(dim=-1)
 
 
 def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

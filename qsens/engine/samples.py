@@ -123,6 +123,23 @@ class Batch:
             self.samples, self.input_ids.to(device), self.attention_mask.to(device), *moved
         )
 
+    def repeat(self, copies: int) -> Batch:
+        """Return the batch with its samples again and again; their indices stay as they are."""
+        if copies == 1:
+            return self
+        parts = (
+            None if tensor is None else tensor.repeat(copies, 1)
+            for tensor in (
+                self.input_ids,
+                self.attention_mask,
+                self.labels,
+                self.patches,
+                self.grids,
+                self.visual,
+            )
+        )
+        return Batch(self.samples, *parts)  # type: ignore[arg-type]
+
     def inputs(self) -> dict[str, torch.Tensor]:
         """Return what the model is called with, but for a mask."""
         given = {"input_ids": self.input_ids}
