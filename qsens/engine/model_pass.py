@@ -211,6 +211,11 @@ class ModelPass:
             for name in self.modules
             if not any(name.startswith(f"{layer}.") for layer in self._layers)
         }
+        self._idle = {
+            layer
+            for layer in self._layers
+            if not any(name.startswith(f"{layer}.") for name in self.modules)
+        }
         self.sliding: set[str] = set()
         self._flight: Flight | None = None
         self._collector = _Collector({}, 1)
@@ -355,7 +360,9 @@ class ModelPass:
 
     def _run_layer(self, name: str, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run a layer, its record kept or not; what it gives starts a new one."""
-        if self._looking:
+        # A tower that is not covered, below all that is: no gradient has to pass it.
+        idle = name in self._idle and not hidden.requires_grad
+        if self._looking or idle:
             return self._forwards[name](hidden, *args, **kwargs)
         record = None
         if self._keeps:

@@ -58,6 +58,8 @@ def test_more_directories_can_be_allowed(
         ("model.path=~/x", "model.path"),
         ("model.path={root}/link/x", "model.path"),
         ("dataset.directory=/etc", "dataset.directory"),
+        ("dataset.images=/etc", "dataset.images"),
+        ("dataset.images={root}/link/x", "dataset.images"),
         ("dataset.files={{small: ../../../etc/passwd}}", "dataset.files.small"),
         ("dataset.files={{small: /etc/passwd}}", "dataset.files.small"),
         ("model.trust_remote_code=true", "model.trust_remote_code"),

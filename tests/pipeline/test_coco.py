@@ -258,3 +258,22 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "datasets/vlm-quantize-calib/coco2017_captions_small.txt"
     assert said["files"] == {"small": {"path": str(path), "samples": 16}}
     assert len(path.read_text().splitlines()) == 16
+
+
+def test_a_data_set_of_pictures_says_where_they_are(tmp_path: Path, roots: Roots) -> None:
+    names = {size: f"seen_{size}.jsonl" for size in ("small", "medium", "large")}
+    (roots.configs[0] / "dataset/seen.yaml").write_text(
+        f"name: seen\ndirectory: samples\nimages: photos\nfiles: {json.dumps(names)}\n"
+        "sizes: {small: 2, medium: 4, large: 8}\n"
+    )
+    tree = coco()
+    (tmp_path / "photos").mkdir()
+    for entry in tree["images"][:9]:
+        (tmp_path / "photos" / entry["file_name"]).write_bytes(b"x")
+    made = make_captions(written(tmp_path, tree), dataset="seen", roots=roots)
+    rows = [
+        json.loads(line)
+        for line in Path(made["files"]["large"]["path"]).read_text().split("\n")[:-1]
+    ]
+    assert len(rows) == 8
+    assert all((tmp_path / "photos" / row["image"]).is_file() for row in rows)
