@@ -28,7 +28,7 @@ BROKEN_RATIO = (0.5, 2.0)
 # Share of truths that 90 % intervals must cover, unless chance can explain fewer of them.
 COVERAGE = 0.8
 _CHANCE = 0.01
-_Z90 = 1.6449  # of a normal distribution: 5 % lie above
+Z90 = 1.6449  # of a normal distribution: 5 % lie above
 # Fewer groups tell nothing about ranks.
 _LEAST = 5
 
@@ -162,7 +162,7 @@ def judge(points: Sequence[Point], *, in_nats: bool) -> Judgement:
     )
     with_errors = [point for point in points if point.standard_error is not None]
     inside = sum(
-        abs(point.estimate - point.truth) <= _Z90 * (point.standard_error or 0.0)
+        abs(point.estimate - point.truth) <= Z90 * (point.standard_error or 0.0)
         for point in with_errors
     )
     verdict, reason = _verdict(len(points), rho, ratio, inside, len(with_errors), in_nats=in_nats)

@@ -280,7 +280,7 @@ def _divergences(
     Returns:
         ``(copies, samples)``
     """
-    each = changed.unflatten(0, (-1, len(reference)))
+    each = changed.view(-1, *reference.shape)
     per_token = torch.zeros(len(each), *counts.shape, dtype=torch.float64, device=reference.device)
     where = counts.nonzero(as_tuple=True)
     for start in range(0, len(where[0]), HEAD_ROWS):

@@ -167,6 +167,7 @@ def write_cell(
     drawn = {
         "profile": charts.profile(report.ranked),
         "first": charts.first_groups(report.ranked),
+        "audit": charts.audited(report.audit),
     }
     pages = {
         ".md": render_markdown("cell.md", **context),

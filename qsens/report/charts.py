@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy.stats import rankdata
+
 from qsens.analysis.allocation import ParetoPoint
+from qsens.analysis.audit import Z90, Audit
 from qsens.analysis.ranking import Row, normalise_name
 from qsens.grid import unusual
 from qsens.manifest import Kind
@@ -156,6 +159,41 @@ def pareto(points: Sequence[ParetoPoint], target: float | None) -> Chart | None:
         "target": target,
         "chosen": [within[-1].bits, within[-1].damage] if within else None,
     }
+
+
+def audited(audit: Audit | None) -> Chart | None:
+    """Return estimate against truth of the groups of an audit; ranks where the score is a proxy.
+
+    Ranks are 1 for the most sensitive of these groups. On the logarithmic axes of the numbers,
+    what is not above 0 has no place and is counted as left out.
+    """
+    if audit is None or not audit.points:
+        return None
+    ranks = audit.method == "gradient"
+    shown = [point for point in audit.points if ranks or (point.estimate > 0 and point.truth > 0)]
+    estimates, truths = [point.estimate for point in shown], [point.truth for point in shown]
+    if ranks:
+        estimates = rankdata([-value for value in estimates]).tolist()
+        truths = rankdata([-value for value in truths]).tolist()
+    return {
+        "names": [look.shown(point.layer) for point in shown],
+        "ranks": ranks,
+        "estimate": estimates,
+        "truth": truths,
+        "half_width": [None if ranks else _half_width(point.standard_error) for point in shown],
+        "verdict": audit.judgement.verdict,
+        "left_out": len(audit.points) - len(shown),
+    }
+
+
+def audits(found: Sequence[Audit]) -> Chart:
+    """Return the chart of every audit, by the pair's name."""
+    drawn = {look.shown(column_name(audit)): audited(audit) for audit in found}
+    return {name: chart for name, chart in drawn.items() if chart is not None}
+
+
+def _half_width(standard_error: float | None) -> float | None:
+    return None if standard_error is None else Z90 * standard_error
 
 
 def column_name(cell: Any) -> str:

@@ -102,6 +102,11 @@ def correlation(value: float | None) -> str:
     return ">0.999" if 0.9995 <= value < 1 - 1e-12 else f"{value:.3f}"
 
 
+def ratio(value: float | None) -> str:
+    """Return a ratio with two decimals."""
+    return ABSENT if value is None else f"{value:.2f}"
+
+
 def about(number: int | None) -> str:
     """Return an estimated number to two digits."""
     if number is None:

@@ -268,6 +268,7 @@ def write_sweep(summary: Summary, directory: Path, *, single_file: bool = False)
         "sizes": charts.sizes(summary.cells),
         "pareto": charts.pareto(summary.pareto, summary.effective_bits_target),
         "drift": charts.drift(summary.drift),
+        "audits": charts.audits(summary.audit),
     }
     rest = heat.rows[_ROWS_IN_PAGE:] if heat else ()
     pages = {

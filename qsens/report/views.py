@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qsens.analysis.audit import Audit
 from qsens.analysis.ranking import MeanShare, Row, mean_shares, normalise_name
 from qsens.config.models import SIZES, Size
 from qsens.report.findings import largest_cells
@@ -53,11 +54,13 @@ class PairLine:
         cell: The cell.
         shares_first: How many of the first groups it has in common with all pairs together.
         stable: Whether its first groups are sure; none where that is not known.
+        audit: Its audit, whose verdict holds at every size; none where there is none.
     """
 
     cell: SummaryCell
     shares_first: int
     stable: bool | None
+    audit: Audit | None
 
 
 def protected(summary: Summary) -> Protected:
@@ -100,6 +103,7 @@ def pair_lines(summary: Summary, first: int) -> list[PairLine]:
         first: How many groups are looked at as those to protect.
     """
     common = {normalise_name(group.layer) for group in protected(summary).groups[:first]}
+    audits = {(audit.pair, audit.granularity): audit for audit in summary.audit}
     lines = []
     for cell in largest_cells(summary.cells):
         own = {
@@ -108,7 +112,14 @@ def pair_lines(summary: Summary, first: int) -> list[PairLine]:
             if row.position is not None and row.position <= first
         }
         stable = cell.stability.first_stable if cell.stability else None
-        lines.append(PairLine(cell=cell, shares_first=len(own & common), stable=stable))
+        lines.append(
+            PairLine(
+                cell=cell,
+                shares_first=len(own & common),
+                stable=stable,
+                audit=audits.get((cell.pair, cell.granularity)),
+            )
+        )
     return lines
 
 

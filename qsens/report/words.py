@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from qsens.analysis.audit import Judgement
 from qsens.report import format as look
 from qsens.report.findings import CellStability, Drift, SizesCompared
 
@@ -25,6 +26,11 @@ def settled_words(found: CellStability) -> str:
     if found.samples_needed is None:
         return f"{text}, and scores beside the cut are equal."
     return f"{text}; an estimate: about {look.about(found.samples_needed)} would settle it."
+
+
+def trusted_ratio(judged: Judgement) -> float | None:
+    """Return the median of estimate over truth; none where the scores are not to be trusted."""
+    return None if judged.verdict == "do not trust" else judged.ratio
 
 
 def independent_words(entry: SizesCompared) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qsens.analysis.audit import Audit, Point, judge
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepConfig
 from qsens.grid import CheckpointIdentity, Plan, SamplesIdentity, make_plan
 from qsens.manifest import Manifest
@@ -179,9 +180,33 @@ class Page(HTMLParser):
             self.scripts[-1] += data
 
 
+def audit(method: str = "fisher") -> Audit:
+    """Return an audit of six groups whose last two are in the wrong order, one of them at 0."""
+    numbers = [(8e-3, 1e-2), (4e-3, 4e-3), (2e-3, 2e-3), (1e-3, 1e-3), (4e-4, 0.0), (2e-4, 5e-4)]
+    points = tuple(
+        Point(layer=f"layers.{at}.<b>", kind="down", estimate=a, standard_error=1e-4, truth=b)
+        for at, (a, b) in enumerate(numbers)
+    )
+    return Audit(
+        cell="wint8_afp16-small",
+        pair="wint8_afp16",
+        granularity="default",
+        size="small",
+        cell_digest="ab" * 32,
+        method=method,
+        mode="sample",
+        samples=16,
+        points=points,
+        judgement=judge(points, in_nats=method == "fisher"),
+        seconds=1.0,
+        device="cpu",
+    )
+
+
 class Make:
     """The builders, as one fixture."""
 
+    audit = staticmethod(audit)
     group = staticmethod(group)
     manifest = staticmethod(manifest)
     plan = staticmethod(plan)

@@ -358,6 +358,36 @@
         },
       };
     },
+    audit(chart) {
+      const values = chart.estimate.concat(chart.truth);
+      const ends = [Math.min(...values), Math.max(...values)];
+      const text = chart.names.map(plain);
+      const numbers = chart.ranks ? "rank %{y} by score, %{x} in truth" : "estimate %{y:.3e}, truth %{x:.3e}";
+      const type = chart.ranks ? "linear" : "log";
+      const axis = (title) => ({ type, title: { text: title }, exponentformat: "e" });
+      return {
+        traces: [
+          { type: "scatter", mode: "lines", name: "equal", x: ends, y: ends, line: { color: COLOURS[6], dash: "dash", width: 1.2 }, hoverinfo: "skip" },
+          {
+            type: "scatter",
+            mode: "markers",
+            name: "groups (" + chart.verdict + ")",
+            x: chart.truth,
+            y: chart.estimate,
+            error_y: { type: "data", array: chart.half_width.map((value) => value || 0), visible: !chart.ranks },
+            text,
+            hovertemplate: "%{text}: " + numbers + "<extra></extra>",
+            marker: { color: COLOURS[0], size: 8 },
+          },
+        ],
+        layout: {
+          height: 420,
+          xaxis: axis(chart.ranks ? "rank by true KL divergence" : "true KL divergence, nats a token"),
+          yaxis: axis(chart.ranks ? "rank by score" : "estimate, nats a token"),
+          showlegend: true,
+        },
+      };
+    },
     drift(chart, choice, narrow) {
       const look = theme();
       const rows = chart.names.map((_, row) => row);
@@ -389,8 +419,8 @@
     const controls = figure.querySelector(".controls");
     const state = { choice: null, drawn: false };
     // A chart by pair: {pair: chart}.
-    const kind = name === "profiles" ? "profile" : name;
-    const byPair = name === "profiles" || name === "sizes";
+    const kind = { profiles: "profile", audits: "audit" }[name] || name;
+    const byPair = ["profiles", "sizes", "audits"].includes(name);
     let options = null;
     if (byPair) options = { label: "Pair", values: Object.keys(chart).map((key) => [key, key]) };
     if (name === "heat" && chart.names.length > 40) {
