@@ -18,36 +18,27 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
-import io
 import json
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-import modelopt.torch.quantization as mtq
-import numpy as np
-import torch
-import torch.nn.functional as F
 import yaml
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
-from qsens.config import PairConfig, Roots, choices
+from qsens.config import Roots, choices
 from qsens.demo.recipe import RECIPE, held_out_captions
 from qsens.engine.captions import read_captions
 from qsens.engine.checkpoint import load_model, load_tokenizer, resolve_device
-from qsens.engine.groups import Group, find_groups
-from qsens.engine.quantizer import on_cpu
-from qsens.engine.samples import Batch, equal_length_batches, tokenize
+from qsens.engine.groups import find_groups
+from qsens.engine.samples import tokenize
+from qsens.engine.trial import MODELOPT, Measured, Trial
 from qsens.errors import AnswerIsNo, QsensError
 from qsens.export.modelopt import dump
 from qsens.grid import Plan
@@ -57,48 +48,7 @@ from qsens.pipeline.sweep import run_sweep
 from qsens.report.sweep import SUMMARY, Summary, read_summary
 from qsens.store import Store
 
-MODELOPT = "ModelOpt"
 METHODS = ("gradient", "fisher")
-# ModelOpt's solver takes scores near 1e-5 for 0.
-_LOSS_SCALE = 1e4
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one way to quantize does.
-
-    Attributes:
-        name: What chose the formats.
-        bits: Bits a weight over what may be quantized, a tied head included at 16.
-        loss: Increase of the loss, nats a token.
-        divergence: KL divergence from the unquantized model, nats a token.
-        predicted: The recipe's own prediction; none where there is none in nats.
-        by_caption: Increase of the loss summed over each caption, nats.
-        labels: Labels of each caption.
-    """
-
-    name: str
-    bits: float
-    loss: float
-    divergence: float
-    predicted: float | None
-    by_caption: np.ndarray
-    labels: np.ndarray
-
-    def against(self, other: Measured) -> tuple[float, float]:
-        """Return how much more loss a token this has than ``other``, with its standard error.
-
-        Both ran on the same captions: what all captions have in common drops out.
-        """
-        difference = self.by_caption - other.by_caption
-        mean = float(difference.sum() / self.labels.sum())
-        rest = difference - mean * self.labels
-        return mean, float(np.sqrt(len(rest) * rest.var(ddof=1)) / self.labels.sum())
-
-    def numbers(self) -> dict[str, Any]:
-        """Return it as JSON can hold it, without the captions."""
-        numbers = {"name": self.name, "bits": self.bits, "loss": self.loss}
-        return numbers | {"divergence": self.divergence, "predicted": self.predicted}
 
 
 class Bench:
@@ -116,16 +66,18 @@ class Bench:
         self.plan = self._plan("gradient")
         model = self.plan.config.model
         self.pairs = [self.plan.pair(cell) for cell in self.plan.cells]
-        self.model = load_model(model, resolve_device("cpu"))
         tied = self.plan.checkpoint.tied_head is not False
-        self.disabled = (*model.vision_patterns, *(("*lm_head*",) if tied else ()))
-        self.covered = find_groups(self.model, model.vision_patterns)
         tokenizer, longest = load_tokenizer(model), self.plan.config.dataset.calib_seq_len
         cell = self.plan.cells[0]
         captions = read_captions(self.plan.samples[cell.size].path)[: self.plan.samples_used(cell)]
-        self.calibration = self._batches(tokenize(captions, tokenizer, longest=longest))
-        self.held_out = self._batches(
-            tokenize(held_out_captions(RECIPE), tokenizer, longest=longest)
+        loaded = load_model(model, resolve_device("cpu"))
+        self.trial = Trial(
+            model=loaded,
+            groups=find_groups(loaded, model.vision_patterns),
+            excluded=model.vision_patterns,
+            kept=("*lm_head*",) if tied else (),
+            calibration=tokenize(captions, tokenizer, longest=longest),
+            held_out=tokenize(held_out_captions(RECIPE), tokenizer, longest=longest),
         )
 
     def sweep(self, method: str) -> tuple[Summary, Plan]:
@@ -136,104 +88,9 @@ class Bench:
             raise errors[0]
         return read_summary(Store(plan).sweep_dir() / SUMMARY), plan
 
-    def uniform(self, pair: PairConfig) -> dict[str, Any]:
-        """Return the configuration of one pair everywhere but in what stays at 16 bits."""
-        off = [{"quantizer_name": f"{pattern}", "enable": False} for pattern in self.disabled]
-        return {**pair.modelopt(), "quant_cfg": [*pair.quant_cfg(), *off]}
-
-    def measure(
-        self, name: str, config: dict[str, Any], predicted: float | None = None
-    ) -> Measured:
-        """Quantize a copy by ``config`` and run it on the captions held out."""
-        model = copy.deepcopy(self.model)
-        with _quiet():
-            mtq.quantize(model, on_cpu(config), self._run_calibration)
-        return self.judge(name, model, predicted)
-
-    def auto_quantize(self, bits: float) -> Measured:
-        """Let ModelOpt choose from the same formats at the same bits."""
-        model = copy.deepcopy(self.model)
-        with _quiet(), torch.enable_grad():
-            model, _ = mtq.auto_quantize(
-                model,
-                constraints={
-                    "effective_bits": bits,
-                    "cost": {
-                        "excluded_module_name_patterns": list(
-                            self.plan.config.model.vision_patterns
-                        )
-                    },
-                },
-                quantization_formats=[on_cpu(_stated(pair)) for pair in self.pairs],
-                data_loader=self.calibration,
-                forward_step=_logits,
-                loss_func=lambda logits, batch: _LOSS_SCALE * _losses(logits, batch).mean(),
-                disabled_layers=list(self.disabled),
-                num_calib_steps=len(self.calibration),
-                num_score_steps=len(self.calibration),
-                verbose=False,
-            )
-        return self.judge(MODELOPT, model)
-
-    def judge(self, name: str, model: nn.Module, predicted: float | None = None) -> Measured:
-        """Measure a quantized model against the unquantized one."""
-        lost, labels = [], []
-        divergence, tokens = 0.0, 0
-        with torch.no_grad():
-            for batch in self.held_out:
-                before, after = _logits(self.model, batch), _logits(model, batch)
-                change = _losses(after, batch).double() - _losses(before, batch).double()
-                lost += change.sum(dim=1).tolist()
-                labels += [change.shape[1]] * len(change)
-                p, q = (logits.double().log_softmax(dim=-1) for logits in (before, after))
-                divergence += float((p.exp() * (p - q)).sum())
-                tokens += batch.input_ids.numel()
-        bits, mean = self._bits(model), sum(lost) / sum(labels)
-        found = (np.array(lost), np.array(labels))
-        return Measured(name, bits, mean, divergence / tokens, predicted, *found)
-
-    def _bits(self, model: nn.Module) -> float:
-        """Return bits a weight as ModelOpt's quantizers state them."""
-        return effective_bits(model, [group for group in self.covered if group.covered])
-
     def _plan(self, method: str) -> Plan:
         words = [*self.words, f"autoquant.method={method}", "autoquant.score_size=512"]
         return plan_sweep("demo", words, roots=self.roots)
-
-    def _run_calibration(self, model: nn.Module) -> None:
-        for batch in self.calibration:
-            _logits(model, batch)
-
-    @staticmethod
-    def _batches(samples: Any) -> list[Batch]:
-        return equal_length_batches(samples, boundaries=[len(samples)], batch_size=16)
-
-
-def _stated(pair: PairConfig) -> dict[str, Any]:
-    """Return a pair as ModelOpt takes it, its bits stated on the inputs as well.
-
-    ModelOpt counts the fewest bits that any quantizer of a format has: FP8 weights with INT4
-    activations would count as 4 bits a weight, and its choice would miss the target.
-    """
-    entries = [
-        {**entry, "cfg": {**entry["cfg"], "effective_bits": pair.effective_bits}}
-        if "cfg" in entry
-        else entry
-        for entry in pair.quant_cfg()
-    ]
-    return {**pair.modelopt(), "quant_cfg": entries}
-
-
-def effective_bits(model: nn.Module, groups: Sequence[Group]) -> float:
-    """Return bits a weight over ``groups``; what has no quantizer on counts 16."""
-    used = total = 0.0
-    for name in (name for group in groups for name in group.members):
-        module = model.get_submodule(name)
-        count = module.weight.numel()
-        quantizer = module.weight_quantizer
-        total += count
-        used += count * (quantizer._effective_bits if quantizer.is_enabled else 16.0)
-    return used / total
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,12 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as results:
             bench = Bench(given.model.resolve(), given.pairs, given.size, Path(results))
             sweeps = {method: bench.sweep(method) for method in METHODS}
-            alone = [bench.measure(pair.name, bench.uniform(pair)) for pair in bench.pairs]
+            alone = [
+                bench.trial.measure(pair.name, bench.trial.uniform(pair)) for pair in bench.pairs
+            ]
             for bits in given.bits:
                 found = [entry for entry in alone if entry.bits <= bits]
                 found += _recipes(bench, sweeps, bits)
                 with contextlib.suppress(AnswerIsNo):
-                    found.append(bench.auto_quantize(bits))
+                    found.append(bench.trial.auto_quantize(bench.pairs, bits))
                 numbers[f"{bits:g}"] = [entry.numbers() for entry in found]
                 console.print(_table(found, bits))
     except QsensError as error:
@@ -277,7 +136,7 @@ def _recipes(bench: Bench, sweeps: dict[str, tuple[Summary, Plan]], bits: float)
         recipe = recipe_of(summary, plan, bits)
         config = yaml.safe_load(dump(recipe))
         predicted = recipe.damage if method == "fisher" else None
-        found.append(bench.measure(f"recipe by {method}", config, predicted))
+        found.append(bench.trial.measure(f"recipe by {method}", config, predicted))
     return found
 
 
@@ -302,30 +161,8 @@ def _table(found: Sequence[Measured], bits: float) -> Table:
     return table
 
 
-def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return ``(samples, tokens, vocabulary)``; batches hold no padding."""
-    logits: torch.Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
-    return logits
-
-
-def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return the cross-entropy of every label, ``(samples, labels)``, in nats."""
-    labels = batch.input_ids[:, 1:]
-    losses = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none"
-    )
-    return losses.view(labels.shape)
-
-
 def _floats(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 if __name__ == "__main__":

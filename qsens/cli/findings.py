@@ -168,9 +168,18 @@ def recipe(
         bool, typer.Option("--tied-head", help="Let a head tied to the embedding be quantized.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Where to write it; stdout if left out.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure it against single pairs and ModelOpt's choice.")
+    ] = False,
+    captions: Annotated[
+        Path | None, typer.Option(help="With --check: captions; unused ones when left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Choose a format for every group at a target of bits; exit code 3 if out of reach."""
+    """Choose a format for every group at a target of bits; exit code 3 if out of reach.
+
+    With --check, exit code 3 also says that a single pair or ModelOpt's choice does better.
+    """
     from qsens.pipeline.recipe import write_recipe
 
     found = write_recipe(
@@ -183,7 +192,15 @@ def recipe(
         keep=keep or (),
         tied_head=tied_head,
         out=out,
+        check=check,
+        captions=captions,
     )
+    _say_recipe(found, as_json=as_json)
+    if check and found["check"]["better"]:
+        sys.exit(AnswerIsNo.exit_code)
+
+
+def _say_recipe(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
@@ -192,10 +209,34 @@ def recipe(
         stderr.print(
             f"left out: {entry['format']}: {entry['reason']}", style="yellow", markup=False
         )
-    if out is None:
+    if "check" in found:
+        _print_check(found["check"])
+    if found["path"] is None:
         sys.stdout.write(found["recipe"])
         return
     _print_recipe(found)
+
+
+def _print_check(found: dict[str, Any]) -> None:
+    table = Table(
+        title=f"nats a token on {found['captions']} captions not used", title_justify="left"
+    )
+    for column in ("formats", "bits", "loss increase", "KL", "predicted KL", "KL / predicted"):
+        table.add_column(column)
+    for entry in found["measured"]:
+        known = entry["predicted"]
+        ratio = f"{entry['divergence'] / known:.2f}" if known else ""
+        table.add_row(
+            entry["name"],
+            f"{entry['bits']:.4f}",
+            f"{entry['loss']:+.5f}",
+            f"{entry['divergence']:.5f}",
+            "" if known is None else f"{known:.5f}",
+            ratio,
+        )
+    stderr.print(table)
+    for name in found["better"]:
+        stderr.print(f"better than the recipe: {name}", style="yellow", markup=False)
 
 
 def _print_audits(found: dict[str, Any]) -> None:

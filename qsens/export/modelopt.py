@@ -23,7 +23,7 @@ def config(recipe: Recipe) -> dict[str, Any]:
             parts.append(("input_quantizer", pair.input_quantizer.modelopt()))
         for member in members_of(recipe, name):
             for quantizer, cfg in parts:
-                entries.append({"quantizer_name": f"{_literal(member)}.{quantizer}", "cfg": cfg})
+                entries.append({"quantizer_name": f"{literal(member)}.{quantizer}", "cfg": cfg})
     calibrated = any(pair.algorithm == "max" for pair in recipe.formats.values())
     return {"quant_cfg": entries, "algorithm": "max" if calibrated else None}
 
@@ -44,7 +44,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
     """Return a pattern (fnmatch) that matches ``name`` alone."""
     return re.sub(r"([*?[])", r"[\1]", name)
 

@@ -33,6 +33,8 @@ def write_recipe(
     keep: Sequence[str] = (),
     tied_head: bool = False,
     out: Path | None = None,
+    check: bool = False,
+    captions: Path | None = None,
     roots: Roots | None = None,
 ) -> dict[str, Any]:
     """Choose a recipe from a sweep, and write it for a tool.
@@ -47,11 +49,14 @@ def write_recipe(
         keep: Patterns (fnmatch) of groups or modules that stay at 16 bits.
         tied_head: Whether a head that is tied to the embedding may be quantized too.
         out: Where to write it; nothing is written when not given.
+        check: Whether to measure it, see :func:`qsens.pipeline.check.check_recipe`.
+        captions: File of captions to measure on.
         roots: Where things lie; from the environment when not given.
 
     Returns:
         ``{sweep_id, size, target, bits_asked, bits, damage, damage_unit, formats, left_out,
-        notices, path, recipe}``; ``recipe`` is the text, left out where it was written.
+        notices, path, check, recipe}``; ``check`` only where asked for;
+        ``recipe`` is the text, left out where it was written.
 
     Raises:
         UserError: There is no such sweep, it has no results at that size, a pattern matches
@@ -64,9 +69,10 @@ def write_recipe(
         )
     directory = find_sweep(where, roots or Roots.from_environment())
     refusal = llm_compressor.refusal if target == "llm-compressor" else None
+    summary, plan = read_summary(directory / SUMMARY), read_plan(directory / PLAN)
     recipe = recipe_of(
-        read_summary(directory / SUMMARY),
-        read_plan(directory / PLAN),
+        summary,
+        plan,
         bits,
         size=size,
         coverage=coverage,
@@ -78,6 +84,23 @@ def write_recipe(
     text = dump(recipe, target)
     if out is not None:
         write_text(out, text)
+    checked = None
+    if check:
+        from qsens.pipeline.check import check_recipe
+
+        left_out = {entry.format for entry in recipe.left_out}
+        checked = check_recipe(
+            recipe,
+            plan,
+            formats=[
+                name
+                for cell in _cells(summary, recipe.size, pairs)
+                if (name := format_name(cell)) not in left_out
+            ],
+            keep=keep,
+            tied_head=tied_head,
+            captions=captions,
+        )
     return {
         "sweep_id": recipe.sweep_id,
         "size": recipe.size,
@@ -93,6 +116,7 @@ def write_recipe(
         "left_out": [entry.model_dump() for entry in recipe.left_out],
         "notices": list(recipe.notices),
         "path": str(out.resolve()) if out is not None else None,
+        **({"check": checked} if checked is not None else {}),
         **({} if out is not None else {"recipe": text}),
     }
 

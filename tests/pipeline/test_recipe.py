@@ -151,6 +151,49 @@ def test_text_goes_to_stdout_and_is_what_the_tool_reads(sweep: Sweep) -> None:
     assert "lm_head" in modifier["ignore"]
 
 
+def test_a_check_measures_on_captions_that_were_not_used(sweep: Sweep, tmp_path: Path) -> None:
+    used = (REPO / "configs/dataset/demo/captions_medium.txt").read_text()
+    (tmp_path / "used.txt").write_text(used)
+    words = (str(sweep.directory), "--bits", "10", "--to", "json", "--check")
+    none_left = sweep.json(*words, "--captions", str(tmp_path / "used.txt"), code=2)
+    assert "--captions" in none_left["remedy"]
+
+    largest = (REPO / "configs/dataset/demo/captions_large.txt").read_text().splitlines()
+    new = [line for line in largest if line not in used.splitlines()][:12]
+    (tmp_path / "some.txt").write_text(used + "\n".join(new) + "\n")
+    # At 16 bits nothing is quantized: the divergence is exactly 0, and nothing is better.
+    none = (str(sweep.directory), "--bits", "16", "--to", "json", "--check")
+    some = ("--pairs", "wfp8_afp8,wfp4_afp16", "--captions", str(tmp_path / "some.txt"))
+    checked = sweep.json(*none, *some)["check"]
+    assert checked["captions"] == 12
+    recipe, fp8, fp4, theirs = checked["measured"]
+    assert (recipe["name"], recipe["bits"], recipe["divergence"]) == ("recipe", 16.0, 0.0)
+    assert (fp8["name"], fp4["name"], theirs["name"]) == ("wfp8_afp8", "wfp4_afp16", "ModelOpt")
+    # The tied head, 131072 of 1114112 weights, stays at 16 bits.
+    assert fp8["bits"] == pytest.approx((131072 * 16 + 983040 * 8) / 1114112)
+    assert 0 < fp8["divergence"] < fp4["divergence"]
+    assert checked["better"] == []
+    # By the proxy there is no prediction in nats.
+    assert recipe["predicted"] is None
+
+
+def test_a_recipe_that_a_single_pair_beats_is_told_with_exit_code_3(
+    sweep: Sweep, tmp_path: Path
+) -> None:
+    # As if 8 bits hurt and 4 bits did not: the recipe is 4 bits everywhere.
+    summary = json.loads((sweep.directory / "summary.json").read_text())
+    for cell in summary["cells"]:
+        for row in cell["rows"]:
+            if row["sensitivity_per_token"] is not None:
+                row["sensitivity_per_token"] = 1.0 if cell["pair"] == "wfp8_afp8" else 0.0
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "plan.json").write_bytes((sweep.directory / "plan.json").read_bytes())
+    (tmp_path / "some.txt").write_text("A red cube on a table.\nTwo green balls in a box.\n")
+    words = (str(tmp_path), "--bits", "9", "--to", "json", "--pairs", "wfp8_afp8,wfp4_afp16")
+    checked = sweep.json(*words, "--check", "--captions", str(tmp_path / "some.txt"), code=3)
+    assert "wfp8_afp8" in checked["check"]["better"]
+
+
 def test_a_sweep_by_its_id(sweep: Sweep) -> None:
     roots = Roots(root=REPO, results=sweep.results, configs=())
     assert find_sweep(sweep.directory.name, roots) == sweep.directory

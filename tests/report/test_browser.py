@@ -59,6 +59,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             manifests[cell.cell],
             root / directories[cell.cell],
             samples[cell.cell],
+            audit=Make.audit("gradient"),
             assets=root / "assets",
         )
     drift = Drift(
@@ -84,7 +85,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         not_compared=(),
     )
-    summary = build_summary(plan, manifests, {}, directories, "earlier", samples, drift)
+    summary = build_summary(
+        plan, manifests, {}, directories, "earlier", samples, drift, [Make.audit()]
+    )
     directory = root / "sweeps" / plan.sweep_id
     write_sweep(summary, directory)
     single = write_cell(
@@ -138,8 +141,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 CHARTS = {
-    "sweep": {"drift", "heat", "pareto", "profiles", "sizes"},
-    "cell": {"profile", "first"},
+    "sweep": {"audits", "drift", "heat", "pareto", "profiles", "sizes"},
+    "cell": {"audit", "profile", "first"},
     "model": set(),
     "compare": set(),
     "single": {"profile", "first"},
