@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from scipy.stats import binom, spearmanr
 
 from qsens.analysis.ranking import Row
-from qsens.config.models import Coverage, Frozen, Size
+from qsens.config.models import Coverage, Frozen, Modality, Size
 from qsens.manifest import Kind, kind_of
 
 AUDIT_VERSION = 1
@@ -80,6 +80,8 @@ class Audit(Frozen):
     """Granularity."""
     coverage: Coverage = "lm_only"
     """Part of the model that may be quantized."""
+    modality: Modality = "text"
+    """What a sample is."""
     size: Size
     """Calibration size."""
     cell_digest: str

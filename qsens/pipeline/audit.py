@@ -82,6 +82,7 @@ def audit(
                 pair=cell.pair,
                 granularity=cell.granularity,
                 coverage=cell.coverage,
+                modality=cell.modality,
                 size=cell.size,
                 cell_digest=cell.digest,
                 method=plan.config.autoquant.method,
