@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qsens.analysis.options import matches
+from qsens.config import PairConfig
 from qsens.config.models import SIZES
 from qsens.engine.captions import read_captions
 from qsens.errors import UserError
@@ -24,7 +25,7 @@ def check_recipe(
     recipe: Recipe,
     plan: Plan,
     *,
-    formats: Sequence[str],
+    formats: Mapping[str, PairConfig],
     keep: Sequence[str] = (),
     tied_head: bool = False,
     captions: Path | None = None,
@@ -36,7 +37,7 @@ def check_recipe(
     Args:
         recipe: The recipe.
         plan: The plan of its sweep.
-        formats: Names of the pairs that were to choose from, of the default granularity.
+        formats: The formats that were to choose from, by name.
         keep: Patterns of groups or modules that the recipe was told to keep.
         tied_head: Whether a tied head might be quantized.
         captions: File of captions to measure on; unused ones of the data set when not given.
@@ -59,14 +60,13 @@ def check_recipe(
     trial = trial_of(plan, recipe, texts, kept)
     predicted = recipe.damage if recipe.damage_unit == "nats a token" else None
     measured = [trial.measure(RECIPE, modelopt.config(recipe), predicted)]
-    pairs = [pair for pair in plan.config.quant_pair if pair.name in formats]
     total = sum(choice.weights for choice in recipe.choices)
     fixed = sum(choice.weights for choice in recipe.choices if choice.members[0] in kept)
-    for pair in pairs:
+    for name, pair in formats.items():
         bits = (16 * fixed + pair.effective_bits * (total - fixed)) / total
         if bits <= recipe.bits_asked + 1e-9:
-            measured.append(trial.measure(pair.name, trial.uniform(pair)))
-    measured.append(trial.auto_quantize(pairs, recipe.bits_asked))
+            measured.append(trial.measure(name, trial.uniform(pair)))
+    measured.append(trial.auto_quantize(list(formats.values()), recipe.bits_asked))
     ours, *others = measured
     return {
         "captions": len(texts),

@@ -92,11 +92,11 @@ def write_recipe(
         checked = check_recipe(
             recipe,
             plan,
-            formats=[
-                name
+            formats={
+                name: plan.pair(plan.cell(cell.cell))
                 for cell in _cells(summary, recipe.size, pairs)
                 if (name := format_name(cell)) not in left_out
-            ],
+            },
             keep=keep,
             tied_head=tied_head,
             captions=captions,
