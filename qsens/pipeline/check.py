@@ -47,8 +47,14 @@ def check_recipe(
         recipe first; ``better`` names what fits the target and has a lower KL divergence.
 
     Raises:
-        UserError: There are no captions that the sweep did not use.
+        UserError: There are no captions that the sweep did not use, or it was one over pictures.
     """
+    if any(cell.modality != "text" for cell in plan.cells):
+        raise UserError(
+            "was scored on pictures, and a recipe is measured on captions alone",
+            where=f"sweep {recipe.sweep_id}",
+            remedy="Check a recipe of a sweep with coverage=lm_only and dataset.modality=text.",
+        )
     texts = held_out(plan, captions)
     kept = [
         member

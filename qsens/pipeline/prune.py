@@ -164,9 +164,10 @@ class _Job:
         for path in _entries(cache_of(self.results)):
             if path.suffix == ".npy" and self._is_old(path):  # made again where it is needed
                 self._remove_file(path)
-        for path in _entries(self.results / ".verified"):
-            if path.suffix == ".json" and path.stem not in cells and self._is_old(path):
-                self._remove_file(path)
+        for name in (".audits", ".verified"):
+            for path in _entries(self.results / name):
+                if path.suffix == ".json" and path.stem not in cells and self._is_old(path):
+                    self._remove_file(path)
 
     def remove_plans(self, kept: set[str]) -> None:
         """Remove the plans of runs of the DAG whose sweep is gone."""
@@ -179,7 +180,7 @@ class _Job:
     def remove_half_written(self) -> None:
         """Remove what processes that were killed have left; nothing is written for a day."""
         limit = min(self.before, time.time() - _HALF_WRITTEN_SECONDS)
-        roots = [".cells", ".calibrations", ".pictures", ".plans", ".verified", "tmp"]
+        roots = [".audits", ".cells", ".calibrations", ".pictures", ".plans", ".verified", "tmp"]
         found = [path for name in roots for path in _entries(self.results / name)]
         for directory in self.results.glob("models/*/layer-analysis"):
             found += directory.rglob(".*")

@@ -153,11 +153,11 @@ def _assets(directory: Path) -> Path:
 
 def _audit_of(cell: Cell, audits: Sequence[Audit]) -> Audit | None:
     """Return the audit of a cell's pair: its verdict holds at every size."""
-    key = (cell.pair, cell.granularity, cell.coverage)
-    return next(
-        (audit for audit in audits if (audit.pair, audit.granularity, audit.coverage) == key),
-        None,
-    )
+    key = (cell.pair, cell.granularity, cell.coverage, cell.modality)
+    for audit in audits:
+        if (audit.pair, audit.granularity, audit.coverage, audit.modality) == key:
+            return audit
+    return None
 
 
 def _publish_cell(

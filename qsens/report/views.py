@@ -103,7 +103,7 @@ def pair_lines(summary: Summary, first: int) -> list[PairLine]:
         first: How many groups are looked at as those to protect.
     """
     common = {normalise_name(group.layer) for group in protected(summary).groups[:first]}
-    audits = {(audit.pair, audit.granularity): audit for audit in summary.audit}
+    audits = {_series(audit): audit for audit in summary.audit}
     lines = []
     for cell in largest_cells(summary.cells):
         own = {
@@ -117,7 +117,7 @@ def pair_lines(summary: Summary, first: int) -> list[PairLine]:
                 cell=cell,
                 shares_first=len(own & common),
                 stable=stable,
-                audit=audits.get((cell.pair, cell.granularity)),
+                audit=audits.get(_series(cell)),
             )
         )
     return lines
@@ -133,3 +133,8 @@ def stable_in(summary: Summary, layer: str) -> tuple[int, int]:
         if row.verdict is not None and normalise_name(row.layer) == name
     ]
     return sum(verdict == "stable" for verdict in verdicts), len(verdicts)
+
+
+def _series(cell: SummaryCell | Audit) -> tuple[str, ...]:
+    """Return what cells of one pair have in common at every size."""
+    return cell.pair, cell.granularity, cell.coverage, cell.modality
