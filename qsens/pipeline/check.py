@@ -115,17 +115,16 @@ def held_out(plan: Plan, captions: Path | None) -> list[str]:
 def trial_of(plan: Plan, recipe: Recipe, captions: Sequence[str], kept: Sequence[str]) -> Trial:
     """Load the checkpoint, with the captions of the recipe's size and those to measure on."""
     from qsens.engine.checkpoint import load_tokenizer
-    from qsens.engine.groups import find_groups
     from qsens.engine.samples import tokenize
     from qsens.engine.trial import Trial
-    from qsens.pipeline.compute import load_for
+    from qsens.pipeline.loading import groups_of, load
 
     cell = next(cell for cell in plan.cells if cell.size == recipe.size)
-    loaded = load_for(plan, cell, lambda *_: None)
+    loaded = load(plan, cell, lambda *_: None)
     model, longest = plan.config.model, plan.config.dataset.calib_seq_len
     return Trial(
         model=loaded.model,
-        groups=find_groups(loaded.model, model.vision_patterns),
+        groups=groups_of(plan, cell, loaded.model),
         excluded=model.vision_patterns,
         kept=[modelopt.literal(name) for name in kept],
         calibration=loaded.samples,

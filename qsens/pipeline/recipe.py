@@ -94,7 +94,7 @@ def write_recipe(
             plan,
             formats={
                 name: plan.pair(plan.cell(cell.cell))
-                for cell in _cells(summary, recipe.size, pairs)
+                for cell in _cells(summary, recipe.size, coverage, pairs)
                 if (name := format_name(cell)) not in left_out
             },
             keep=keep,
