@@ -79,11 +79,13 @@ def plan_budget(
     rows = _Rows.of(model, samples)
     fixed, per_token, records = _footprint(model, groups, candidates, size, losses, rows)
     fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
-    tokens = min(_WAVE_TOKENS, fitting)
+    # Patches that a token brings along are work on weights too: fewer tokens share it as well.
+    enough = int(_WAVE_TOKENS / max(1.0, rows.patches / 2))
+    tokens = min(enough, fitting)
     recorded = int((min(limit, _RECORDS) - fixed) / (per_token + records))
     keeps = recorded >= _RECORDED_TOKENS
     if keeps:
-        tokens, per_token = min(_WAVE_TOKENS, recorded), per_token + records
+        tokens, per_token = min(enough, recorded), per_token + records
     predicted = int(fixed + tokens * per_token)
     head: torch.Tensor = head_of(model).weight
     more = (limit - predicted) // (head.numel() * size)

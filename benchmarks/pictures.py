@@ -1,0 +1,147 @@
+"""The grid over all layers, vision tower included, from pictures with captions.
+
+From the root of the repository, on a machine with a GPU:
+
+    python -m benchmarks.pictures --shape qwen3-vl-4b
+
+Random weights, random patches and random ids: 512 pictures of 512 x 512 with captions of the
+lengths of real ones, three sizes, 128 scored. Seconds are those after loading; memory is that above
+the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import _engines, _machine, _workload
+from benchmarks._workload import Cell
+from qsens.engine import fused
+from qsens.engine.budget import GIB, peak, plan_budget, reset_peak
+from qsens.engine.calibrate import calibrate
+from qsens.engine.candidates import distinct
+from qsens.engine.checkpoint import resolve_device
+from qsens.engine.groups import find_groups
+from qsens.engine.samples import Picture, Samples
+
+SIZES = {"small": 16, "medium": 128, "large": 512}
+SCORED = 128
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pictures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shape", choices=["qwen3-vl-4b"], default="qwen3-vl-4b")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--pairs", type=lambda text: text.split(","), default=["wint8_aint8"])
+    parser.add_argument("--side", type=int, default=512, help="pixels of a picture's side")
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    given = parser.parse_args(arguments)
+    found = _run(given)
+    print(
+        f"{found['cells']} cells, {found['groups']} groups, {found['samples']} pictures of "
+        f"{given.side} x {given.side}: calibration {found['calibrate']:.1f} s, score "
+        f"{found['score']:.1f} s, peak {found['peak']:.2f} GiB above the weights "
+        f"({found['predicted']:.2f} predicted)"
+    )
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _run(given: argparse.Namespace) -> dict[str, Any]:
+    load = _workload.build(
+        model=None,
+        shape=given.shape,
+        device=resolve_device(given.device),
+        dtype=given.dtype,
+        captions=None,
+        batch_size=8,
+        score_size=SCORED,
+    )
+    model: Any = load.model
+    samples = _with_pictures(load.samples, model.config, given.side, getattr(torch, given.dtype))
+    cells = [
+        Cell(pair, size, min(count, len(samples)), min(count, SCORED, len(samples)))
+        for pair in _workload.pair_configs(given.pairs)
+        for size, count in SIZES.items()
+    ]
+    groups = find_groups(model, load.disabled, all_layers=True)
+    candidates = distinct([_engines.request(cell) for cell in cells])
+    budget = plan_budget(model, groups, candidates, limit_gb=None, samples=samples)
+    sizes = list(SIZES.values())
+    _machine.synchronize(load.device)
+    before = reset_peak(load.device)
+    started = time.monotonic()
+    maxima = None
+    if not fused.calibrates(model, samples, candidates, boundaries=sizes, budget=budget):
+        maxima = {}
+        if candidates.snapshots():
+            maxima = calibrate(
+                model,
+                samples,
+                groups,
+                snapshots=candidates.snapshots(),
+                boundaries=sizes,
+                max_tokens=budget.max_tokens,
+            )
+    _machine.synchronize(load.device)
+    calibrated = time.monotonic()
+    found = fused.score(model, samples, groups, candidates, maxima, boundaries=sizes, budget=budget)
+    _machine.synchronize(load.device)
+    ended = time.monotonic()
+    if not all(found.reached) or found.failures:
+        raise RuntimeError(f"not every group was scored: {found.failures}")
+    return {
+        "machine": _machine.describe(load.device),
+        "versions": _machine.versions(),
+        "shape": given.shape,
+        "cells": len(cells),
+        "groups": len(found.groups),
+        "samples": len(samples),
+        "tokens": samples.tokens(),
+        "patches": samples.patches(),
+        "calibrate": calibrated - started,
+        "score": ended - calibrated,
+        "peak": max(0, peak(load.device) - before) / GIB,
+        "predicted": budget.predicted / GIB,
+    }
+
+
+def _with_pictures(texts: Samples, config: Any, side: int, dtype: torch.dtype) -> Samples:
+    """Return the captions of ``texts``, each behind a random picture."""
+    vision = config.vision_config
+    rows = side // vision.patch_size
+    channels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    merged = (rows // vision.spatial_merge_size) ** 2
+    before = [config.vision_start_token_id, *[config.image_token_id] * merged]
+    before.append(config.vision_end_token_id)
+    generator = torch.Generator().manual_seed(0)
+    pictures = []
+    for _ in texts.ids:
+        patches = torch.randn(rows * rows, channels, generator=generator).to(dtype)
+        pictures.append(Picture(patches, (1, rows, rows)))
+    return Samples(
+        ids=tuple((*before, *ids) for ids in texts.ids),
+        truncated=texts.truncated,
+        spans=tuple((len(before), len(before) + len(ids)) for ids in texts.ids),
+        pictures=tuple(pictures),
+        image_token=config.image_token_id,
+    )
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    sys.exit(main())
