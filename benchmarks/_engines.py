@@ -219,7 +219,7 @@ def _run_reference(load: Workload, model: nn.Module, samples: Samples, cell: Cel
             model,
             samples,
             cell.pair,
-            disabled=load.disabled,
+            vision=load.disabled,
             sizes=load.boundaries(),
             scored=cell.scored,
             batch_size=load.batch_size,
