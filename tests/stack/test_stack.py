@@ -182,6 +182,8 @@ def test_two_runs_of_one_plan_at_once(stack: Stack, undisturbed: Run) -> None:
         stack.client.trigger(conf | {"overrides": "autoquant.score_size=512 autoquant.seed=7"})
         for _ in range(2)
     ]
+    for run_id in runs:  # both: what the other one still works on is nothing left behind
+        stack.wait(run_id, seconds=SECONDS)
     ended = [end(stack, run_id) for run_id in runs]
     assert ended[0].numbers == ended[1].numbers == undisturbed.numbers
     sweeps = [stack.client.returned(run_id, "publish")["sweep_id"] for run_id in runs]
