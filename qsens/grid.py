@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from qsens.config import PairConfig, Roots, SweepConfig
+from qsens.config.base import read_json
 from qsens.config.models import Coverage, Frozen, Modality, Size
 from qsens.config.pairs import DEFAULT_GRANULARITY
 from qsens.errors import UserError
@@ -293,21 +294,13 @@ def read_plan(path: Path) -> Plan:
     Raises:
         UserError: The file is no plan of this version.
     """
-    try:
-        return Plan.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}",
-            where=str(path),
-            remedy="Name a plan.json that `qsens plan --out` wrote.",
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"is no plan: {'.'.join(map(str, first['loc']))}: {first['msg']}",
-            where=str(path),
-            remedy="Make the plan again with `qsens plan --out`.",
-        ) from error
+    return read_json(
+        Plan,
+        path,
+        what="plan",
+        name="Name a plan.json that `qsens plan --out` wrote.",
+        again="Make the plan again with `qsens plan --out`.",
+    )
 
 
 def cell_id(pair: str, granularity: str, coverage: Coverage, modality: Modality, size: str) -> str:

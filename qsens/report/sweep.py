@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from qsens.analysis.allocation import ParetoPoint, pareto
 from qsens.analysis.audit import Audit
 from qsens.analysis.options import build_units
 from qsens.analysis.ranking import Row, total_per_token
 from qsens.analysis.samples import SampleScores
+from qsens.config.base import read_json
 from qsens.config.models import SIZES, Coverage, Frozen, Modality, Size
-from qsens.errors import UserError
 from qsens.grid import Cell, Plan
 from qsens.manifest import Manifest, dump_json
 from qsens.report import charts
@@ -306,21 +304,13 @@ def read_summary(path: Path) -> Summary:
     Raises:
         UserError: The file is no summary.
     """
-    try:
-        return Summary.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}",
-            where=str(path),
-            remedy="Name the summary.json of a published sweep.",
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(
-            f"is no summary of a sweep: {'.'.join(map(str, first['loc']))}: {first['msg']}",
-            where=str(path),
-            remedy="Publish the sweep again with `qsens publish`.",
-        ) from error
+    return read_json(
+        Summary,
+        path,
+        what="summary of a sweep",
+        name="Name the summary.json of a published sweep.",
+        again="Publish the sweep again with `qsens publish`.",
+    )
 
 
 def _pareto(plan: Plan, cells: Sequence[SummaryCell]) -> list[ParetoPoint]:
