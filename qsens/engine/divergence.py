@@ -31,7 +31,7 @@ from qsens.engine.samples import (
 from qsens.engine.scores import PassScores, Progress, silent
 
 # Tokens that go through together, over all copies of a batch: on a GPU few kernels are what counts.
-_TOKENS = 2 * BATCH_TOKENS
+_TOKENS = 4 * BATCH_TOKENS
 # A batch is filled up to one part in so many: samples of few batches differ more in length, and are
 # padded in every copy.
 _COPIES = 128
