@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qsens.analysis.allocation import ParetoPoint, pareto
-from qsens.analysis.audit import Audit
 from qsens.analysis.options import build_units
 from qsens.analysis.ranking import Row, total_per_token
 from qsens.analysis.samples import SampleScores
 from qsens.config.base import read_json
 from qsens.config.models import SIZES, Coverage, Frozen, Modality, Size
 from qsens.grid import Cell, Plan
-from qsens.manifest import Manifest, dump_json
+from qsens.manifest import Audit, Manifest, dump_json
 from qsens.report import charts
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data

@@ -133,18 +133,51 @@ def test_an_audit_is_not_made_twice_but_extended(place: Place, audited: Any) -> 
 
 
 def test_published_with_the_sweep(place: Place, audited: Any) -> None:
+    plan = json.loads((place.root / "fisher.json").read_text())
+    digests = {cell["cell"]: cell["digest"] for cell in plan["cells"]}
+    scored = {
+        cell: (place.root / "results/.cells" / digest / "manifest.json").read_bytes()
+        for cell, digest in digests.items()
+    }
     published = place.json("publish", "--plan", str(place.root / "fisher.json"))
     summary = json.loads((Path(published["index"]).parent / "summary.json").read_text())
     verdicts = {entry["pair"]: entry["judgement"]["verdict"] for entry in summary["audit"]}
     assert verdicts["wint2_aint2"] == "do not trust"
     assert len(verdicts) == 3
     for cell in published["cells"]:
+        pair = cell["cell"].split("-")[0]
+        manifest = json.loads(Path(cell["manifest"]).read_text())
+        # The copy says what was found later; the result itself is as it was scored.
+        found = manifest.pop("audit")
+        (entry,) = (entry for entry in summary["audit"] if entry["pair"] == pair)
+        assert found == entry
+        assert found["cell_digest"] == digests[f"{pair}-small"]
+        assert len(found["digest"]) == 64
+        result = place.root / "results/.cells" / digests[cell["cell"]] / "manifest.json"
+        assert result.read_bytes() == scored[cell["cell"]]
+        assert json.loads(scored[cell["cell"]]) == manifest | {"audit": None}
         folder = Path(cell["manifest"]).parent
+        reports = {
+            path: path.read_bytes() for path in sorted(folder.glob("per-layer-sensitivity.*"))
+        }
         report = json.loads((folder / "per-layer-sensitivity.json").read_text())
-        assert report["audit"]["pair"] == cell["cell"].split("-")[0]
-        assert report["audit"]["judgement"]["verdict"] == verdicts[report["audit"]["pair"]]
-        said = (folder / "per-layer-sensitivity.md").read_text()
-        assert f"{verdicts[report['audit']['pair']]}: " in said
+        assert report["audit"]["pair"] == pair
+        assert report["audit"]["judgement"]["verdict"] == verdicts[pair]
+        assert f"{verdicts[pair]}: " in (folder / "per-layer-sensitivity.md").read_text()
+        # Made again from the directory alone, the audit included.
+        for path in reports:
+            path.unlink()
+        place.json("report", str(folder))
+        assert {path: path.read_bytes() for path in reports} == reports
+    # What was found about the scores makes no other result of them.
+    assert all(cell["done"] for cell in _planned(place, plan))
+
+
+def _planned(place: Place, plan: Any) -> Any:
+    """Return the cells of a new plan over the same grid."""
+    words = [f"model.path={plan['checkpoint']['path']}", "autoquant.method=fisher"]
+    words += ["quant_pair=wint8_aint8,wfp4_afp16,wint2_aint2", "dataset.size=small,medium"]
+    return place.json("plan", "demo", *words)["cells"]
 
 
 def test_the_truth_needs_no_audit(place: Place) -> None:
