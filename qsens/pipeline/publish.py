@@ -26,7 +26,7 @@ from qsens.pipeline.drift import find_drift
 from qsens.pipeline.plan import plan_json
 from qsens.report.assets import ASSETS
 from qsens.report.cell import write_cell
-from qsens.report.findings import Drift
+from qsens.report.findings import Drift, series_of
 from qsens.report.model_index import write_model_index
 from qsens.report.sweep import PAGE, SUMMARY, Summary, build_summary, read_summary, write_sweep
 from qsens.report.views import protected
@@ -162,11 +162,7 @@ def _assets(directory: Path) -> Path:
 
 def _audit_of(cell: Cell, audits: Sequence[Audit]) -> Audit | None:
     """Return the audit of a cell's pair: its verdict holds at every size."""
-    key = (cell.pair, cell.granularity, cell.coverage, cell.modality)
-    for audit in audits:
-        if (audit.pair, audit.granularity, audit.coverage, audit.modality) == key:
-            return audit
-    return None
+    return next((audit for audit in audits if series_of(audit) == series_of(cell)), None)
 
 
 def _publish_cell(
