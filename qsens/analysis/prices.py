@@ -18,7 +18,7 @@ class Price(Frozen):
 
     source: Source
     """``estimates``: the scores as they are; ``corrected estimates``: divided by ``ratio``;
-    ``true divergences``: measured, in every group that may get the format."""
+    ``true divergences``: what an audit of all groups measured."""
     verdict: Verdict | None = None
     """What the audit of the pair says; null where there is none."""
     ratio: float | None = None
@@ -42,37 +42,45 @@ class Priced:
     refused: dict[str, str]
 
 
-def price(formats: Mapping[str, Sequence[Row]], audits: Mapping[str, Audit]) -> Priced:
+def price(
+    formats: Mapping[str, Sequence[Row]],
+    audits: Mapping[str, Audit],
+    digests: Mapping[str, str],
+) -> Priced:
     """Hold the scores of each format against its audit before formats are compared.
 
-    Where the audit measured all groups, those are the damages. Estimates in nats are divided by
-    their median ratio to the truth, so that a pair whose divergence is underestimated as a whole is
-    not taken for a better one. A pair whose scores are not to be trusted is no option unless all
-    its groups were measured. A proxy has no ratio, and stays as it is.
+    Estimates in nats are divided by their median ratio to the truth, so that a pair whose
+    divergence is underestimated as a whole is not taken for a better one. Where an audit measured
+    all groups of the very cell, or of a pair whose scores are not to be trusted, what it measured
+    are the damages; without that, such a pair is no option. A proxy has no ratio, and stays as it
+    is.
 
     Args:
         formats: The rows of one cell for each format, by the format's name.
         audits: The audits that there are, by the same names.
+        digests: Digests of the cells, by the same names.
     """
     rows, prices, refused = {}, {}, {}
     for name, found in formats.items():
+        rows[name], prices[name] = tuple(found), Price(source="estimates")
         audit = audits.get(name)
         if audit is None:
-            rows[name], prices[name] = tuple(found), Price(source="estimates")
             continue
         judged = audit.judgement
-        known = Price(source="estimates", verdict=judged.verdict, audit=audit.digest)
-        if audit.method == "fisher" and audit.mode == "full":
+        known = {"verdict": judged.verdict, "audit": audit.digest}
+        distrusted = judged.verdict == "do not trust"
+        all_measured = audit.mode == "full" and audit.method == "fisher"
+        if all_measured and (distrusted or audit.cell_digest == digests[name]):
             rows[name] = _measured(found, audit)
-            prices[name] = known.model_copy(update={"source": "true divergences"})
-        elif judged.verdict == "do not trust":
+            prices[name] = Price(source="true divergences", **known)
+        elif distrusted:
+            del rows[name], prices[name]
             refused[name] = f"its scores are not to be trusted: {judged.reason}"
-        elif judged.ratio:
+        elif judged.ratio is not None:
             rows[name] = _divided(found, judged.ratio)
-            changes = {"source": "corrected estimates", "ratio": judged.ratio}
-            prices[name] = known.model_copy(update=changes)
+            prices[name] = Price(source="corrected estimates", ratio=judged.ratio, **known)
         else:
-            rows[name], prices[name] = tuple(found), known
+            prices[name] = Price(source="estimates", **known)
     return Priced(rows, prices, refused)
 
 

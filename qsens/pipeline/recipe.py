@@ -189,6 +189,7 @@ def recipe_of(
             for audit in summary.audit
             if series_of(audit) == series_of(cell)
         },
+        {format_name(cell): cell.digest for cell in cells},
     )
     left_out += [LeftOut(format=name, reason=why) for name, why in priced.refused.items()]
     rows = priced.rows

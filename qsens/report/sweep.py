@@ -318,11 +318,11 @@ def _pareto(plan: Plan, cells: Sequence[SummaryCell], audits: Sequence[Audit]) -
     """Return the curve that recipes of this sweep lie on: those of the widest coverage."""
     done = of_coverage([cell for cell in cells if cell.done])
     size = max((cell.size for cell in done), key=SIZES.index, default=None)
-    largest = {series_of(cell): cell.rows for cell in done if cell.size == size}
-    of_series = {series_of(audit): audit for audit in audits}
+    largest = {"-".join(series_of(cell)): cell for cell in done if cell.size == size}
     priced = price(
-        {"-".join(series): rows for series, rows in largest.items()},
-        {"-".join(series): audit for series, audit in of_series.items() if series in largest},
+        {name: cell.rows for name, cell in largest.items()},
+        {"-".join(series_of(audit)): audit for audit in audits},
+        {name: cell.digest for name, cell in largest.items()},
     )
     return pareto(build_units(priced.rows, keep_head=plan.checkpoint.tied_head is not False))
 
