@@ -43,8 +43,10 @@ def check_recipe(
         captions: File of captions to measure on; unused ones of the data set when not given.
 
     Returns:
-        ``{captions, measured: [{name, bits, loss, divergence, predicted}], better: [...]}``, the
-        recipe first; ``better`` names what fits the target and has a lower KL divergence.
+        ``{captions, scored, measured: [{name, bits, loss, divergence, scored, predicted}], better:
+        [...]}``, the recipe first: how many captions were measured on and scored, increase of the
+        loss and KL divergence on the former, KL divergence on the latter; ``better`` names what
+        fits the target and has a lower KL divergence.
 
     Raises:
         UserError: There are no captions that the sweep did not use, or it was one over pictures.
@@ -76,6 +78,7 @@ def check_recipe(
     ours, *others = measured
     return {
         "captions": len(texts),
+        "scored": trial.scored,
         "measured": [entry.numbers() for entry in measured],
         "better": [
             entry.name

@@ -55,7 +55,7 @@ def write_recipe(
         roots: Where things lie; from the environment when not given.
 
     Returns:
-        ``{sweep_id, size, target, bits_asked, bits, damage, damage_unit, formats, left_out,
+        ``{sweep_id, size, target, bits_asked, bits, damage, damage_unit, formats, prices, left_out,
         notices, path, check, recipe}``; ``check`` only where asked for;
         ``recipe`` is the text, left out where it was written.
 
@@ -114,6 +114,7 @@ def write_recipe(
             {"format": name, "groups": groups, "weights": weights}
             for name, groups, weights in tally(recipe)
         ],
+        "prices": {name: price.model_dump() for name, price in recipe.prices.items()},
         "left_out": [entry.model_dump() for entry in recipe.left_out],
         "notices": list(recipe.notices),
         "path": str(out.resolve()) if out is not None else None,
