@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,14 +12,12 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qsens.config import Roots
 from qsens.engine.chat import chat_samples, load_processor
 from qsens.errors import QsensError, UserError
 from qsens.grid import Plan
 from qsens.manifest import Manifest, read_manifest
 from qsens.pipeline.audit import audit
 from qsens.pipeline.cell import calibrate, score
-from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.prune import prune
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
@@ -29,57 +26,7 @@ from qsens.store import Store
 
 from ..engine import pictures
 from . import seeing
-
-REPO = Path(__file__).resolve().parents[2]
-SIZES = {"small": 4, "medium": 8, "large": 12}
-MAX_PIXELS = 48 * 48
-
-
-class Place:
-    """A results root with a checkpoint that sees and a data set of drawn pictures."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.roots = Roots(root=REPO, results=root / "results", configs=(REPO / "configs",))
-        self.checkpoint = seeing.save_checkpoint(root / "tiny")
-        self.rows = seeing.samples(root / "images", SIZES["large"])
-        self.data(self.rows, SIZES)
-
-    def data(self, rows: list[tuple[str, str]], sizes: dict[str, int], name: str = "data") -> Path:
-        (self.root / name).mkdir(exist_ok=True)
-        for size, count in sizes.items():
-            seeing.write_jsonl(self.root / name / f"{size}.jsonl", rows[:count])
-        return self.root / name
-
-    def plan(
-        self, *overrides: str, data: Path | None = None, sizes: dict[str, int] = SIZES
-    ) -> Plan:
-        given = {
-            "model.path": self.checkpoint,
-            "model.name": "qwen3_vl_4b_instruct",
-            "model.short_name": "qwen3_vl_4b",
-            "model.dtype": "float32",
-            "dataset.directory": data or self.root / "data",
-            "dataset.images": self.root / "images",
-            "dataset.max_pixels": MAX_PIXELS,
-            "autoquant.batch_size": 3,
-            "autoquant.device": "cpu",
-            **{f"dataset.files.{size}": f"{size}.jsonl" for size in sizes},
-            **{f"dataset.sizes.{size}": count for size, count in sizes.items()},
-        }
-        given |= dict(override.split("=", 1) for override in overrides)
-        words = [f"{key}={value}" for key, value in given.items()]
-        return plan_sweep("int8-3phase", words, roots=self.roots)
-
-    def run(self, plan: Plan) -> dict[str, Manifest]:
-        published, errors = run_sweep(plan)
-        assert errors == []
-        return {
-            entry["cell"]: read_manifest(Path(entry["manifest"])) for entry in published["cells"]
-        }
-
-    def analysis(self) -> Path:
-        return self.root / "results/models/qwen3_vl_4b_instruct/layer-analysis"
+from .seeing import MAX_PIXELS, SIZES, Place, rows, scores
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +38,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def three_phases(place: Place) -> tuple[Plan, dict[str, Manifest]]:
     plan = place.plan()
     return plan, place.run(plan)
-
-
-def rows(manifest: Manifest, tower: bool) -> dict[str, Any]:
-    return {
-        name: row for name, row in manifest.layer_sensitivity.items() if ("visual" in name) == tower
-    }
-
-
-def scores(manifest: Manifest, tower: bool = False) -> dict[str, float]:
-    return {name: row.sensitivity for name, row in rows(manifest, tower).items()}
 
 
 def test_the_preset_publishes_its_six_directories(
