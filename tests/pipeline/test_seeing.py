@@ -24,7 +24,7 @@ from qsens.pipeline.sweep import run_sweep
 from qsens.pipeline.verify import verify
 from qsens.store import Store
 
-from ..engine import pictures
+from ..engine import pictures, tiny_families
 from . import seeing
 from .seeing import MAX_PIXELS, SIZES, Place, rows, scores
 
@@ -220,6 +220,24 @@ def test_what_cannot_be_read_is_refused_before_any_work(place: Place) -> None:
     with pytest.raises(UserError, match="has no image processor"):
         place.plan(f"model.path={blind}")
     assert place.plan(f"model.path={blind}", "coverage=lm_only").samples["small"].pictures is None
+
+
+@pytest.mark.parametrize(
+    "given", [("coverage=all_layers",), ("coverage=lm_only", "dataset.modality=image_text")]
+)
+def test_pictures_for_gemma_3_are_refused_before_any_work(
+    place: Place, tmp_path: Path, given: tuple[str, ...]
+) -> None:
+    """Its tower takes pictures of one size and gives rows by picture: qsens reads text alone."""
+    gemma = tiny_families.save(
+        tiny_families.configuration("Gemma 3", tied=True), tmp_path / "gemma"
+    )
+    with pytest.raises(UserError) as caught:
+        place.plan(f"model.path={gemma}", *given)
+    assert "model type 'gemma3' cannot be given pictures" in caught.value.what
+    assert "it is none of Qwen3-VL, Qwen2.5-VL" in caught.value.what
+    assert "coverage=lm_only with dataset.modality=text" in caught.value.remedy
+    assert place.plan(f"model.path={gemma}", "coverage=lm_only").cells
 
 
 def test_larger_sizes_begin_with_the_pictures_of_smaller_ones(place: Place) -> None:
