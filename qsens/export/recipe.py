@@ -11,6 +11,7 @@ from qsens.analysis.options import build_units, has_per_token
 from qsens.analysis.ranking import Row
 from qsens.config import PairConfig
 from qsens.config.models import Frozen, Size
+from qsens.export import filters
 from qsens.manifest import Kind
 
 RECIPE_VERSION = 1
@@ -156,6 +157,12 @@ def choose(
                 f"{name} is experimental: nobody is known to deploy it"
                 for name in cells
                 if name in used and formats[name].experimental
+            ),
+            *filters.notices(
+                member
+                for choice in choices
+                if choice.format is not None
+                for member in choice.members
             ),
         ),
     )

@@ -149,7 +149,11 @@ class Place:
         return self.root / name
 
     def plan(
-        self, *overrides: str, data: Path | None = None, sizes: dict[str, int] = SIZES
+        self,
+        *overrides: str,
+        data: Path | None = None,
+        sizes: dict[str, int] = SIZES,
+        preset: str = "int8-3phase",
     ) -> Plan:
         given = {
             "model.path": self.checkpoint,
@@ -166,7 +170,7 @@ class Place:
         }
         given |= dict(override.split("=", 1) for override in overrides)
         words = [f"{key}={value}" for key, value in given.items()]
-        return plan_sweep("int8-3phase", words, roots=self.roots)
+        return plan_sweep(preset, words, roots=self.roots)
 
     def run(self, plan: Plan) -> dict[str, Manifest]:
         published, errors = run_sweep(plan)

@@ -55,6 +55,23 @@ def test_the_preset_publishes_its_six_directories(
     }
 
 
+def test_fp8_all_layers_publishes_its_three_directories(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    plan = place.plan(preset="fp8-all-layers")
+    found = place.run(plan)
+    assert list(found) == [f"wfp8_afp8-all_layers-{size}" for size in SIZES]
+    directory = place.analysis() / "weight-fp8-act-fp8"
+    assert {path.name for path in directory.iterdir()} == {
+        f"qwen3_vl_4b_autoquant_all_layers_fp8_{size}" for size in SIZES
+    }
+    for size in SIZES:
+        run = directory / f"qwen3_vl_4b_autoquant_all_layers_fp8_{size}"
+        assert (run / "fp8_autoquant_all_layers_quant_manifest.json").is_file()
+        tower = scores(found[f"wfp8_afp8-all_layers-{size}"], True)
+        assert len(tower) == pictures.TOWER["Qwen3-VL"]
+        assert all(value > 0 for value in tower.values())
+
+
 def test_all_layers_scores_the_tower_and_lm_only_does_not(
     three_phases: tuple[Plan, dict[str, Manifest]],
 ) -> None:
@@ -320,8 +337,34 @@ def test_recipes_take_the_widest_coverage(
     narrow = write_recipe(where, bits=12, target="json", coverage="lm_only", roots=place.roots)
     found = json.loads(narrow["recipe"])
     assert "model.visual.patch_embed.proj" in found["outside"]
-    config = write_recipe(where, bits=8, target="modelopt", roots=place.roots)["recipe"]
-    assert "model.visual.patch_embed.proj.weight_quantizer" in config
+    made = write_recipe(where, bits=8, target="modelopt", roots=place.roots)
+    assert "model.visual.patch_embed.proj.weight_quantizer" in made["recipe"]
+    # ModelOpt's presets leave these at 16 bits: the recipe quantizes them, and says so.
+    assert [notice for notice in made["notices"] if "presets leave at 16 bits" in notice] == [
+        "1 quantized module matches *lm_head*, which ModelOpt's presets leave at 16 bits: check "
+        "that your runtime loads it, or say --keep '*lm_head*'",
+        "19 quantized modules match *visual*, which ModelOpt's presets leave at 16 bits: check "
+        "that your runtime loads them, or say --keep '*visual*'",
+    ]
+    import modelopt.torch.quantization as mtq
+    import yaml
+
+    model = pictures.model()
+    ids = torch.arange(8)[None, :]
+    mtq.quantize(model, yaml.safe_load(made["recipe"]), lambda model: model(input_ids=ids))
+    enabled = {
+        name: module.weight_quantizer.is_enabled
+        for name, module in model.named_modules()
+        if hasattr(module, "weight_quantizer") and "embed_tokens" not in name
+    }
+    # All but the embedding of positions, which is no linear module.
+    assert {name for name, on in enabled.items() if not on} <= {"model.visual.pos_embed"}
+    assert sum(enabled.values()) == 3 * 7 + 1 + 19
+    kept = write_recipe(
+        where, bits=13, target="modelopt", keep=["*visual*", "*lm_head*"], roots=place.roots
+    )
+    assert "visual" not in yaml.safe_dump(yaml.safe_load(kept["recipe"]))
+    assert not any("presets leave at 16 bits" in notice for notice in kept["notices"])
 
 
 def test_samples_are_what_the_processor_and_the_template_make(place: Place) -> None:
