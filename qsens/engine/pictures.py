@@ -38,6 +38,7 @@ MOST_PIXELS = 1 << 27
 MOST_BYTES = 1 << 28
 # Sides whose ratio is larger are refused by the processor as well.
 _MOST_RATIO = 200
+_IMAGES = "Set dataset.images to the directory that the paths in the sample files start at."
 # Decoders that run no other program and read no other file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -130,8 +131,14 @@ class PictureReader:
             records: The samples that a size may use, in order.
 
         Raises:
-            UserError: None of the pictures can be used.
+            UserError: There is no directory of pictures, or none of them can be used.
         """
+        if not self.root.is_dir():
+            raise UserError(
+                "there is no such directory, and the sweep reads pictures",
+                where=f"dataset.images = {self.root}",
+                remedy=_IMAGES,
+            )
         found = [self.find(record.image) for record in records]
         skipped = [
             Skipped(sample=number, image=record.image, reason=reason)
@@ -143,8 +150,7 @@ class PictureReader:
                 f"none of {len(records)} pictures can be used, the first {skipped[0].image!r} "
                 f"{skipped[0].reason}",
                 where=f"dataset.images = {self.root}",
-                remedy="Set dataset.images to the directory that the paths in the sample files "
-                "start at.",
+                remedy=_IMAGES,
             )
         return PicturesIdentity(
             digest=digest_of([[said, path is not None] for said, path in found]), skipped=skipped
