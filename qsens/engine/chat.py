@@ -59,7 +59,8 @@ def chat_samples(
         dtype: Data type of the patches.
 
     Raises:
-        UserError: The chat template does not show a picture, or no token of a caption is left.
+        UserError: The chat template does not show a picture, a caption holds the image token, or no
+            token of a caption is left.
     """
     before, after = _turn(tokenizer, prompt, image_token)
     encoded = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
@@ -75,6 +76,12 @@ def chat_samples(
         seen.append(Picture(made["pixel_values"].to(dtype), grid))
         shown = grid[0] * grid[1] * grid[2] // processor.merge_size**2
         start = len(before) + shown + len(after)
+        if image_token in caption:
+            raise UserError(
+                "holds the token that stands for a picture",
+                where=f"caption {index + 1}: {captions[index][:60]!r}",
+                remedy="Remove the caption.",
+            )
         if not caption or start >= longest:
             raise _no_label(index, captions[index], start, longest)
         whole = (*before, *[image_token] * shown, *after, *caption)

@@ -147,8 +147,7 @@ class PictureReader:
         ]
         if len(skipped) == len(records):
             raise UserError(
-                f"none of {len(records)} pictures can be used, the first {skipped[0].image!r} "
-                f"{skipped[0].reason}",
+                f"none of {len(records)} pictures can be used; {in_words(skipped, 1)}",
                 where=f"dataset.images = {self.root}",
                 remedy=_IMAGES,
             )
@@ -272,7 +271,12 @@ def too_many(skipped: int, taken: int, share: float) -> bool:
 
 def in_words(skipped: Sequence[Skipped], most: int = 5) -> str:
     """Return in words which samples are skipped, the first of many."""
-    named = [f"sample {entry.sample}, {entry.image!r} {entry.reason}" for entry in skipped[:most]]
+    named = [
+        f"sample {entry.sample}, {entry.image!r} {entry.reason}"
+        if entry.image
+        else f"sample {entry.sample} names none"
+        for entry in skipped[:most]
+    ]
     rest = len(skipped) - len(named)
     return "; ".join([*named, *([f"and {rest} more"] if rest else [])])
 

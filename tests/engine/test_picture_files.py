@@ -146,8 +146,10 @@ def test_every_bad_picture_is_named_with_its_reason(reader: PictureReader, tmp_p
 
 
 def test_a_directory_without_any_picture_is_an_error(reader: PictureReader) -> None:
-    with pytest.raises(UserError, match=r"none of 2 pictures can be used, the first 'a\.png' is"):
+    with pytest.raises(UserError, match=r"none of 2 pictures can be used; sample 1, 'a\.png' is"):
         reader.identify([Record("a.png", "one"), Record("b.png", "two")])
+    with pytest.raises(UserError, match=r"can be used; sample 1 names none; and 1 more"):
+        reader.identify([Record("", "one"), Record("", "two")])
     astray = PictureReader(reader.root / "gone", reader.cache, RULE)
     with pytest.raises(UserError, match=r"gone: there is no such directory"):
         astray.identify([Record("a.png", "one")])

@@ -225,6 +225,15 @@ def test_a_modality_that_fails_leaves_the_other(place: Place) -> None:
     assert "dataset.calib_seq_len = 14, dataset.max_pixels" in str(error)
 
 
+def test_a_caption_that_shows_a_picture_of_its_own_is_refused(place: Place) -> None:
+    named = [*place.rows[:3], (place.rows[3][0], "a red <|image_pad|> on green")]
+    data = place.data(named, {"small": 4}, "shows")
+    plan = place.plan("coverage=all_layers", "dataset.size=small", data=data)
+    with pytest.raises(UserError, match="holds the token that stands for a picture") as caught:
+        score(plan, "wint8_aint8-all_layers-small")
+    assert "caption 4" in caught.value.where
+
+
 def test_what_cannot_be_read_is_refused_before_any_work(place: Place) -> None:
     with pytest.raises(UserError, match=r"names none; choose a data set of \.jsonl"):
         place.plan("dataset.files.small=small.txt")
