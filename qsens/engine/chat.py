@@ -66,12 +66,7 @@ def chat_samples(
     encoded = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
     ids, truncated, spans, seen = [], [], [], []
     for index, (pixels, caption) in enumerate(zip(pictures, encoded, strict=True)):
-        made = processor(
-            images=[pixels],
-            do_resize=False,
-            input_data_format="channels_last",
-            return_tensors="pt",
-        )
+        made = _process(processor, pixels)
         grid: tuple[int, int, int] = tuple(made["image_grid_thw"][0].tolist())
         seen.append(Picture(made["pixel_values"].to(dtype), grid))
         shown = grid[0] * grid[1] * grid[2] // processor.merge_size**2
@@ -89,6 +84,22 @@ def chat_samples(
         truncated.append(len(whole) > longest)
         spans.append((start, len(ids[-1])))
     return Samples(tuple(ids), tuple(truncated), tuple(spans), tuple(seen), image_token)
+
+
+def _process(processor: Any, pixels: Pixels) -> Any:
+    try:
+        return processor(
+            images=[pixels],
+            do_resize=False,
+            input_data_format="channels_last",
+            return_tensors="pt",
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"its image processor fails: {str(error).splitlines()[0]}",
+            where="the preprocessor_config.json of model.path",
+            remedy="Get the file of the checkpoint again.",
+        ) from error
 
 
 def _turn(tokenizer: Any, prompt: str, image_token: int) -> tuple[list[int], list[int]]:

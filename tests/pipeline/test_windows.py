@@ -151,3 +151,17 @@ def test_a_template_that_is_nowhere_is_refused_at_plan(
     with pytest.raises(UserError, match=said):
         place.plan(f"model.path={copy}", "coverage=all_layers", "dataset.size=small")
     assert place.plan(f"model.path={copy}", "coverage=lm_only", "dataset.size=small").cells
+
+
+def test_a_processor_that_fails_is_said(place: Place, tmp_path: Path) -> None:
+    copy = tmp_path / "astray"
+    shutil.copytree(place.checkpoint, copy)
+    file = copy / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"patch_size": 16}))
+    with pytest.raises(UserError, match=r"has patch_size 16, and its config\.json patch_size 14"):
+        place.plan(f"model.path={copy}", "coverage=all_layers", "dataset.size=small")
+    file.write_text(json.dumps(settings | {"image_mean": [0.5]}))
+    plan = place.plan(f"model.path={copy}", "coverage=all_layers", "dataset.size=small")
+    with pytest.raises(UserError, match="its image processor fails: mean must have 3 elements"):
+        score(plan, "wint8_aint8-all_layers-small")
