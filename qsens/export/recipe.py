@@ -12,6 +12,7 @@ from qsens.analysis.prices import Price
 from qsens.analysis.ranking import Row
 from qsens.config import PairConfig
 from qsens.config.models import Frozen, Size
+from qsens.export import filters
 from qsens.manifest import Kind
 
 RECIPE_VERSION = 1
@@ -162,6 +163,12 @@ def choose(
                 f"{name} is experimental: nobody is known to deploy it"
                 for name in cells
                 if name in used and formats[name].experimental
+            ),
+            *filters.notices(
+                member
+                for choice in choices
+                if choice.format is not None
+                for member in choice.members
             ),
         ),
     )
