@@ -246,7 +246,7 @@ class Judgement(Section):
     ratio_90: float | None
     """Its 90 % quantile over the groups."""
     covered: float | None
-    """Share of groups whose truth lies in the estimate's 90 % interval; null without errors."""
+    """Share of drawn groups whose truth lies in the estimate's 90 % interval; null without."""
 
 
 class Audit(Section):
