@@ -287,7 +287,7 @@ def test_a_directory_that_cannot_be_made_is_said(repository: Repository, tmp_pat
     with serving(repository) as endpoint:
         code, answer, _ = fetch(endpoint, tmp_path, "owner/tiny", "file/below/out")
     assert (code, repository.asked) == (2, [])
-    assert "cannot be made: Not a directory" in answer["what"]
+    assert "cannot be written to: Not a directory" in answer["what"]
 
 
 def test_offline_needs_what_is_there(repository: Repository, tmp_path: Path) -> None:
