@@ -82,7 +82,7 @@ def check_disk(plan: Plan, shapes: Shapes) -> None:
         shapes: Shape of every tensor of the checkpoint, by name.
 
     Raises:
-        UserError: Too little is free.
+        UserError: Too little is free, or a file stands where a directory has to.
     """
     store = Store(plan)
     groups = sum(len(shape) >= 2 for shape in shapes.values())
@@ -146,7 +146,18 @@ def _dimensions(quantizer: QuantizerConfig) -> dict[int, int | None]:
 
 
 def _existing(path: Path) -> Path:
-    """Return the nearest directory that exists, ``path`` or one above it."""
-    while not path.is_dir():
-        path = path.parent
-    return path
+    """Return the nearest directory that exists, ``path`` or one above it.
+
+    Raises:
+        UserError: A file stands in the way.
+    """
+    nearest = path
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(
+            f"{nearest} is a file, and results go below it",
+            where=f"directory {path}",
+            remedy="Choose another one: QSENS_RESULTS, runner.output_dir.",
+        )
+    return nearest
