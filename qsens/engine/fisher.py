@@ -27,6 +27,7 @@ from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
 from qsens.engine.change import Segment
+from qsens.engine.expert_scores import Mixture
 from qsens.engine.fused import Pass, run
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
@@ -119,6 +120,10 @@ class _FisherPass(Pass):
             for draw, slopes in enumerate(rows.slopes):
                 inner = torch.linalg.vecdot(change, slopes[:count].float())
                 ledger.scores[draw, position, into] = inner
+
+    def alone(self, mixture: Mixture, found: torch.Tensor, count: int) -> torch.Tensor:
+        inner = mixture.sums(found.T.contiguous(), count)
+        return inner.square().mean(dim=-1) / 2
 
     def head(self, flights: Sequence[Flight]) -> tuple[list[list[torch.Tensor]], list[Sums]]:
         """Estimate the head exactly to second order; return each draw's gradients at its input."""

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,8 @@ from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima, Running
 from qsens.engine.candidates import Candidates
 from qsens.engine.change import Segment, change_norms
+from qsens.engine.expert_scores import ExpertTable, Mixture, Piece
+from qsens.engine.experts import expert_weights, input_names, is_experts
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
 from qsens.engine.model_pass import HEAD_ROWS, Flight, ModelPass, Rows, weight_of
@@ -90,7 +94,7 @@ def run(
     running, more = None, []
     if maxima is None:
         snapshots = candidates.snapshots()
-        running = Running(work.linears, snapshots, work.device)
+        running = Running(work.inputs.names(), snapshots, work.device)
         more = _batches(model, samples, max(snapshots), candidates, boundaries, limit)
         more = [batch for batch in more if batch.first >= scored]
     else:
@@ -114,6 +118,7 @@ def run(
         padding_share=padding_share(batches),
         maxima=work.found,
         draws=work.draws(),
+        experts=work.experts,
     )
 
 
@@ -177,8 +182,15 @@ class Pass:
         self.linears = {name: model.get_submodule(name) for name in self.group_of}
         self.run = ModelPass(model, self.linears)
         self.device = self.run.device
-        shapes = {name: weight_of(module).shape[1:] for name, module in self.linears.items()}
-        self.inputs = Inputs(candidates, self.device, shapes, self._fail)
+        mixtures = {name: module for name, module in self.linears.items() if is_experts(module)}
+        shapes = {
+            name: expert_weights(module)[0].shape[2:]
+            if name in mixtures
+            else weight_of(module).shape[1:]
+            for name, module in self.linears.items()
+        }
+        names = {name: input_names(name, module) for name, module in self.linears.items()}
+        self.inputs = Inputs(candidates, self.device, shapes, names, self._fail)
         self.found: Mapping[int, Maxima] = {}
         self.head_name = next(
             (name for name, module in self.linears.items() if module is self.run.head), None
@@ -188,6 +200,10 @@ class Pass:
         self.errors = torch.zeros_like(self.scores)
         self.norms = torch.zeros(len(groups), scored, dtype=torch.float64)
         self.loss = torch.zeros(scored, dtype=torch.float64)
+        self.experts = {
+            name: ExpertTable.empty(len(expert_weights(module)[0]), shape[1], scored)
+            for name, module in mixtures.items()
+        }
         self.seen: set[str] = set()
         self.failures: dict[tuple[int, int], str] = {}
 
@@ -265,6 +281,9 @@ class Pass:
 
     def _module(self, name: str, rows: Rows, ledger: Ledger, position: int, stack: Stack) -> None:
         """Score every candidate on one module: one product a weight format."""
+        if name in self.experts:
+            self._mixture(name, rows, ledger, position, stack)
+            return
         bias: torch.Tensor | None = self.linears[name].bias  # type: ignore[assignment]
         ledger.norms[position] = _row_norms(rows.outputs)
         for index, slots in ledger.layout.slots.items():
@@ -273,6 +292,50 @@ class Pass:
                 continue
             given, segments = stack.select(slots)
             self.measure(F.linear(given, weight, bias), rows, segments, ledger, position)
+
+    def _mixture(self, name: str, rows: Rows, ledger: Ledger, position: int, stack: Stack) -> None:
+        """Score every candidate on one mixture, and on each of its experts alone."""
+        ledger.norms[position] = _row_norms(rows.outputs)
+        layout, table = ledger.layout, self.experts[name]
+        mixture = Mixture(self.linears[name], rows, layout)
+        order = list(layout.order)
+        table.tokens[:, order] += mixture.tokens.cpu()
+        for index, slots in layout.slots.items():
+            given, segments = stack.select(slots)
+            pieces = {
+                start: Piece(start, stack.counts[slot.input], slot.input)
+                for slot, (start, _, _) in zip(slots, segments, strict=True)
+            }
+            listed = sorted(pieces.values(), key=lambda piece: piece.start)
+            total = mixture.pairs * len(listed)
+            apart = self.ledger(1, replace(layout, rows=0, total=total))
+            try:
+                changed = mixture.change(
+                    given,
+                    listed,
+                    self.candidates.weights[index],
+                    partial(self.inputs.between, name),
+                    partial(self.measure, ledger=apart, position=0),
+                )
+            except Exception as error:
+                self._fail(name, [slot.candidate for slot in slots], error)
+                continue
+            self.measure(changed, rows, segments, ledger, position)
+            found = apart.scores.view(*apart.scores.shape[:-2], len(listed), mixture.pairs)
+            at = {piece.start: number for number, piece in enumerate(listed)}
+            for slot, (start, _, _) in zip(slots, segments, strict=True):
+                alone = self.alone(mixture, found[..., at[start], :], slot.count)
+                table.per_sample[:, slot.candidate, order] = alone.cpu()
+
+    def alone(self, mixture: Mixture, found: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the scores of single experts, ``(experts, samples)``.
+
+        Args:
+            mixture: The mixture.
+            found: What was measured of each pair.
+            count: Rows of the wave that count.
+        """
+        return mixture.sums(found.square(), count)
 
     def measure(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qsens.engine.expert_scores import ExpertTable
 from qsens.engine.groups import Group
 from qsens.manifest import Status
 
@@ -64,6 +65,7 @@ class PassScores:
         maxima: The calibrated maxima that it used, by snapshot.
         draws: Method ``fisher``: what each draw says, ``(groups, candidates, samples, draws)``, in
             nats; their mean is ``per_sample``.
+        experts: What each expert of a mixture has to do with it, by module name.
     """
 
     groups: tuple[Group, ...]
@@ -77,6 +79,7 @@ class PassScores:
     padding_share: float
     maxima: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     draws: torch.Tensor | None = None
+    experts: Mapping[str, ExpertTable] = field(default_factory=dict)
 
     def relative_errors(self, candidate: int, scored: int) -> torch.Tensor | None:
         """Return ``||dY||^2 / ||Y||^2`` of each group over the first samples, where measured."""
