@@ -20,6 +20,24 @@ def silent(phase: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
+class ExpertScores:
+    """The scores of the experts of one mixture, each as if it alone were quantized.
+
+    Attributes:
+        sensitivity: By expert, as :attr:`GroupScore.sensitivity`; none where it got no token, or
+            where it is not finite.
+        tokens: Real tokens of the samples scored that each expert got.
+    """
+
+    sensitivity: tuple[float | None, ...]
+    tokens: tuple[int, ...]
+
+    def without_tokens(self) -> tuple[int, ...]:
+        """Return the experts that got no token."""
+        return tuple(number for number, tokens in enumerate(self.tokens) if not tokens)
+
+
+@dataclass(frozen=True)
 class GroupScore:
     """The score of one group in one format.
 
@@ -34,6 +52,7 @@ class GroupScore:
         standard_error: Of ``sensitivity_per_token``, from the draws of ``fisher`` alone: how far
             off the divergence of these very samples may be. None for other methods.
         relative_error: ``||dY||^2 / ||Y||^2``, summed over members; none where not measured.
+        experts: Of a mixture, its experts apart, where they were measured.
     """
 
     group: Group
@@ -43,6 +62,7 @@ class GroupScore:
     sensitivity_per_token: float | None = None
     relative_error: float | None = None
     standard_error: float | None = None
+    experts: ExpertScores | None = None
 
 
 @dataclass(frozen=True)
