@@ -7,6 +7,7 @@ many candidates of a group as fit go through at once, each with a copy of the ba
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from torch import nn
 from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
+from qsens.engine.experts import input_names, is_experts, run
 from qsens.engine.families import head_of
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import HEAD_ROWS, layers_of, weight_of
@@ -209,7 +211,9 @@ class _Change:
                 stack.callback(delattr, module, "forward")
             yield
 
-    def _forward(self, name: str, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _forward(self, name: str, module: nn.Module) -> Callable[..., torch.Tensor]:
+        if is_experts(module):
+            return functools.partial(self._experts, name, module)
         weight = weight_of(module)
         quantized: dict[int, torch.Tensor] = {}
         for index in {self.candidates.pairs[candidate][0] for candidate in self.chosen}:
@@ -233,6 +237,27 @@ class _Change:
             return torch.cat(outputs)
 
         return forward
+
+    def _experts(
+        self, name: str, module: nn.Module, x: torch.Tensor, *routing: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what experts give: each copy's with its own formats."""
+        self.ran.add(name)
+        first, second = input_names(name, module)
+        outputs = []
+        copies = (each.chunk(len(self.chosen)) for each in (x, *routing))
+        for candidate, part, chosen, gates in zip(self.chosen, *copies, strict=True):
+            weight, entry = self.candidates.pairs[candidate]
+            quantized = functools.partial(quantize_weight, cfg=self.candidates.weights[weight])
+            inner = functools.partial(self._quantized, second, entry)
+            try:
+                given = self._quantized(first, entry, part)
+                found = run(module, given, chosen, gates, weights=quantized, inner=inner)
+            except Exception as error:
+                self._fail([candidate], error)
+                found = part
+            outputs.append(found)
+        return torch.cat(outputs)
 
     def _quantized(self, name: str, entry: int, x: torch.Tensor) -> torch.Tensor:
         chosen = self.candidates.inputs[entry]

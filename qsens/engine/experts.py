@@ -9,7 +9,7 @@ what stands between their two products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,36 @@ def between(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     gate, up = F.linear(x, weight).chunk(2, dim=-1)
     found: torch.Tensor = module.act_fn(gate) * up
     return found
+
+
+def run(
+    module: nn.Module,
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    gates: torch.Tensor,
+    *,
+    weights: Callable[[torch.Tensor], torch.Tensor],
+    inner: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return what experts give, ``(rows, hidden)``.
+
+    Args:
+        module: The experts.
+        x: What they read, ``(rows, hidden)``.
+        chosen: As :func:`route` takes it.
+        gates: As :func:`route` takes it.
+        weights: Called with each weight of one expert before it is used.
+        inner: Called with what stands between the products of one expert.
+    """
+    first, second = expert_weights(module)
+    routing = route(chosen, gates, len(first))
+    output = torch.zeros_like(x)
+    for expert in routing.busy():
+        share = routing.share(expert)
+        hidden = inner(between(module, x[routing.rows[share]], weights(first[expert])))
+        added = F.linear(hidden, weights(second[expert])) * routing.gates[share]
+        output.index_add_(0, routing.rows[share], added)
+    return output
 
 
 def contributions(module: nn.Module, x: torch.Tensor, routing: Routing) -> torch.Tensor:

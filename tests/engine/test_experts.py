@@ -15,6 +15,7 @@ from qsens.engine import fused, reference
 from qsens.engine.budget import Budget
 from qsens.engine.calibrate import calibrate
 from qsens.engine.candidates import Candidates, Request, distinct
+from qsens.engine.divergence import diverge
 from qsens.engine.fisher import estimate
 from qsens.engine.groups import find_groups
 from qsens.engine.samples import Samples, equal_length_batches, nominal_labels
@@ -312,3 +313,32 @@ def test_fisher_against_an_enumeration_of_all_labels() -> None:
                 expected = enumerated(model, tokens, [name], quantized(expert))
                 ours = [float(each.experts[name].per_sample[expert, 0, sample]) for each in found]
                 assert sum(ours) / len(ours) == pytest.approx(expected, rel=0.2, abs=1e-12)
+
+
+def test_divergence_equals_auto_quantize(
+    work: tuple[Any, ...], pairs: dict[str, PairConfig]
+) -> None:
+    """ModelOpt's own KL divergence, and copies of a batch beside one at a time."""
+    truth = diverge(*work, boundaries=[4, 6])
+    assert truth.failures == {}
+    assert all(truth.reached)
+    split = diverge(*work, boundaries=[4, 6], budget=Budget(limit=0, max_tokens=1, predicted=0))
+    torch.testing.assert_close(split.per_sample, truth.per_sample, rtol=1e-4, atol=1e-8)
+    names = [group.name for group in truth.groups]
+    for name in ("wint8_aint8", "wnvfp4_afp16"):
+        theirs = reference.score_cell(
+            mixtures.model(),
+            mixtures.samples(),
+            pairs[name],
+            vision=[],
+            sizes=[4, 6],
+            scored=6,
+            batch_size=BATCH_SIZE,
+            method="kl_div",
+        )
+        sums = truth.per_sample[:, work[3].of_cell[f"{name}-6"]].sum(dim=1).tolist()
+        expected = {entry.group.name: entry.sensitivity for entry in theirs.groups}
+        for layer in LAYERS:
+            assert dict(zip(names, sums, strict=True))[layer] == pytest.approx(
+                expected[layer], rel=5e-3
+            )
