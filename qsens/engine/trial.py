@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qsens.config import PairConfig
+from qsens.engine.experts import FIRST, SECOND, is_experts
 from qsens.engine.groups import Group
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches
@@ -165,10 +166,15 @@ def effective_bits(model: nn.Module, groups: Sequence[Group]) -> float:
     used = total = 0.0
     for name in (name for group in groups for name in group.members):
         module: Any = model.get_submodule(name)
-        count = module.weight.numel()
-        quantizer = module.weight_quantizer
-        total += count
-        used += count * (quantizer._effective_bits if quantizer.is_enabled else 16.0)
+        parts = [("weight", "weight_quantizer")]
+        if is_experts(module):  # each has quantizers of its own, all alike
+            parts = [(part, f"{part}_weight_quantizers") for part in (FIRST, SECOND)]
+        for weight, attribute in parts:
+            count = getattr(module, weight).numel()
+            found = getattr(module, attribute)
+            quantizer = found[0] if isinstance(found, nn.ModuleList) else found
+            total += count
+            used += count * (quantizer._effective_bits if quantizer.is_enabled else 16.0)
     return used / total
 
 
