@@ -127,6 +127,30 @@ def test_fused_equals_auto_quantize(
         )
 
 
+def test_bfloat16(pairs: dict[str, PairConfig], samples: Samples) -> None:
+    """The rounding of outputs, expert by expert, is part of the number."""
+    pair = pairs["wfp8_afp8"]
+    model = mixtures.model().bfloat16()
+    cfg = pair.input_quantizer.modelopt() if pair.input_quantizer else None
+    candidates = distinct([Request("cell-6", pair.weight_quantizer.modelopt(), cfg, 6, 6)])
+    groups = find_groups(model)
+    batches = equal_length_batches(samples, boundaries=[6], batch_size=BATCH_SIZE)
+    maxima = calibrate(model, samples, groups, snapshots=[6], batches=batches)
+    ours = fused.score(model, samples, groups, candidates, maxima, batches=batches)
+    assert ours.failures == {}
+    theirs = reference.score_cell(
+        mixtures.model().bfloat16(),
+        samples,
+        pair,
+        vision=[],
+        sizes=[6],
+        scored=6,
+        batch_size=BATCH_SIZE,
+    )
+    expected = {entry.group.name: entry.sensitivity for entry in theirs.groups}
+    assert of_cell(ours, candidates, "cell-6", 6) == pytest.approx(expected, rel=2e-2)
+
+
 def test_tokens_of_each_expert(work: tuple[Any, ...], found: PassScores) -> None:
     model, samples = work[:2]
     for name, idle in zip(LAYERS, mixtures.IDLE, strict=True):

@@ -17,10 +17,14 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
-from qsens.config import Roots
+from qsens.config import Roots, choices, load_sweep
+from qsens.engine.budget import plan_budget
+from qsens.engine.candidates import Request, distinct
 from qsens.engine.checkpoint import load_model
+from qsens.engine.groups import find_groups
 from qsens.grid import Plan
 from qsens.manifest import Manifest, read_manifest
+from qsens.pipeline.checks import check_formats, covered_shapes
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
@@ -282,3 +286,57 @@ def test_all_layers_of_a_mixture_that_sees(tmp_path: Path) -> None:
             assert sum(row.experts.tokens) == 2 * manifest.dataset.tokens
     result = verify(plan, "wint8_aint8-all_layers-small")
     assert result["agrees"], result
+
+
+def test_the_shapes_of_30b_a3b() -> None:
+    """On no device, with the sizes of its configuration: groups, formats, and memory."""
+    text = {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [24, 20, 20]},
+    }
+    vision = {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "out_hidden_size": 2048,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24],
+    }
+    config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = Qwen3VLMoeForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    tower = ("model.visual.*",)
+    groups = [group for group in find_groups(model, tower) if group.covered]
+    # In each layer q/k/v, o and experts; then the head.
+    assert len(groups) == 48 * 3 + 1
+    per_layer = (4096 + 2 * 512) * 2048 + 4096 * 2048 + 128 * 3 * 768 * 2048
+    assert sum(group.weights for group in groups) == 48 * per_layer + 151936 * 2048
+
+    pairs = load_sweep("single", [f"quant_pair={','.join(choices('quant_pair'))}"]).config
+    shapes = {
+        # The files hold every expert transposed.
+        name: (shape[0], shape[2], shape[1]) if "experts" in name else tuple(shape)
+        for name, shape in ((name, weight.shape) for name, weight in model.named_parameters())
+    }
+    assert shapes["model.language_model.layers.0.mlp.experts.down_proj"] == (128, 768, 2048)
+    assert check_formats(pairs, covered_shapes(shapes, tower)) == []
+
+    candidates = distinct(
+        [
+            Request(pair.name, pair.weight_cfg(), None, 128, 128)
+            for pair in pairs.quant_pair
+            if pair.name.endswith("afp16")
+        ]
+    )
+    budget = plan_budget(model, groups, candidates, limit_gb=12)
+    assert budget.max_tokens >= 8192
+    assert budget.predicted <= 12 << 30
