@@ -151,6 +151,68 @@ def test_bfloat16(pairs: dict[str, PairConfig], samples: Samples) -> None:
     assert of_cell(ours, candidates, "cell-6", 6) == pytest.approx(expected, rel=2e-2)
 
 
+def test_layers_without_experts_beside(pairs: dict[str, PairConfig], samples: Samples) -> None:
+    """A checkpoint may keep some of its layers dense."""
+    pair = pairs["wint8_aint8"]
+    model = mixtures.model(mlp_only_layers=[0])
+    cfg = pair.input_quantizer.modelopt() if pair.input_quantizer else None
+    candidates = distinct([Request("cell", pair.weight_quantizer.modelopt(), cfg, 6, 6)])
+    groups = find_groups(model)
+    assert [group.kind for group in groups] == [
+        "qkv",
+        "o",
+        "gate_up",
+        "down",
+        "qkv",
+        "o",
+        "experts",
+        "head",
+    ]
+    batches = equal_length_batches(samples, boundaries=[6], batch_size=BATCH_SIZE)
+    ours = fused.score(model, samples, groups, candidates, None, batches=batches)
+    theirs = reference.score_cell(
+        mixtures.model(mlp_only_layers=[0]),
+        samples,
+        pair,
+        vision=[],
+        sizes=[6],
+        scored=6,
+        batch_size=BATCH_SIZE,
+    )
+    expected = {entry.group.name: entry.sensitivity for entry in theirs.groups}
+    assert of_cell(ours, candidates, "cell", 6) == pytest.approx(expected, rel=1e-3)
+    assert list(ours.experts) == [LAYERS[1]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("method", ["gradient", "fisher"])
+def test_a_gpu_finds_the_same(method: str, work: tuple[Any, ...]) -> None:
+    model, samples, groups, candidates, maxima = work
+    more: dict[str, Any] = {"draws": 2, "seed": 5} if method == "fisher" else {}
+    measure = estimate if method == "fisher" else fused.score
+    expected = measure(*work, boundaries=[4, 6], **more)
+    there = copy.deepcopy(model).cuda()
+    found = measure(there, samples, groups, candidates, maxima, boundaries=[4, 6], **more)
+    assert found.failures == {}
+    torch.testing.assert_close(
+        found.per_sample.sum(-1), expected.per_sample.sum(-1), rtol=5e-3, atol=1e-9
+    )
+    for name in LAYERS:
+        assert torch.equal(found.experts[name].tokens, expected.experts[name].tokens)
+        torch.testing.assert_close(
+            found.experts[name].per_sample.sum(-1),
+            expected.experts[name].per_sample.sum(-1),
+            rtol=5e-3,
+            atol=1e-9,
+        )
+    again = measure(there, samples, groups, candidates, maxima, boundaries=[4, 6], **more)
+    assert torch.equal(again.per_sample, found.per_sample)
+    assert all(
+        torch.equal(again.experts[name].per_sample, found.experts[name].per_sample)
+        for name in LAYERS
+    )
+
+
 def test_tokens_of_each_expert(work: tuple[Any, ...], found: PassScores) -> None:
     model, samples = work[:2]
     for name, idle in zip(LAYERS, mixtures.IDLE, strict=True):
