@@ -7,7 +7,9 @@ a single expert adds to the output, as if the others were not quantized.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,37 +17,19 @@ from torch import nn
 
 from qsens.engine.change import Segment
 from qsens.engine.experts import between, contributions, expert_weights, route
-from qsens.engine.layout import Layout
+from qsens.engine.layout import Layout, Ledger
 from qsens.engine.model_pass import Rows
 from qsens.engine.quantizer import quantize_weight
+from qsens.engine.stack import Stack
+
+if TYPE_CHECKING:
+    from qsens.engine.fused import Pass
 
 Inner = Callable[[int, torch.Tensor], torch.Tensor]
 """Quantizes what stands between the products, as an input format and snapshot say."""
 
 Book = Callable[[torch.Tensor, Rows, tuple[Segment, ...]], None]
 """Books what a candidate does to what one expert adds; the changed rows are used up."""
-
-
-@dataclass(frozen=True)
-class ExpertTable:
-    """What a pass found for each expert of one mixture.
-
-    Attributes:
-        per_sample: As :attr:`qsens.engine.scores.PassScores.per_sample`, with only one expert
-            quantized, ``(experts, candidates, samples)``, float32.
-        tokens: Real tokens of each sample that each expert got, ``(experts, samples)``, int64.
-    """
-
-    per_sample: torch.Tensor
-    tokens: torch.Tensor
-
-    @classmethod
-    def empty(cls, experts: int, candidates: int, samples: int) -> ExpertTable:
-        """Return a table of zeros."""
-        return cls(
-            torch.zeros(experts, candidates, samples),
-            torch.zeros(experts, samples, dtype=torch.int64),
-        )
 
 
 @dataclass(frozen=True)
@@ -159,3 +143,48 @@ class Mixture:
             inside = self._expert[self.routing.rows < count]
             self._shares[count] = torch.bincount(inside, minlength=len(self.first)).tolist()
         return self._shares[count]
+
+
+def score_mixture(
+    work: Pass, name: str, rows: Rows, ledger: Ledger, position: int, stack: Stack
+) -> None:
+    """Score every candidate on a mixture, and on each of its experts alone.
+
+    Args:
+        work: The pass.
+        name: The mixture.
+        rows: Its rows.
+        ledger: Receives what is measured of the mixture.
+        position: The place of the mixture there.
+        stack: Its inputs, quantized.
+    """
+    layout, table = ledger.layout, work.experts[name]
+    ledger.norms[position] = torch.linalg.vector_norm(rows.outputs, dim=-1, dtype=torch.float32)
+    mixture = Mixture(work.linears[name], rows, layout)
+    order = list(layout.order)
+    table.tokens[:, order] += mixture.tokens.cpu()
+    for index, slots in layout.slots.items():
+        given, segments = stack.select(slots)
+        pieces = {
+            start: Piece(start, stack.counts[slot.input], slot.input)
+            for slot, (start, _, _) in zip(slots, segments, strict=True)
+        }
+        listed = [pieces[start] for start in sorted(pieces)]
+        apart = work.ledger(1, replace(layout, rows=0, total=mixture.pairs * len(listed)))
+        try:
+            changed = mixture.change(
+                given,
+                listed,
+                work.candidates.weights[index],
+                partial(work.inputs.between, name),
+                partial(work.measure, ledger=apart, position=0),
+            )
+        except Exception as error:
+            work.fail(name, [slot.candidate for slot in slots], error)
+            continue
+        work.measure(changed, rows, segments, ledger, position)
+        found = apart.scores.view(*apart.scores.shape[:-2], len(listed), mixture.pairs)
+        at = {piece.start: number for number, piece in enumerate(listed)}
+        for slot, (start, _, _) in zip(slots, segments, strict=True):
+            alone = work.alone(mixture, found[..., at[start], :], slot.count)
+            table.per_sample[:, slot.candidate, order] = alone.cpu()

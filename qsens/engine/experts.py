@@ -9,7 +9,7 @@ what stands between their two products.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,32 @@ def run(
         added = F.linear(hidden, weights(second[expert])) * routing.gates[share]
         output.index_add_(0, routing.rows[share], added)
     return output
+
+
+def expert_inputs(
+    name: str,
+    module: nn.Module,
+    args: Sequence[torch.Tensor],
+    shape: Sequence[int],
+    real: torch.Tensor | None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what quantizers of experts read, with its name; the second input expert by expert.
+
+    Args:
+        name: Name of the module.
+        module: The experts.
+        args: What they are called with, padding included: hidden states, experts, weights.
+        shape: Samples and tokens of the batch.
+        real: Indices of the real tokens; none where nothing is padded.
+    """
+    first, second = input_names(name, module)
+    yield first, args[0].view(*shape, -1)
+    hidden, chosen, gates = args if real is None else (part[real] for part in args)
+    weight, _ = expert_weights(module)
+    routing = route(chosen, gates, len(weight))
+    for expert in routing.busy():
+        rows = hidden[routing.rows[routing.share(expert)]]
+        yield second, between(module, rows, weight[expert])
 
 
 def contributions(module: nn.Module, x: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +23,7 @@ from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima, Running
 from qsens.engine.candidates import Candidates
 from qsens.engine.change import Segment, change_norms
-from qsens.engine.expert_scores import ExpertTable, Mixture, Piece
+from qsens.engine.expert_scores import Mixture, score_mixture
 from qsens.engine.experts import expert_weights, input_names, is_experts
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
@@ -39,7 +37,7 @@ from qsens.engine.samples import (
     padded_batches,
     padding_share,
 )
-from qsens.engine.scores import PassScores, Progress, silent
+from qsens.engine.scores import ExpertTable, PassScores, Progress, silent
 from qsens.engine.stack import Inputs, Stack
 
 
@@ -190,7 +188,7 @@ class Pass:
             for name, module in self.linears.items()
         }
         names = {name: input_names(name, module) for name, module in self.linears.items()}
-        self.inputs = Inputs(candidates, self.device, shapes, names, self._fail)
+        self.inputs = Inputs(candidates, self.device, shapes, names, self.fail)
         self.found: Mapping[int, Maxima] = {}
         self.head_name = next(
             (name for name, module in self.linears.items() if module is self.run.head), None
@@ -257,8 +255,8 @@ class Pass:
                     found.append(self._layer(alike, layouts[unit]))
             for name in self.run.sliding:
                 reason = ValueError("a convolution whose windows are not whole patches")
-                self._fail(name, range(len(self.candidates.pairs)), reason)
-            # Read at the end of a wave: until here, nothing has waited for the device.
+                self.fail(name, range(len(self.candidates.pairs)), reason)
+            # Read at the end of a wave: until here, only mixtures have waited for the device.
             if found:
                 self.book(found, [index for batch in batches for index in batch.samples])
 
@@ -273,7 +271,7 @@ class Pass:
         read: torch.Tensor | None = None
         for position, name in enumerate(names):
             rows = layer.pop(name)
-            if rows.inputs is not read:  # q, k and v read one object
+            if rows.inputs is not read or name in self.experts:  # q, k and v read one object
                 read = rows.inputs
                 stack = self.inputs.stack(name, read, layout)
             self._module(name, rows, ledger, position, stack)
@@ -282,7 +280,7 @@ class Pass:
     def _module(self, name: str, rows: Rows, ledger: Ledger, position: int, stack: Stack) -> None:
         """Score every candidate on one module: one product a weight format."""
         if name in self.experts:
-            self._mixture(name, rows, ledger, position, stack)
+            score_mixture(self, name, rows, ledger, position, stack)
             return
         bias: torch.Tensor | None = self.linears[name].bias  # type: ignore[assignment]
         ledger.norms[position] = _row_norms(rows.outputs)
@@ -292,40 +290,6 @@ class Pass:
                 continue
             given, segments = stack.select(slots)
             self.measure(F.linear(given, weight, bias), rows, segments, ledger, position)
-
-    def _mixture(self, name: str, rows: Rows, ledger: Ledger, position: int, stack: Stack) -> None:
-        """Score every candidate on one mixture, and on each of its experts alone."""
-        ledger.norms[position] = _row_norms(rows.outputs)
-        layout, table = ledger.layout, self.experts[name]
-        mixture = Mixture(self.linears[name], rows, layout)
-        order = list(layout.order)
-        table.tokens[:, order] += mixture.tokens.cpu()
-        for index, slots in layout.slots.items():
-            given, segments = stack.select(slots)
-            pieces = {
-                start: Piece(start, stack.counts[slot.input], slot.input)
-                for slot, (start, _, _) in zip(slots, segments, strict=True)
-            }
-            listed = sorted(pieces.values(), key=lambda piece: piece.start)
-            total = mixture.pairs * len(listed)
-            apart = self.ledger(1, replace(layout, rows=0, total=total))
-            try:
-                changed = mixture.change(
-                    given,
-                    listed,
-                    self.candidates.weights[index],
-                    partial(self.inputs.between, name),
-                    partial(self.measure, ledger=apart, position=0),
-                )
-            except Exception as error:
-                self._fail(name, [slot.candidate for slot in slots], error)
-                continue
-            self.measure(changed, rows, segments, ledger, position)
-            found = apart.scores.view(*apart.scores.shape[:-2], len(listed), mixture.pairs)
-            at = {piece.start: number for number, piece in enumerate(listed)}
-            for slot, (start, _, _) in zip(slots, segments, strict=True):
-                alone = self.alone(mixture, found[..., at[start], :], slot.count)
-                table.per_sample[:, slot.candidate, order] = alone.cpu()
 
     def alone(self, mixture: Mixture, found: torch.Tensor, count: int) -> torch.Tensor:
         """Return the scores of single experts, ``(experts, samples)``.
@@ -451,10 +415,10 @@ class Pass:
             weight = weight_of(self.linears[name])
             return quantize_weight(weight, self.candidates.weights[index]).flatten(1)
         except Exception as error:
-            self._fail(name, [slot.candidate for slot in slots], error)
+            self.fail(name, [slot.candidate for slot in slots], error)
             return None
 
-    def _fail(self, name: str, candidates: Sequence[int], error: Exception) -> None:
+    def fail(self, name: str, candidates: Sequence[int], error: Exception) -> None:
         """Note why a candidate has no score here; the rest of the pass goes on."""
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise error

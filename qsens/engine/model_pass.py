@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qsens.engine.experts import between, expert_weights, input_names, is_experts, route
+from qsens.engine.experts import expert_inputs, is_experts
 from qsens.engine.families import head_of
 from qsens.engine.samples import Batch, Unit
 from qsens.errors import UserError
@@ -411,14 +411,9 @@ class ModelPass:
             tap(name, args[0])
             return
         assert self._batch is not None
-        first, second = input_names(name, module)
-        tap(first, args[0].view(*self._batch.input_ids.shape, -1))
         real = self._batch.real_tokens()
-        hidden, chosen, gates = args if real is None else (part[real] for part in args)
-        routing = route(chosen, gates, len(expert_weights(module)[0]))
-        for expert in routing.busy():
-            rows = hidden[routing.rows[routing.share(expert)]]
-            tap(second, between(module, rows, expert_weights(module)[0][expert]))
+        for each, rows in expert_inputs(name, module, args, self._batch.input_ids.shape, real):
+            tap(each, rows)
 
     def _forward_hook(
         self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qsens.engine.expert_scores import ExpertTable
 from qsens.engine.groups import Group
 from qsens.manifest import Status
 
@@ -63,6 +62,28 @@ class GroupScore:
     relative_error: float | None = None
     standard_error: float | None = None
     experts: ExpertScores | None = None
+
+
+@dataclass(frozen=True)
+class ExpertTable:
+    """What a pass found for each expert of one mixture.
+
+    Attributes:
+        per_sample: As :attr:`PassScores.per_sample`, with only one expert
+            quantized, ``(experts, candidates, samples)``, float32.
+        tokens: Real tokens of each sample that each expert got, ``(experts, samples)``, int64.
+    """
+
+    per_sample: torch.Tensor
+    tokens: torch.Tensor
+
+    @classmethod
+    def empty(cls, experts: int, candidates: int, samples: int) -> ExpertTable:
+        """Return a table of zeros."""
+        return cls(
+            torch.zeros(experts, candidates, samples),
+            torch.zeros(experts, samples, dtype=torch.int64),
+        )
 
 
 @dataclass(frozen=True)
