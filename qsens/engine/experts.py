@@ -89,7 +89,7 @@ def between(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def run(
+def run_experts(
     module: nn.Module,
     x: torch.Tensor,
     chosen: torch.Tensor,
