@@ -17,7 +17,7 @@ from transformers import (
 from qsens.config import ModelConfig
 from qsens.engine.experts import is_experts
 from qsens.engine.families import find_head, remember_head, resolve_parts
-from qsens.engine.files import read_config, weight_files
+from qsens.engine.files import read_chat_template, read_config, weight_files
 from qsens.errors import UserError
 
 # What ModelOpt makes quantized modules of.
@@ -116,7 +116,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         UserError: There is none, or it is broken.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             config.path, local_files_only=True, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
@@ -125,6 +125,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
             where=f"model.path = {config.path}",
             remedy="Save the tokenizer beside the weights.",
         ) from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = read_chat_template(config.path)
+    return tokenizer
 
 
 def _settings(config: ModelConfig) -> Any:

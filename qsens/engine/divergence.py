@@ -30,11 +30,14 @@ from qsens.engine.samples import (
 )
 from qsens.engine.scores import PassScores, Progress, silent
 
-# Tokens that go through together, over all copies of a batch: on a GPU few kernels are what counts.
-_TOKENS = 2 * BATCH_TOKENS
-# A batch is filled up to one part in so many: samples of few batches differ more in length, and are
-# padded in every copy.
-_COPIES = 128
+# Tokens that go through together, over all copies of a batch. On a GPU few kernels are what counts;
+# a CPU is quickest while what a layer makes of them stays in its caches.
+_TOKENS = {"cuda": 4 * BATCH_TOKENS, "cpu": BATCH_TOKENS // 2}
+# Tokens of a batch: in a larger one samples differ more in length, and are padded in every copy; of
+# a smaller one more go through alone.
+_BATCH_TOKENS = BATCH_TOKENS // 32
+# Copies that are to fit: the one that stays as it is costs as much as another.
+_COPIES = 8
 
 
 @torch.no_grad()
@@ -63,12 +66,14 @@ def diverge(
     covered = tuple(group for group in groups if group.covered)
     scored = min(max(candidates.scored), len(samples))
     copies = Copies(model, covered, candidates, maxima)
-    tokens = min(_TOKENS, budget.max_tokens) if budget else _TOKENS
+    tokens = _TOKENS["cuda" if copies.device.type == "cuda" else "cpu"]
+    if budget:
+        tokens = min(tokens, budget.max_tokens)
     batches = padded_batches(
         samples,
         scored,
         boundaries=[*boundaries, *candidates.scored],
-        together=tokens // _COPIES,
+        together=min(_BATCH_TOKENS, tokens // _COPIES),
     )
     found = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
     losses = torch.zeros(scored, dtype=torch.float64)

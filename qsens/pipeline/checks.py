@@ -46,7 +46,8 @@ def covered_shapes(shapes: Shapes, vision_patterns: tuple[str, ...]) -> dict[str
         name: _of_expert(name, shape, shapes)
         for name, shape in shapes.items()
         if len(shape) >= 2
-        and "embed" not in name
+        # An embedding is a matrix; a patch embedding is a convolution.
+        and ("embed" not in name or len(shape) > 2)
         and not _is_router(name, shapes)
         and not any(
             fnmatch.fnmatch(name.removesuffix(".weight"), pattern) for pattern in vision_patterns

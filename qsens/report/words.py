@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from qsens.analysis.audit import Judgement
 from qsens.analysis.experts import Expert
+from qsens.manifest import Judgement
 from qsens.report import format as look
 from qsens.report.findings import CellStability, Drift, SizesCompared
 

@@ -428,3 +428,16 @@ def test_divergence_equals_auto_quantize(
             assert dict(zip(names, sums, strict=True))[layer] == pytest.approx(
                 expected[layer], rel=5e-3
             )
+
+
+def test_fisher_is_the_divergence(work: tuple[Any, ...]) -> None:
+    """Where a change is small, the second order is enough."""
+    truth = diverge(*work, boundaries=[4, 6])
+    found = estimate(*work, draws=64, seed=1)
+    candidates = work[3]
+    for at, group in enumerate(found.groups):
+        if group.name in LAYERS:
+            for name in ("wint8_afp16-6", "wint8_aint8-6"):
+                index = candidates.of_cell[name]
+                ratio = found.per_sample[at, index].sum() / truth.per_sample[at, index].sum()
+                assert 0.75 < float(ratio) < 1.33, (group.name, name)

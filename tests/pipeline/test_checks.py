@@ -61,6 +61,9 @@ def test_embeddings_norms_routers_and_the_vision_tower_are_not_covered() -> None
         (128, 96),
         (128, 96),
     ]
+    # Where the tower is covered, its patch embedding is a weight like others.
+    assert (32, 3, 2, 16, 16) in covered_shapes(SHAPES, ()).values()
+    assert (1000, 96) not in covered_shapes(SHAPES, ()).values()
 
 
 def test_experts_lie_either_way_round_or_apart() -> None:

@@ -61,10 +61,8 @@ def run(plan: Plan, roots: Roots) -> Sweep:
     return Sweep(plan, roots, Path(published["index"]).parent, manifests)
 
 
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
-    """All pairs at two sizes over captions, of which four and six are scored."""
-    directory = tmp_path_factory.mktemp("mixture")
+def swept(directory: Path, *more: str) -> Sweep:
+    """Sweep all pairs at two sizes over captions, of which four and six are scored."""
     checkpoint = directory / "tiny"
     mixtures.model().save_pretrained(checkpoint)
     inner = Tokenizer(models.WordLevel({f"w{at}": at for at in range(48)}, "w47"))
@@ -72,8 +70,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(checkpoint)
     lines = [" ".join(f"w{at}" for at in ids) for ids in mixtures.samples().ids]
     for size, count in (("small", 4), ("medium", 6), ("large", 6)):
-        more = ["w1 w2 w3", "w4 w5 w6 w7"] if size == "large" else []
-        text = "".join(f"{line}\n" for line in [*lines[:count], *more])
+        others = ["w1 w2 w3", "w4 w5 w6 w7"] if size == "large" else []
+        text = "".join(f"{line}\n" for line in [*lines[:count], *others])
         (directory / f"captions_{size}.txt").write_text(text)
     roots = roots_of(directory)
     plan = plan_sweep(
@@ -88,12 +86,17 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
             "dataset.sizes.large=8",
             f"quant_pair={','.join(PAIRS)}",
             "output_layout=publish",
-            "autoquant.audit=full",
             "autoquant.device=cpu",
+            *more,
         ],
         roots=roots,
     )
     return run(plan, roots)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    return swept(tmp_path_factory.mktemp("mixture"))
 
 
 def test_the_plan_sees_matrices_of_experts(sweep: Sweep) -> None:
@@ -145,10 +148,25 @@ def test_reports_list_experts(sweep: Sweep) -> None:
         assert shown in (folder / f"per-layer-sensitivity.{suffix}").read_text()
 
 
-def test_audits_measure_experts(sweep: Sweep) -> None:
-    summary = json.loads((sweep.directory / "summary.json").read_text())
-    for audit in summary["audit"]:
-        assert {point["layer"] for point in audit["points"]} >= set(LAYERS)
+def test_audits_measure_experts(tmp_path: Path) -> None:
+    """By ``fisher``, whose estimates are of the very divergence that an audit measures."""
+    found = swept(
+        tmp_path,
+        "autoquant.method=fisher",
+        "autoquant.draws=32",
+        "autoquant.audit=full",
+        "quant_pair=wint8_aint8",
+        "dataset.size=small",
+    )
+    summary = json.loads((found.directory / "summary.json").read_text())
+    (audit,) = summary["audit"]
+    points = {point["layer"]: point for point in audit["points"]}
+    rows = found.manifests["wint8_aint8-small"].layer_sensitivity
+    for name in LAYERS:
+        assert 0.7 < points[name]["estimate"] / points[name]["truth"] < 1.4
+        row = rows[f"{name}.quant_recipe"]
+        assert row.experts is not None
+        assert any(row.experts.sensitivity)
 
 
 def test_both_engines_agree(sweep: Sweep) -> None:
@@ -160,9 +178,13 @@ def test_a_recipe_is_what_modelopt_quantizes(sweep: Sweep, tmp_path: Path) -> No
     import modelopt.torch.quantization as mtq
 
     out = tmp_path / "recipe.yaml"
-    keep = [LAYERS[1]]
     found = write_recipe(
-        str(sweep.directory), bits=12.5, target="modelopt", keep=keep, out=out, check=True
+        str(sweep.directory),
+        bits=12.5,
+        target="modelopt",
+        keep=[LAYERS[1]],
+        out=out,
+        check=True,
     )
     config = yaml.safe_load(out.read_text())
     model: Any = load_model(sweep.plan.config.model, torch.device("cpu"))
