@@ -19,6 +19,7 @@ from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
 from qsens.config import PairConfig
+from qsens.engine.experts import FIRST, SECOND, is_experts
 from qsens.engine.groups import Group
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches
@@ -213,12 +214,11 @@ class Trial:
 def effective_bits(model: nn.Module, groups: Sequence[Group]) -> float:
     """Return bits a weight over ``groups``; what has no quantizer on counts 16."""
     used = total = 0.0
-    for name in (name for group in groups for name in group.members):
-        module: Any = model.get_submodule(name)
-        count = module.weight.numel()
-        quantizer = module.weight_quantizer
-        total += count
-        used += count * (quantizer._effective_bits if quantizer.is_enabled else 16.0)
+    for module in _modules(model, groups):
+        for weight, quantizer in _weights(module):
+            total += weight.numel()
+            bits = quantizer._effective_bits if quantizer.is_enabled else 16.0
+            used += weight.numel() * bits
     return used / total
 
 
@@ -227,12 +227,32 @@ def _fold(model: nn.Module, groups: Sequence[Group]) -> None:
 
     Each gets a parameter of its own: that of a head may be the embedding's as well.
     """
-    for name in (name for group in groups for name in group.members):
-        module: Any = model.get_submodule(name)
-        quantizer = getattr(module, "weight_quantizer", None)
-        if quantizer is not None and quantizer.is_enabled:
-            module.weight = nn.Parameter(quantizer(module.weight), requires_grad=False)
+    for module in _modules(model, groups):
+        for weight, quantizer in _weights(module):
+            if not quantizer.is_enabled:
+                continue
+            if is_experts(module):  # a part of the one parameter
+                weight.copy_(quantizer(weight))
+            else:
+                module.weight = nn.Parameter(quantizer(weight), requires_grad=False)
             quantizer.disable()
+
+
+def _modules(model: nn.Module, groups: Sequence[Group]) -> list[nn.Module]:
+    return [model.get_submodule(name) for group in groups for name in group.members]
+
+
+def _weights(module: Any) -> list[tuple[torch.Tensor, Any]]:
+    """Return the weights of a quantized module, each with its quantizer; experts have many."""
+    if not is_experts(module):
+        return [(module.weight, module.weight_quantizer)]
+    return [
+        pair
+        for part in (FIRST, SECOND)
+        for pair in zip(
+            getattr(module, part), getattr(module, f"{part}_weight_quantizers"), strict=True
+        )
+    ]
 
 
 def _stated(pair: PairConfig) -> dict[str, Any]:
