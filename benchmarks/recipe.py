@@ -90,7 +90,7 @@ class Bench:
 
     def _plan(self, method: str) -> Plan:
         words = [*self.words, f"autoquant.method={method}", "autoquant.score_size=512"]
-        return plan_sweep("demo", words, roots=self.roots)
+        return plan_sweep("demo-text", words, roots=self.roots)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,12 +46,12 @@ from qsens.demo.recipe import (
     DemoResult,
     Recipe,
     finished,
+    held_out_captions,
     held_out_drawings,
-    held_out_sentences,
     read_record,
     recipe_digest,
+    training_captions,
     training_drawings,
-    training_sentences,
 )
 from qsens.demo.training import Progress
 from qsens.errors import UserError
@@ -128,11 +128,11 @@ def _write(directory: Path, *, seed: int, digest: str, progress: Progress | None
     recipe, size = RECIPE, RECIPE.training.batch_size
     drawn, hidden = training_drawings(recipe), held_out_drawings(recipe)
     spoken = [drawing.caption for drawing in drawn]
-    sentences = training_sentences(recipe)
+    sentences = training_captions(recipe)
     tokenizer = _train_tokenizer([*sentences, *spoken], recipe)
     processor = _processor(recipe)
     seen = _token_ids(tokenizer, sentences)
-    unseen = _token_ids(tokenizer, held_out_sentences(recipe))
+    unseen = _token_ids(tokenizer, held_out_captions(recipe))
     texts = [*seen, *_token_ids(tokenizer, spoken[: recipe.drawings_as_text])]
     lessons = Lessons(
         [[*ids, tokenizer.eos_token_id] for ids in texts], drawn, tokenizer, processor, size

@@ -148,20 +148,20 @@ def recipe_digest(seed: int = 0) -> str:
         "special_tokens": SPECIAL_TOKENS,
         "chat_template": CHAT_TEMPLATE,
         "prompt": PROMPT,
-        "sentences": training_sentences(RECIPE) + held_out_sentences(RECIPE),
+        "sentences": training_captions(RECIPE) + held_out_captions(RECIPE),
         "look": LOOK,
         "drawings": [asdict(drawing) for drawing in drawn],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def training_sentences(recipe: Recipe) -> list[str]:
-    """Return the sentences to train on."""
+def training_captions(recipe: Recipe) -> list[str]:
+    """Return the captions to train on, text alone."""
     return captions(recipe.train_sentences, seed=0, split="training")
 
 
-def held_out_sentences(recipe: Recipe) -> list[str]:
-    """Return the sentences that the loss is measured on."""
+def held_out_captions(recipe: Recipe) -> list[str]:
+    """Return the captions that the loss is measured on, text alone."""
     return captions(recipe.held_out_sentences, seed=0, split="held_out")
 
 
