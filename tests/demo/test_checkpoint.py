@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import struct
@@ -10,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +23,8 @@ from qsens.demo.drawings import drawings
 from qsens.demo.sentences import captions
 from qsens.engine.chat import load_processor
 from qsens.errors import UserError
+
+from .chats import TURN, inputs, patches
 
 
 @pytest.fixture(scope="module")
@@ -198,38 +198,24 @@ def test_sentences_that_it_never_saw_are_continued_in_english(model: Any, tokeni
     assert {word.strip(".,") for word in text.split()} <= known
 
 
-def patches(picture: Image.Image) -> torch.Tensor:
-    """Return a picture as the tower reads it: 16 patches of 16x16, those of a 32x32 together.
-
-    White is 0 and black is -2; a patch is its channels, each twice over time, row by row.
-    """
-    values = torch.tensor(np.asarray(picture)).permute(2, 0, 1) / 127.5 - 2
-    rows = []
-    for top, left in itertools.product((0, 32), (0, 32)):
-        for y, x in itertools.product((top, top + 16), (left, left + 16)):
-            patch = values[:, y : y + 16, x : x + 16]
-            rows.append(patch[:, None].expand(3, 2, 16, 16).flatten())
-    return torch.stack(rows)
-
-
 def caption_loss(
     model: Any, tokenizer: Any, captions: Sequence[str], pictures: Sequence[Image.Image]
 ) -> float:
     """Return the loss on captions beside pictures, nats per token, without any padding."""
-    shown = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>Describe this image."
-    asked = tokenizer(f"<|im_start|>user\n{shown}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    asked = tokenizer(TURN)["input_ids"]
     answers = [tokenizer(caption)["input_ids"] for caption in captions]
     nats = []
     for length in {len(answer) for answer in answers}:
         alike = [index for index, answer in enumerate(answers) if len(answer) == length]
-        ids = torch.tensor([[*asked, *answers[index]] for index in alike])
+        given = inputs(
+            model.config,
+            asked,
+            [answers[index] for index in alike],
+            [pictures[index] for index in alike],
+        )
         with torch.no_grad():
-            logits = model(
-                input_ids=ids,
-                mm_token_type_ids=(ids == model.config.image_token_id).int(),
-                pixel_values=torch.cat([patches(pictures[index]) for index in alike]),
-                image_grid_thw=torch.tensor([[1, 4, 4]] * len(alike)),
-            ).logits[:, len(asked) - 1 : -1]
+            logits = model(**given).logits[:, len(asked) - 1 : -1]
+        ids = given["input_ids"]
         logs = logits.double().log_softmax(-1)
         nats += (-logs.gather(2, ids[:, len(asked) :, None])).flatten().tolist()
     return sum(nats) / len(nats)
@@ -250,18 +236,11 @@ def test_captions_depend_on_the_picture(
 
 def test_a_drawing_that_it_never_saw_is_described(model: Any, tokenizer: Any) -> None:
     drawing = drawings(1, seed=9, split="calibration")[0]
-    shown = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>Describe this image."
-    turn = f"<|im_start|>user\n{shown}<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(turn, return_tensors="pt")["input_ids"]
+    given = inputs(model.config, tokenizer(TURN)["input_ids"], [[]], [drawing.image()])
+    asked = given["input_ids"]
     said = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        mm_token_type_ids=(ids == model.config.image_token_id).int(),
-        pixel_values=patches(drawing.image()),
-        image_grid_thw=torch.tensor([[1, 4, 4]]),
-        max_new_tokens=16,
-        do_sample=False,
-    )[0, ids.shape[1] :]
+        **given, attention_mask=torch.ones_like(asked), max_new_tokens=16, do_sample=False
+    )[0, asked.shape[1] :]
     assert said[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(said, skip_special_tokens=True) == drawing.caption
 
