@@ -194,7 +194,7 @@ def build(
         batch_size: Samples of a nominal batch.
         score_size: Samples that are scored at most.
     """
-    file = captions or next(path for path in _CAPTIONS if path.is_file())
+    file = captions or captions_file()
     lines = read_captions(file)
     dataset = DatasetConfig()
     if model is not None:
@@ -220,6 +220,11 @@ def build(
         score_size=score_size,
         sizes=dict(dataset.sizes),
     )
+
+
+def captions_file() -> Path:
+    """Return the captions that are used where none are named."""
+    return next(path for path in _CAPTIONS if path.is_file())
 
 
 def build_shape(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:

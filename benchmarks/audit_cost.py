@@ -113,7 +113,7 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
             chosen = choose_groups(_rows(groups, scores[cell.name]), GROUPS, used)
             used |= set(chosen)
             only |= {(name, candidates.of_cell[cell.name]) for name in chosen}
-        budget = plan_budget(load.model, groups, candidates, limit_gb=None)
+        budget = plan_budget(load.model, groups, candidates, limit_gb=None, losses=0)
         started = time.monotonic()
         diverge(
             load.model,

@@ -15,9 +15,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from qsens.config.models import Coverage, Modality, Size
 from qsens.errors import UserError
 
 SCHEMA_VERSION = 1
+AUDIT_VERSION = 1
 MANIFEST_SUFFIX = "_quant_manifest.json"
 STATE_SUFFIX = "_autoquant_state.safetensors"
 GROUP_SUFFIX = ".quant_recipe"
@@ -26,6 +28,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 Status = Literal["scored", "disabled", "no_gradient", "non_finite", "failed"]
 Kind = Literal["qkv", "o", "gate_up", "down", "experts", "head", "vision", "other"]
+Verdict = Literal["trust", "rank only", "do not trust"]
 
 
 class Section(BaseModel):
@@ -212,6 +215,79 @@ class RankedGroup(Section):
     """The score of the format searched."""
 
 
+class Point(Section):
+    """One group of an audit: what the score says, and what is true."""
+
+    layer: str
+    """ModelOpt's name of the group."""
+    kind: Kind
+    """What the group is in a decoder layer."""
+    estimate: float
+    """Its sensitivity per token; nats with ``fisher``, a proxy with ``gradient``."""
+    standard_error: float | None
+    """Of the estimate, from its draws; null where it has none."""
+    truth: float
+    """KL divergence of the model with this group quantized alone, nats a token."""
+
+
+class Judgement(Section):
+    """What a few true measurements say about a score."""
+
+    verdict: Verdict
+    """``trust``: the numbers; ``rank only``: their order; ``do not trust``: neither."""
+    reason: str
+    """Why, in words."""
+    rho: float | None
+    """Spearman's rank correlation of estimate and truth; null where one of them is constant."""
+    ratio: float | None
+    """Median of estimate over truth; null for a proxy, which has none."""
+    ratio_10: float | None
+    """Its 10 % quantile over the groups."""
+    ratio_90: float | None
+    """Its 90 % quantile over the groups."""
+    covered: float | None
+    """Share of groups whose truth lies in the estimate's 90 % interval; null without errors."""
+
+
+class Audit(Section):
+    """A score against the true divergence of some groups; its file, and a block of manifests."""
+
+    schema_version: int = AUDIT_VERSION
+    """Version of this schema."""
+    digest: str | None = None
+    """SHA-256 over what was measured, on which scores; null in audits older than this key."""
+    cell: str
+    """Id of the cell that was audited."""
+    pair: str
+    """Precision pair; the verdict holds for it at every size."""
+    granularity: str
+    """Granularity."""
+    coverage: Coverage = "lm_only"
+    """Part of the model that may be quantized."""
+    modality: Modality = "text"
+    """What a sample is."""
+    size: Size
+    """Calibration size of that cell."""
+    cell_digest: str
+    """Digest of all that changes its scores."""
+    method: str
+    """The score that was audited."""
+    mode: Literal["sample", "full"]
+    """Whether some groups were measured or all."""
+    samples: int
+    """Samples that estimates and truths are over."""
+    points: tuple[Point, ...]
+    """The groups measured, most sensitive first."""
+    judgement: Judgement
+    """What they say."""
+    failures: dict[str, str] = {}
+    """Groups whose truth could not be measured, with the reason."""
+    seconds: float
+    """What the measurement took, for all pairs that were audited with this one."""
+    device: str
+    """The device, in words."""
+
+
 class Manifest(Section):
     """The machine-readable result of one cell."""
 
@@ -253,6 +329,8 @@ class Manifest(Section):
     """Groups by ModelOpt's name, with the suffix ``.quant_recipe``."""
     sensitivity_ranking: list[RankedGroup]
     """All groups, least sensitive first."""
+    audit: Audit | None = None
+    """How far the scores can be trusted; publishing adds it, once the pair has been audited."""
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 from scipy.stats import binom, spearmanr
 
 from qsens.analysis.ranking import Row
-from qsens.config.models import Coverage, Frozen, Modality, Size
-from qsens.manifest import Kind, kind_of
+from qsens.manifest import AUDIT_VERSION, Audit, Judgement, Point, Verdict, kind_of
 
-AUDIT_VERSION = 1
-Verdict = Literal["trust", "rank only", "do not trust"]
 # Groups that are always audited: those that hurt most.
 TOP = 5
 # The least rank correlation with the truth, for numbers and for ranks.
@@ -33,83 +32,21 @@ Z90 = 1.6449  # of a normal distribution: 5 % lie above
 _LEAST = 5
 
 
-class Point(Frozen):
-    """One group: what the score says, and what is true."""
-
-    layer: str
-    """ModelOpt's name of the group."""
-    kind: Kind
-    """What the group is in a decoder layer."""
-    estimate: float
-    """Its sensitivity per token; nats with ``fisher``, a proxy with ``gradient``."""
-    standard_error: float | None
-    """Of the estimate, from its draws; null where it has none."""
-    truth: float
-    """KL divergence of the model with this group quantized alone, nats a token."""
-
-
-class Judgement(Frozen):
-    """What a few true measurements say about a score."""
-
-    verdict: Verdict
-    """``trust``: the numbers; ``rank only``: their order; ``do not trust``: neither."""
-    reason: str
-    """Why, in words."""
-    rho: float | None
-    """Spearman's rank correlation of estimate and truth; null where one of them is constant."""
-    ratio: float | None
-    """Median of estimate over truth; null for a proxy, which has none."""
-    ratio_10: float | None
-    """Its 10 % quantile over the groups."""
-    ratio_90: float | None
-    """Its 90 % quantile over the groups."""
-    covered: float | None
-    """Share of groups whose truth lies in the estimate's 90 % interval; null without errors."""
-
-
-class Audit(Frozen):
-    """The audit of one cell, as it is stored."""
-
-    schema_version: int = AUDIT_VERSION
-    """Version of this schema."""
-    cell: str
-    """Cell id."""
-    pair: str
-    """Precision pair; the verdict holds for it at every size."""
-    granularity: str
-    """Granularity."""
-    coverage: Coverage = "lm_only"
-    """Part of the model that may be quantized."""
-    modality: Modality = "text"
-    """What a sample is."""
-    size: Size
-    """Calibration size."""
-    cell_digest: str
-    """Digest of all that changes the scores."""
-    method: str
-    """The score that was audited."""
-    mode: Literal["sample", "full"]
-    """Whether some groups were measured or all."""
-    samples: int
-    """Samples that estimates and truths are over."""
-    points: tuple[Point, ...]
-    """The groups, most sensitive first."""
-    judgement: Judgement
-    """What they say."""
-    failures: dict[str, str] = {}
-    """Groups whose truth could not be measured, with the reason."""
-    seconds: float
-    """What the measurement took, for all pairs that were audited with this one."""
-    device: str
-    """The device, in words."""
-
-
 def read_audit(path: Path) -> Audit | None:
     """Read an audit; none where there is none of this version."""
     try:
-        return Audit.model_validate_json(path.read_bytes())
+        audit = Audit.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
+    return audit if audit.schema_version == AUDIT_VERSION else None
+
+
+def digest_of(audit: Audit) -> str:
+    """Return the SHA-256 over what an audit measured, on which scores: not when, nor how fast."""
+    measured: dict[str, Any] = audit.model_dump(
+        mode="json", include={"cell_digest", "method", "samples", "points", "failures"}
+    )
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
 def choose_groups(rows: Sequence[Row], count: int, known: Collection[str] = ()) -> list[str]:

@@ -219,18 +219,22 @@ def _say_recipe(found: dict[str, Any], *, as_json: bool) -> None:
 
 def _print_check(found: dict[str, Any]) -> None:
     table = Table(
-        title=f"nats a token on {found['captions']} captions not used", title_justify="left"
+        title=f"nats a token on {found['captions']} captions not used; KL also on the "
+        f"{found['scored']} that were scored",
+        title_justify="left",
     )
-    for column in ("formats", "bits", "loss increase", "KL", "predicted KL", "KL / predicted"):
+    columns = ("formats", "bits", "loss increase", "KL", "KL, scored", "predicted", "scored / it")
+    for column in columns:
         table.add_column(column)
     for entry in found["measured"]:
         known = entry["predicted"]
-        ratio = f"{entry['divergence'] / known:.2f}" if known else ""
+        ratio = f"{entry['scored'] / known:.2f}" if known else ""
         table.add_row(
             entry["name"],
             f"{entry['bits']:.4f}",
             f"{entry['loss']:+.5f}",
             f"{entry['divergence']:.5f}",
+            f"{entry['scored']:.5f}",
             "" if known is None else f"{known:.5f}",
             ratio,
         )
@@ -267,10 +271,17 @@ def _print_recipe(found: dict[str, Any]) -> None:
         f"{found['damage_unit']}",
         title_justify="left",
     )
-    for column in ("format", "groups", "weights"):
+    for column in ("format", "groups", "weights", "damages"):
         table.add_column(column)
     for row in found["formats"]:
-        table.add_row(row["format"] or "16 bits", str(row["groups"]), str(row["weights"]))
+        price = found["prices"].get(row["format"])
+        over = f" / {price['ratio']:.3f}" if price and price["ratio"] is not None else ""
+        table.add_row(
+            row["format"] or "16 bits",
+            str(row["groups"]),
+            str(row["weights"]),
+            f"{price['source']}{over}" if price else "",
+        )
     stdout.print(table)
     stdout.print(found["path"], markup=False)
 

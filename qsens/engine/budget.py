@@ -27,6 +27,8 @@ _SHARE_OF_FREE = 0.8
 _LEAST_TOKENS = 64
 # Work on a weight is shared by the tokens of a wave: more than this saves little.
 _WAVE_TOKENS = 2 * BATCH_TOKENS
+# Forward alone, a token takes less, and kernels are launched for nothing else.
+_FORWARD_TOKENS = 4 * BATCH_TOKENS
 # What the records of all layers may take, and how many tokens they must reach for: a second run of
 # every layer costs less than quantizing every weight for a few tokens.
 _RECORDS = 6 * GIB
@@ -69,7 +71,7 @@ def plan_budget(
         groups: Its groups.
         candidates: What the pass computes.
         limit_gb: GiB above the weights; from what is free when not given.
-        losses: Losses that go backward, each with gradients of its own.
+        losses: Losses that go backward, each with gradients of its own; 0 where nothing does.
         samples: The samples: how many patches of pictures a token brings along.
     """
     parameter = next(model.parameters())
@@ -80,10 +82,10 @@ def plan_budget(
     fixed, per_token, records = _footprint(model, groups, candidates, size, losses, rows)
     fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
     # Patches that a token brings along are work on weights too: fewer tokens share it as well.
-    enough = int(_WAVE_TOKENS / max(1.0, rows.patches / 2))
+    enough = int((_WAVE_TOKENS if losses else _FORWARD_TOKENS) / max(1.0, rows.patches / 2))
     tokens = min(enough, fitting)
     recorded = int((min(limit, _RECORDS) - fixed) / (per_token + records))
-    keeps = recorded >= _RECORDED_TOKENS
+    keeps = losses > 0 and recorded >= _RECORDED_TOKENS
     if keeps:
         tokens, per_token = min(enough, recorded), per_token + records
     predicted = int(fixed + tokens * per_token)
@@ -223,7 +225,7 @@ def _footprint(
             out, into = each * weight.shape[0], each * weight[0].numel()
             # One layer at a time: what autograd keeps while it runs again, and the rows taken.
             inside[layer] = inside.get(layer, 0.0) + 1.5 * size * (into + out)
-            slopes[layer] = slopes.get(layer, 0.0) + (losses - 1) * size * out
+            slopes[layer] = slopes.get(layer, 0.0) + max(0, losses - 1) * size * out
             # Quantized inputs, also stacked for two kinds of weights; the rows; one product.
             stacked = 2 * sum(of_input.values()) + most
             widest = max(widest, into * size * (1 + stacked) + out * size * (2 + most))

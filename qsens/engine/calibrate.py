@@ -64,7 +64,10 @@ class Running:
     def snapshots(self) -> dict[int, Maxima]:
         """Return the maxima at every snapshot, all batches begun and done."""
         self._last = None
-        return {count: _to_cpu(self._found.get(count, self._largest)) for count in self._snapshots}
+        return {
+            count: moved(self._found.get(count, self._largest), torch.device("cpu"))
+            for count in self._snapshots
+        }
 
 
 @torch.no_grad()
@@ -121,9 +124,8 @@ def calibrate(
     return running.snapshots()
 
 
-def _to_cpu(maxima: Maxima) -> Maxima:
-    """Move all maxima in one transfer."""
+def moved(maxima: Maxima, device: torch.device) -> Maxima:
+    """Return maxima on another device, moved in one transfer."""
     if not maxima:
         return {}
-    moved = torch.stack(list(maxima.values())).cpu()
-    return dict(zip(maxima, moved.unbind(), strict=True))
+    return dict(zip(maxima, torch.stack(list(maxima.values())).to(device), strict=True))

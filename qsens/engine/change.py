@@ -1,4 +1,6 @@
-"""What a candidate does to a module's rows: ``|dY|`` and ``|G * dY|`` of each. Needs torch.
+"""What a candidate does to a module's rows. Needs torch.
+
+Of each row ``|dY|``, and ``|G * dY|`` or the inner products ``<G, dY>`` with several gradients.
 
 On a GPU this is where time goes that no matrix product explains, so there one small Triton kernel
 reads the three matrices once; it is compiled in under a second, and kept on disk. Everywhere else,
@@ -8,6 +10,7 @@ and where Triton is missing, plain torch does the same in four passes.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -49,18 +52,64 @@ def change_norms(
         scores: Receives ``|G * dY|``, float32, same shape.
     """
     if triton is not None and changed.is_cuda:
-        _launch(changed, outputs, slopes, segments, errors, scores)
+        table = _table(segments, changed.device)
+        arguments = (changed, outputs, slopes, table, len(segments), errors, scores)
+        strides = (changed.stride(0), outputs.stride(0), slopes.stride(0))
+        _launch(_norms_kernel, (_longest(segments),), arguments, changed, strides)
         return
+    for rows, into in _distinct(segments, errors, scores):
+        count = rows.stop - rows.start
+        parts = (changed[rows], outputs[:count], slopes[:count])
+        _norms(*parts, errors[into], scores[into])
+
+
+def change_products(
+    changed: torch.Tensor,
+    outputs: torch.Tensor,
+    slopes: torch.Tensor,
+    segments: tuple[Segment, ...],
+    *,
+    errors: torch.Tensor,
+    scores: torch.Tensor,
+) -> None:
+    """Write ``|dY|`` and the inner products with every gradient; ``changed`` is used up.
+
+    The arguments are those of :func:`change_norms`, but for
+
+    Args:
+        slopes: Gradients at the outputs, ``(draws, rows, channels)``.
+        scores: Receives ``<G, dY>``, float32, ``(draws, total)``.
+    """
+    if triton is not None and changed.is_cuda:
+        table = _table(segments, changed.device)
+        arguments = (changed, outputs, slopes, table, len(segments), errors, scores)
+        strides = (changed.stride(0), outputs.stride(0), *slopes.stride()[:2], scores.stride(0))
+        grid = (_longest(segments), len(slopes))
+        _launch(_products_kernel, grid, arguments, changed, strides)
+        return
+    for rows, into in _distinct(segments, errors, scores):
+        count = rows.stop - rows.start
+        change = changed[rows].sub_(outputs[:count])
+        torch.linalg.vector_norm(change, dim=-1, dtype=torch.float32, out=errors[into])
+        change = change.float()
+        for draw, slope in zip(scores, slopes, strict=True):
+            draw[into] = torch.linalg.vecdot(change, slope[:count].float())
+
+
+def _distinct(
+    segments: tuple[Segment, ...], errors: torch.Tensor, scores: torch.Tensor
+) -> Iterator[tuple[slice, slice]]:
+    """Yield which rows to work on, and where their numbers go; copy those of the same rows."""
     done: dict[int, int] = {}
     for start, to, count in sorted(segments, key=lambda segment: -segment[2]):
         into = slice(to, to + count)
         if start in done:  # the same rows, or the first of them
-            errors[into] = errors[done[start] : done[start] + count]
-            scores[into] = scores[done[start] : done[start] + count]
+            before = slice(done[start], done[start] + count)
+            errors[into] = errors[before]
+            scores[..., into] = scores[..., before]
             continue
         done[start] = to
-        rows = changed[start : start + count]
-        _norms(rows, outputs[:count], slopes[:count], errors[into], scores[into])
+        yield slice(start, start + count), into
 
 
 def _norms(
@@ -79,22 +128,21 @@ def _norms(
     torch.linalg.vector_norm(change.mul_(slopes), dim=-1, dtype=torch.float32, out=scores)
 
 
+def _longest(segments: tuple[Segment, ...]) -> int:
+    return max(count for _, _, count in segments)
+
+
 def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
     changed: torch.Tensor,
-    outputs: torch.Tensor,
-    slopes: torch.Tensor,
-    segments: tuple[Segment, ...],
-    errors: torch.Tensor,
-    scores: torch.Tensor,
+    strides: tuple[int, ...],
 ) -> None:
-    rows = max(count for _, _, count in segments)
-    table = _table(segments, changed.device)
-    arguments: tuple[Any, ...] = (changed, outputs, slopes, table, len(segments), errors, scores)
-    strides = (changed.stride(0), outputs.stride(0), slopes.stride(0))
     channels = changed.shape[1]
     block = min(_COLUMNS, triton.next_power_of_2(channels))
     with torch.cuda.device(changed.device):
-        _kernel[(rows,)](*arguments, channels, *strides, BLOCK=block, num_warps=4)
+        kernel[grid](*arguments, channels, *strides, BLOCK=block, num_warps=4)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -106,7 +154,7 @@ def _table(segments: tuple[Segment, ...], device: torch.device) -> torch.Tensor:
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _kernel(  # type: ignore[no-untyped-def]
+    def _norms_kernel(  # type: ignore[no-untyped-def]
         changed,
         outputs,
         slopes,
@@ -145,3 +193,46 @@ if triton is not None:
                     score += product * product
                 tl.store(errors + into, tl.sqrt(tl.sum(error)))
                 tl.store(scores + into, tl.sqrt(tl.sum(score)))
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _products_kernel(  # type: ignore[no-untyped-def]
+        changed,
+        outputs,
+        slopes,
+        segments,
+        count,
+        errors,
+        scores,
+        channels,
+        changed_stride,
+        outputs_stride,
+        draw_stride,
+        slopes_stride,
+        scores_stride,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        draw = tl.program_id(1).to(tl.int64)
+        old_row = outputs + row * outputs_stride
+        slope_row = slopes + draw * draw_stride + row * slopes_stride
+        for segment in range(count):
+            length = tl.load(segments + 3 * segment + 2)
+            if row < length:
+                start = tl.load(segments + 3 * segment)
+                into = tl.load(segments + 3 * segment + 1) + row
+                new_row = changed + (start + row) * changed_stride
+                error = tl.zeros((BLOCK,), dtype=tl.float32)
+                score = tl.zeros((BLOCK,), dtype=tl.float32)
+                for first in range(0, channels, BLOCK):
+                    column = first + tl.arange(0, BLOCK)
+                    inside = column < channels
+                    new = tl.load(new_row + column, mask=inside, other=0.0)
+                    old = tl.load(old_row + column, mask=inside, other=0.0)
+                    slope = tl.load(slope_row + column, mask=inside, other=0.0)
+                    change = (new.to(tl.float32) - old.to(tl.float32)).to(new.dtype)
+                    change = change.to(tl.float32)
+                    error += change * change
+                    score += change * slope.to(tl.float32)
+                if draw == 0:
+                    tl.store(errors + into, tl.sqrt(tl.sum(error)))
+                tl.store(scores + draw * scores_stride + into, tl.sum(score))

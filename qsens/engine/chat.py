@@ -59,22 +59,24 @@ def chat_samples(
         dtype: Data type of the patches.
 
     Raises:
-        UserError: The chat template does not show a picture, or no token of a caption is left.
+        UserError: The chat template does not show a picture, a caption holds the image token, or no
+            token of a caption is left.
     """
     before, after = _turn(tokenizer, prompt, image_token)
     encoded = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
     ids, truncated, spans, seen = [], [], [], []
     for index, (pixels, caption) in enumerate(zip(pictures, encoded, strict=True)):
-        made = processor(
-            images=[pixels],
-            do_resize=False,
-            input_data_format="channels_last",
-            return_tensors="pt",
-        )
+        made = _process(processor, pixels)
         grid: tuple[int, int, int] = tuple(made["image_grid_thw"][0].tolist())
         seen.append(Picture(made["pixel_values"].to(dtype), grid))
         shown = grid[0] * grid[1] * grid[2] // processor.merge_size**2
         start = len(before) + shown + len(after)
+        if image_token in caption:
+            raise UserError(
+                "holds the token that stands for a picture",
+                where=f"caption {index + 1}: {captions[index][:60]!r}",
+                remedy="Remove the caption.",
+            )
         if not caption or start >= longest:
             raise _no_label(index, captions[index], start, longest)
         whole = (*before, *[image_token] * shown, *after, *caption)
@@ -82,6 +84,22 @@ def chat_samples(
         truncated.append(len(whole) > longest)
         spans.append((start, len(ids[-1])))
     return Samples(tuple(ids), tuple(truncated), tuple(spans), tuple(seen), image_token)
+
+
+def _process(processor: Any, pixels: Pixels) -> Any:
+    try:
+        return processor(
+            images=[pixels],
+            do_resize=False,
+            input_data_format="channels_last",
+            return_tensors="pt",
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"its image processor fails: {str(error).splitlines()[0]}",
+            where="the preprocessor_config.json of model.path",
+            remedy="Get the file of the checkpoint again.",
+        ) from error
 
 
 def _turn(tokenizer: Any, prompt: str, image_token: int) -> tuple[list[int], list[int]]:

@@ -16,7 +16,7 @@ from transformers import (
 
 from qsens.config import ModelConfig
 from qsens.engine.families import find_head, remember_head, resolve_parts
-from qsens.engine.files import read_config, weight_files
+from qsens.engine.files import read_chat_template, read_config, weight_files
 from qsens.errors import UserError
 
 # What ModelOpt makes quantized modules of.
@@ -107,7 +107,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         UserError: There is none, or it is broken.
     """
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             config.path, local_files_only=True, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
@@ -116,6 +116,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
             where=f"model.path = {config.path}",
             remedy="Save the tokenizer beside the weights.",
         ) from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = read_chat_template(config.path)
+    return tokenizer
 
 
 def _settings(config: ModelConfig) -> Any:

@@ -1,16 +1,14 @@
 """Method ``kl_div``: the true KL divergence of one perturbed group at a time. Needs torch.
 
-For each batch, the outputs of all layers are kept. A perturbed group then costs only what lies
-behind it: the layers before hand out what they gave, so no code of a model is repeated here. As
-many candidates of a group as fit go through at once, each with a copy of the batch.
+A batch runs once as it is. A perturbed group then costs only what lies behind it, and as many
+groups and candidates as fit go through together, each on a copy of the batch, see
+:mod:`qsens.engine.copies`. The head is applied in chunks of rows, to those alone that count.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +17,27 @@ from torch import nn
 from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
-from qsens.engine.families import head_of
+from qsens.engine.copies import Change, Copies
 from qsens.engine.groups import Group
-from qsens.engine.model_pass import HEAD_ROWS, layers_of, weight_of
-from qsens.engine.quantizer import quantize, quantize_weight
-from qsens.engine.samples import Batch, Samples, batch_tokens, padded_batches, padding_share
+from qsens.engine.kl import divergences
+from qsens.engine.model_pass import HEAD_ROWS
+from qsens.engine.samples import (
+    BATCH_TOKENS,
+    Batch,
+    Samples,
+    padded_batches,
+    padding_share,
+)
 from qsens.engine.scores import PassScores, Progress, silent
+
+# Tokens that go through together, over all copies of a batch. On a GPU few kernels are what counts;
+# a CPU is quickest while what a layer makes of them stays in its caches.
+_TOKENS = {"cuda": 4 * BATCH_TOKENS, "cpu": BATCH_TOKENS // 2}
+# Tokens of a batch: in a larger one samples differ more in length, and are padded in every copy; of
+# a smaller one more go through alone.
+_BATCH_TOKENS = BATCH_TOKENS // 32
+# Copies that are to fit: the one that stays as it is costs as much as another.
+_COPIES = 8
 
 
 @torch.no_grad()
@@ -52,49 +65,49 @@ def diverge(
     started = time.monotonic()
     covered = tuple(group for group in groups if group.covered)
     scored = min(max(candidates.scored), len(samples))
-    cuts = [*boundaries, *candidates.scored]
-    device = next(model.parameters()).device
-    together = batch_tokens(device)
-    limit = budget.max_tokens if budget else together
-    batches = padded_batches(samples, scored, boundaries=cuts, together=together, max_tokens=limit)
-    together = min(together, limit)
+    copies = Copies(model, covered, candidates, maxima)
+    tokens = _TOKENS["cuda" if copies.device.type == "cuda" else "cpu"]
+    if budget:
+        tokens = min(tokens, budget.max_tokens)
+    batches = padded_batches(
+        samples,
+        scored,
+        boundaries=[*boundaries, *candidates.scored],
+        together=min(_BATCH_TOKENS, tokens // _COPIES),
+    )
     found = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
     losses = torch.zeros(scored, dtype=torch.float64)
-    failures: dict[tuple[int, int], str] = {}
-    ran: set[str] = set()
-    layers = _Layers(model)
-    with layers.recording():
+    measured = []
+    with copies.recorded():
         for done, batch in enumerate(batches):
-            moved = batch.to(device)
-            copies = max(1, together // batch.input_ids.numel())
-            reference = layers.run(moved)
-            losses[list(batch.samples)] = _losses(reference, moved).cpu()
-            for position, group in enumerate(covered):
-                wanted = [
-                    candidate
-                    for active in candidates.active(batch.first).values()
-                    for _, candidate in active
-                    if only is None or (group.name, candidate) in only
-                ]
-                for start in range(0, len(wanted), copies):
-                    chosen = wanted[start : start + copies]
-                    change = _Change(model, group, candidates, chosen, maxima)
-                    with change.made():
-                        changed = layers.run(moved.repeat(len(chosen)), group.members, len(chosen))
-                    ran |= change.ran
-                    failures |= {(position, c): why for c, why in change.failures.items()}
-                    divergences = _divergences(reference, changed, moved.predicts()).cpu()
-                    for candidate, per_sample in zip(chosen, divergences, strict=True):
-                        if (position, candidate) not in failures:
-                            found[position, candidate, list(batch.samples)] = per_sample
+            changes = [
+                Change(group, candidate)
+                for group in range(len(covered))
+                for active in candidates.active(batch.first).values()
+                for _, candidate in active
+                if only is None or (covered[group].name, candidate) in only
+            ]
+            each = max(1, tokens // batch.input_ids.numel() - 1)
+            measured.append(_Measured(copies, batch, changes, each))
             progress("score", done + 1, len(batches))
+    # Read at the end: until here, nothing has waited for the device.
+    for batch, of_batch in zip(batches, measured, strict=True):
+        order = list(batch.samples)
+        losses[order] = of_batch.losses.cpu()
+        for change, per_sample in of_batch.found():
+            found[change.group, change.candidate, order] = per_sample
+    for change in copies.failures:
+        found[change.group, change.candidate] = 0
+    ran = copies.ran
+    if copies.head_group is not None:
+        ran |= set(covered[copies.head_group].members)
     return PassScores(
         groups=covered,
         per_sample=found,
         errors=None,
         norms=None,
         reached=tuple(all(name in ran for name in group.members) for group in covered),
-        failures=failures,
+        failures={(c.group, c.candidate): why for c, why in copies.failures.items()},
         loss=losses,
         seconds=time.monotonic() - started,
         padding_share=padding_share(batches),
@@ -102,202 +115,103 @@ def diverge(
     )
 
 
-class _Layers:
-    """Runs a model and keeps what its layers gave, so that a later run can start behind some."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.named = layers_of(model)
-        self.order: list[str] = []
-        self.outputs: dict[str, Any] = {}
-        self.skip: frozenset[str] = frozenset()
-        self.copies = 1
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        for name, module in self.named.items():
-            module.forward = self._wrap(name, module.forward)
-        try:
-            yield
-        finally:
-            for module in self.named.values():
-                del module.forward
-
-    def run(
-        self, batch: Batch, behind: Sequence[str] | None = None, copies: int = 1
-    ) -> torch.Tensor:
-        """Return logits ``(samples, longest, vocabulary)``.
-
-        Args:
-            batch: The batch.
-            behind: Names of perturbed modules: layers that ran before all of them are not run
-                again. Without, everything runs and is kept.
-            copies: How often the batch that was kept stands in this one.
-        """
-        self.copies = copies
-        if behind is None:
-            self.order, self.outputs, self.skip = [], {}, frozenset()
-        else:
-            self.skip = frozenset(self._before(behind))
-        output = self.model(**batch.inputs(), attention_mask=batch.attention_mask, use_cache=False)
-        logits: torch.Tensor = output.logits
-        return logits
-
-    def _before(self, members: Sequence[str]) -> list[str]:
-        inside = [
-            index
-            for index, layer in enumerate(self.order)
-            if any(member.startswith(f"{layer}.") for member in members)
-        ]
-        if inside:
-            return self.order[: min(inside)]
-        # The head lies behind all layers; what else lies outside them may lie before the first.
-        head = head_of(self.model)
-        is_head = all(self.model.get_submodule(member) is head for member in members)
-        return self.order if is_head else []
-
-    def _wrap(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if name in self.skip:
-                return _repeated(self.outputs[name], self.copies)
-            output = forward(*args, **kwargs)
-            if name not in self.outputs:
-                self.order.append(name)
-                self.outputs[name] = output
-            return output
-
-        return run
-
-
-class _Change:
-    """One group quantized in several ways at once: each way has a copy of the batch.
+class _Measured:
+    """What changes do to the distributions of one batch.
 
     Args:
-        model: The model.
-        group: The group.
-        candidates: What is computed.
-        chosen: The candidates, in the order of their copies.
-        maxima: Calibrated maxima of every module's input, by snapshot.
+        copies: Runs the batch.
+        batch: The batch.
+        changes: The changes.
+        together: Changes that go through the model at once.
 
     Attributes:
-        ran: Members that ran.
-        failures: Why a candidate cannot be computed; its copy stays as it is.
+        losses: Each sample's cross-entropy over its labels, in nats, ``(samples,)``, float64.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        group: Group,
-        candidates: Candidates,
-        chosen: Sequence[int],
-        maxima: Mapping[int, Maxima],
+        self, copies: Copies, batch: Batch, changes: Sequence[Change], together: int
     ) -> None:
-        self.group = group
-        self.modules = {name: model.get_submodule(name) for name in group.members}
-        self.candidates = candidates
-        self.chosen = chosen
-        self.maxima = maxima
-        self.ran: set[str] = set()
-        self.failures: dict[int, str] = {}
+        self._copies = copies
+        self._head = copies.head
+        self._samples, longest = batch.input_ids.shape
+        where = batch.predicts().flatten().nonzero()[:, 0]
+        self._where = where.to(copies.device)
+        self._sample = (where // longest).to(copies.device)
+        hidden = copies.alone(batch)
+        self.losses = self._losses(batch, hidden)
+        self._done: list[Change] = []
+        self._found: list[torch.Tensor] = []
+        of_head = [change for change in changes if change.group == copies.head_group]
+        if of_head:
+            self._behind_head(of_head, hidden.flatten(0, 1)[self._where])
+        order = copies.in_order(changes)
+        for start in range(0, len(order), together):
+            chosen = order[start : start + together]
+            self._behind(chosen, copies.run(chosen).flatten(1, 2)[:, self._where])
 
-    @contextmanager
-    def made(self) -> Iterator[None]:
-        """Quantize the members while the context lasts."""
-        with ExitStack() as stack:
-            for name, module in self.modules.items():
-                module.forward = self._forward(name, module)
-                stack.callback(delattr, module, "forward")
-            yield
+    def found(self) -> list[tuple[Change, torch.Tensor]]:
+        """Return the divergences of each change, summed over each sample, on the CPU."""
+        if not self._done:
+            return []
+        return list(zip(self._done, torch.cat(self._found).cpu(), strict=True))
 
-    def _forward(self, name: str, module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-        weight = weight_of(module)
-        quantized: dict[int, torch.Tensor] = {}
-        for index in {self.candidates.pairs[candidate][0] for candidate in self.chosen}:
-            try:
-                quantized[index] = quantize_weight(weight, self.candidates.weights[index])
-            except Exception as error:
-                readers = [c for c in self.chosen if self.candidates.pairs[c][0] == index]
-                self._fail(readers, error)
+    def _losses(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        mask = batch.label_mask()
+        labels = batch.input_ids[:, 1:][mask].to(hidden.device)
+        sample, position = (index.to(hidden.device) for index in mask.nonzero(as_tuple=True))
+        rows = hidden[sample, position]
+        parts = [
+            F.cross_entropy(self._logits(some).float(), asked, reduction="none").double()
+            for some, asked in zip(rows.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True)
+        ]
+        sums = torch.zeros(self._samples, dtype=torch.float64, device=hidden.device)
+        return sums.index_add_(0, sample, torch.cat(parts))
 
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            self.ran.add(name)
-            outputs = []
-            for candidate, part in zip(self.chosen, x.chunk(len(self.chosen)), strict=True):
-                index, entry = self.candidates.pairs[candidate]
-                try:
-                    given = self._quantized(name, entry, part)
-                except Exception as error:
-                    self._fail([candidate], error)
-                    given = part
-                outputs.append(_apply(module, given, quantized.get(index, weight)))
-            return torch.cat(outputs)
+    def _behind(self, changes: Sequence[Change], hidden: torch.Tensor) -> None:
+        """Measure how far ``(1 + changes, rows, hidden)`` are from their first."""
+        parts = []
+        for first in range(0, hidden.shape[1], HEAD_ROWS):
+            rows = hidden[:, first : first + HEAD_ROWS]
+            reference = self._logits(rows[0])
+            each = max(1, HEAD_ROWS // rows.shape[1])
+            found = [
+                divergences(reference, self._logits(changed.flatten(0, 1)))
+                for changed in rows[1:].split(each)
+            ]
+            parts.append(torch.cat(found))
+        self._book(changes, torch.cat(parts, dim=1))
 
-        return forward
+    def _behind_head(self, changes: Sequence[Change], hidden: torch.Tensor) -> None:
+        """Measure changes of the head, which reads ``(rows, hidden)``."""
+        assert self._copies.head_group is not None
+        name = self._copies.groups[self._copies.head_group].members[0]
+        for alike, weight in self._copies.heads(changes):
+            parts: dict[Change, list[torch.Tensor]] = {change: [] for change in alike}
+            for rows in hidden.split(HEAD_ROWS):
+                reference = self._logits(rows)
+                for change in alike:
+                    given = self._copies.given(name, change, rows)
+                    if given is not None:
+                        changed = self._logits(given, weight)
+                        parts[change].append(divergences(reference, changed))
+            for change, values in parts.items():
+                if change not in self._copies.failures:
+                    self._book([change], torch.cat(values, dim=1))
 
-    def _quantized(self, name: str, entry: int, x: torch.Tensor) -> torch.Tensor:
-        chosen = self.candidates.inputs[entry]
-        if chosen.cfg is None:
-            return x
-        amax = self.maxima[chosen.snapshot][name] if chosen.snapshot is not None else None
-        return quantize(x.contiguous(), chosen.cfg, None if amax is None else amax.to(x.device))
+    def _book(self, changes: Sequence[Change], values: torch.Tensor) -> None:
+        """Sum ``(changes, rows)`` over the rows of each sample."""
+        sums = values.new_zeros(len(values), self._samples)
+        self._done += changes
+        self._found.append(sums.index_add_(1, self._sample, values))
 
-    def _fail(self, candidates: Sequence[int], error: Exception) -> None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            raise error
-        for candidate in candidates:
-            self.failures.setdefault(candidate, f"{self.group.name}: {error}".splitlines()[0])
+    def _logits(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the head's output, in float32 on a GPU.
 
-
-def _apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
-    if isinstance(module, nn.Linear):
-        return F.linear(x, weight, bias)
-    output: torch.Tensor = module._conv_forward(x, weight, bias)  # type: ignore[operator]
-    return output
-
-
-def _repeated(output: Any, copies: int) -> Any:
-    """Return what a layer gave, as often as there are copies of the batch."""
-    if copies == 1:
-        return output
-    if isinstance(output, tuple):
-        return tuple(_repeated(part, copies) for part in output)
-    if not isinstance(output, torch.Tensor):
-        return output
-    return output.repeat(copies, *[1] * (output.ndim - 1))
-
-
-def _divergences(
-    reference: torch.Tensor, changed: torch.Tensor, counts: torch.Tensor
-) -> torch.Tensor:
-    """Return ``sum KL(p || q)`` over the positions of each sample that count, float64.
-
-    Args:
-        reference: Logits of the model, ``(samples, longest, vocabulary)``.
-        changed: Logits of every copy, ``(copies * samples, longest, vocabulary)``.
-        counts: Where a position counts, ``(samples, longest)``, bool.
-
-    Returns:
-        ``(copies, samples)``
-    """
-    each = changed.view(-1, *reference.shape)
-    per_token = torch.zeros(len(each), *counts.shape, dtype=torch.float64, device=reference.device)
-    where = counts.nonzero(as_tuple=True)
-    for start in range(0, len(where[0]), HEAD_ROWS):
-        rows = tuple(index[start : start + HEAD_ROWS] for index in where)
-        # Small divergences are sums of differences near 0: float32 would drown them.
-        log_p = torch.log_softmax(reference[rows].double(), dim=-1)
-        p = log_p.exp()
-        for copy, logits in zip(per_token, each, strict=True):
-            log_q = torch.log_softmax(logits[rows].double(), dim=-1)
-            copy[rows] = (p * log_p.sub(log_q)).sum(dim=-1)
-    return per_token.sum(dim=-1)
-
-
-def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return each sample's summed cross-entropy over its labels, in nats."""
-    labels = batch.input_ids[:, 1:].masked_fill(~batch.label_mask(), -100)
-    losses = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
-    )
-    return losses.view(labels.shape).double().sum(dim=1)
+        Rounded to bfloat16, logits would differ by more than a harmless group changes them.
+        """
+        weight = self._head.weight if weight is None else weight
+        bias = self._head.bias
+        if not (rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)):
+            return F.linear(rows, weight, bias)
+        logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+        return logits if bias is None else logits.add_(bias)

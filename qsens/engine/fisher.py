@@ -26,7 +26,7 @@ from torch import nn
 from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
-from qsens.engine.change import Segment
+from qsens.engine.change import Segment, change_products
 from qsens.engine.fused import Pass, run
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
@@ -104,21 +104,14 @@ class _FisherPass(Pass):
         ledger: Ledger,
         position: int,
     ) -> None:
-        done: dict[int, int] = {}
-        for start, to, count in sorted(segments, key=lambda segment: -segment[2]):
-            into = slice(to, to + count)
-            if start in done:  # the same rows, or the first of them
-                before = slice(done[start], done[start] + count)
-                ledger.scores[:, position, into] = ledger.scores[:, position, before]
-                ledger.errors[position, into] = ledger.errors[position, before]
-                continue
-            done[start] = to
-            change = changed[start : start + count].sub_(rows.outputs[:count])
-            ledger.errors[position, into] = _norms(change)
-            change = change.float()
-            for draw, slopes in enumerate(rows.slopes):
-                inner = torch.linalg.vecdot(change, slopes[:count].float())
-                ledger.scores[draw, position, into] = inner
+        change_products(
+            changed,
+            rows.outputs,
+            rows.slopes,
+            segments,
+            errors=ledger.errors[position],
+            scores=ledger.scores[:, position],
+        )
 
     def head(self, flights: Sequence[Flight]) -> tuple[list[list[torch.Tensor]], list[Sums]]:
         """Estimate the head exactly to second order; return each draw's gradients at its input."""

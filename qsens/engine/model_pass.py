@@ -192,19 +192,8 @@ class ModelPass:
     def __init__(self, model: Any, modules: Mapping[str, nn.Module]) -> None:
         self.model = model
         self.device: torch.device = next(model.parameters()).device
-        head = head_of(model)
-        config = model.config.get_text_config()
-        bent = getattr(config, "final_logit_softcapping", None) or getattr(
-            config, "logits_scaling", None
-        )
-        if not isinstance(head, nn.Linear) or bent:
-            raise UserError(
-                "its logits are not simply those of a linear head",
-                where=type(model).__name__,
-                remedy="Use autoquant.engine=modelopt for this model.",
-            )
-        self.head: nn.Linear = head
-        self.modules = {name: module for name, module in modules.items() if module is not head}
+        self.head = plain_head(model)
+        self.modules = {name: module for name, module in modules.items() if module is not self.head}
         self._layers = layers_of(model)
         self._outside = {
             name
@@ -412,6 +401,26 @@ def _hand_on(flight: Flight, loss: int) -> None:
         if found is not None:
             before = call.slopes.get(loss)
             call.slopes[loss] = found if before is None else before + found
+
+
+def plain_head(model: Any) -> nn.Linear:
+    """Return the output embedding of a model whose logits are all that it makes.
+
+    Raises:
+        UserError: What the model does after its head is more than a linear module.
+    """
+    head = head_of(model)
+    config = model.config.get_text_config()
+    bent = getattr(config, "final_logit_softcapping", None) or getattr(
+        config, "logits_scaling", None
+    )
+    if not isinstance(head, nn.Linear) or bent:
+        raise UserError(
+            "its logits are not simply those of a linear head",
+            where=type(model).__name__,
+            remedy="Use autoquant.engine=modelopt for this model.",
+        )
+    return head
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

@@ -38,6 +38,13 @@ MOST_PIXELS = 1 << 27
 MOST_BYTES = 1 << 28
 # Sides whose ratio is larger are refused by the processor as well.
 _MOST_RATIO = 200
+# What an image processor and the configuration of a tower must agree on, by both their names.
+_SHARED = {
+    "patch_size": "patch_size",
+    "merge_size": "spatial_merge_size",
+    "temporal_patch_size": "temporal_patch_size",
+}
+_IMAGES = "Set dataset.images to the directory that the paths in the sample files start at."
 # Decoders that run no other program and read no other file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
@@ -130,8 +137,14 @@ class PictureReader:
             records: The samples that a size may use, in order.
 
         Raises:
-            UserError: None of the pictures can be used.
+            UserError: There is no directory of pictures, or none of them can be used.
         """
+        if not self.root.is_dir():
+            raise UserError(
+                "there is no such directory, and the sweep reads pictures",
+                where=f"dataset.images = {self.root}",
+                remedy=_IMAGES,
+            )
         found = [self.find(record.image) for record in records]
         skipped = [
             Skipped(sample=number, image=record.image, reason=reason)
@@ -140,11 +153,9 @@ class PictureReader:
         ]
         if len(skipped) == len(records):
             raise UserError(
-                f"none of {len(records)} pictures can be used, the first {skipped[0].image!r} "
-                f"{skipped[0].reason}",
+                f"none of {len(records)} pictures can be used; {in_words(skipped, 1)}",
                 where=f"dataset.images = {self.root}",
-                remedy="Set dataset.images to the directory that the paths in the sample files "
-                "start at.",
+                remedy=_IMAGES,
             )
         return PicturesIdentity(
             digest=digest_of([[said, path is not None] for said, path in found]), skipped=skipped
@@ -266,7 +277,12 @@ def too_many(skipped: int, taken: int, share: float) -> bool:
 
 def in_words(skipped: Sequence[Skipped], most: int = 5) -> str:
     """Return in words which samples are skipped, the first of many."""
-    named = [f"sample {entry.sample}, {entry.image!r} {entry.reason}" for entry in skipped[:most]]
+    named = [
+        f"sample {entry.sample}, {entry.image!r} {entry.reason}"
+        if entry.image
+        else f"sample {entry.sample} names none"
+        for entry in skipped[:most]
+    ]
     rest = len(skipped) - len(named)
     return "; ".join([*named, *([f"and {rest} more"] if rest else [])])
 
@@ -275,10 +291,11 @@ def read_resolution(config: ModelConfig, max_pixels: int) -> Resolution:
     """Read how a checkpoint's processor resizes pictures.
 
     Raises:
-        UserError: The checkpoint is of a family whose pictures qsens cannot read, or has no image
-            processor.
+        UserError: The checkpoint is of a family whose pictures qsens cannot read, has no image
+            processor, or one of another tower.
     """
-    kind = str(read_config(config.path).get("model_type", "unknown"))
+    described = read_config(config.path)
+    kind = str(described.get("model_type", "unknown"))
     family = family_of(kind)
     where = f"model.path = {config.path}"
     if family is None or not family.sees:
@@ -302,6 +319,16 @@ def read_resolution(config: ModelConfig, max_pixels: int) -> Resolution:
             where=where,
             remedy="Get the preprocessor_config.json of the checkpoint again.",
         ) from error
+    tower = described.get("vision_config")
+    for key, name in _SHARED.items():
+        wanted = tower.get(name) if isinstance(tower, dict) else None
+        if None not in (wanted, settings.get(key)) and settings[key] != wanted:
+            raise UserError(
+                f"its image processor has {key} {settings[key]}, and its config.json "
+                f"{name} {wanted}",
+                where=where,
+                remedy="Get both files of one and the same checkpoint.",
+            )
     most = min(most, max_pixels)
     return Resolution(unit, min(least, most), most)
 

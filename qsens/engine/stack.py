@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qsens.engine.calibrate import Maxima
+from qsens.engine.calibrate import Maxima, moved
 from qsens.engine.candidates import Candidates
 from qsens.engine.change import Segment
 from qsens.engine.layout import Layout, Slot
@@ -38,17 +38,17 @@ class Stack:
         for slot in slots:  # two may read the same rows
             start = self.starts[slot.input]
             counts[start] = max(counts.get(start, 0), self.counts[slot.input])
-        moved: dict[int, int] = {}
+        to: dict[int, int] = {}
         pieces: list[slice] = []
         end = 0
         for start, count in sorted(counts.items()):
-            moved[start] = end
+            to[start] = end
             if pieces and pieces[-1].stop == start:
                 pieces[-1] = slice(pieces[-1].start, start + count)
             else:
                 pieces.append(slice(start, start + count))
             end += count
-        segments = tuple((moved[self.starts[s.input]], s.start, s.count) for s in slots)
+        segments = tuple((to[self.starts[s.input]], s.start, s.count) for s in slots)
         return _cat([self.rows[piece] for piece in pieces]), segments
 
 
@@ -78,7 +78,7 @@ class Inputs:
 
     def calibrate(self, maxima: Mapping[int, Maxima]) -> None:
         """Take the calibrated maxima, by snapshot, as they are on the CPU."""
-        self._maxima = {count: _moved(found, self._device) for count, found in maxima.items()}
+        self._maxima = {count: moved(found, self._device) for count, found in maxima.items()}
         self._ranges = {count: _numbers(found) for count, found in maxima.items()}
 
     def stack(self, name: str, rows: torch.Tensor, layout: Layout) -> Stack:
@@ -136,13 +136,6 @@ class Inputs:
             out.copy_(rows)
             pairs = enumerate(self.candidates.pairs)
             self._fail(name, [candidate for candidate, (_, of) in pairs if of in entries], error)
-
-
-def _moved(maxima: Maxima, device: torch.device) -> Maxima:
-    """Move all maxima in one transfer."""
-    if not maxima:
-        return {}
-    return dict(zip(maxima, torch.stack(list(maxima.values())).to(device), strict=True))
 
 
 def _numbers(maxima: Maxima) -> dict[str, float]:

@@ -7,19 +7,22 @@ import copy
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import numpy as np
 import torch
 import torch.nn.functional as F
+from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
 from qsens.config import PairConfig
 from qsens.engine.groups import Group
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches
+from qsens.manifest import group_name
 
 MODELOPT = "ModelOpt"
 _BATCH = 16
@@ -36,18 +39,22 @@ class Measured:
         bits: Bits a weight over what may be quantized; what stays unquantized counts 16.
         loss: Increase of the loss, nats a token.
         divergence: KL divergence from the unquantized model, nats a token.
+        scored: The same on the samples that predictions are over; none where that is not known.
         predicted: The recipe's own prediction; none where there is none in nats.
         by_caption: Increase of the loss summed over each caption, nats.
         labels: Labels of each caption.
+        formats: Name of the format of each quantized module, where ModelOpt chose it.
     """
 
     name: str
     bits: float
     loss: float
     divergence: float
+    scored: float | None
     predicted: float | None
     by_caption: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
+    formats: Mapping[str, str] | None = None
 
     def against(self, other: Measured) -> tuple[float, float]:
         """Return how much more loss a token this has than ``other``, with its standard error.
@@ -62,7 +69,8 @@ class Measured:
     def numbers(self) -> dict[str, Any]:
         """Return it as JSON can hold it, without the captions."""
         numbers = {"name": self.name, "bits": self.bits, "loss": self.loss}
-        return numbers | {"divergence": self.divergence, "predicted": self.predicted}
+        divergences = {"divergence": self.divergence, "scored": self.scored}
+        return numbers | divergences | {"predicted": self.predicted}
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,8 @@ class Trial:
         kept: Module name patterns that stay at 16 bits and count.
         calibration: Samples to calibrate on.
         held_out: Samples to measure on.
+        scored: How many of the samples to calibrate on predictions are over: what a prediction
+            leaves out shows on them.
     """
 
     model: nn.Module
@@ -84,6 +94,7 @@ class Trial:
     kept: Sequence[str]
     calibration: Samples
     held_out: Samples
+    scored: int = 0
 
     def uniform(self, pair: PairConfig) -> dict[str, Any]:
         """Return the configuration of one pair everywhere but in what stays at 16 bits."""
@@ -103,12 +114,21 @@ class Trial:
             mtq.quantize(model, self._of_device(config), self._calibrate)
         return self._judge(name, model, predicted)
 
-    def auto_quantize(self, pairs: Sequence[PairConfig], bits: float) -> Measured:
-        """Let ModelOpt choose from ``pairs`` at ``bits``, its loss scaled for its solver."""
+    def auto_quantize(
+        self, pairs: Sequence[PairConfig], bits: float, state: Path | None = None
+    ) -> Measured:
+        """Let ModelOpt choose from ``pairs`` at ``bits``, its loss scaled for its solver.
+
+        Args:
+            pairs: The formats to choose from.
+            bits: Bits a weight, at most.
+            state: File of ModelOpt's that keeps its scores, which another target then starts from;
+                none is kept when not given.
+        """
         model = copy.deepcopy(self.model)
         batches = self._batches(self.calibration)
         with _quiet(), torch.enable_grad():
-            model, _ = mtq.auto_quantize(
+            model, found = mtq.auto_quantize(
                 model,
                 constraints={
                     "effective_bits": bits,
@@ -122,38 +142,67 @@ class Trial:
                 num_calib_steps=len(batches),
                 num_score_steps=len(batches),
                 verbose=False,
+                checkpoint=str(state) if state is not None else None,
             )
-        return self._judge(MODELOPT, model, None)
+        measured = self._judge(MODELOPT, model, None)
+        return replace(measured, formats=self._chosen(found["best"]["recipe"], pairs))
+
+    def _chosen(
+        self, recipes: Mapping[str, QuantRecipe], pairs: Sequence[PairConfig]
+    ) -> dict[str, str]:
+        """Return the name of the pair of each module that ModelOpt quantized."""
+        configs = {pair.name: self._of_device(_stated(pair)) for pair in pairs}
+        names = {QuantRecipe(config, name): name for name, config in configs.items()}
+        of_group = {group.name: group.members for group in self.groups}
+        return {
+            member: names[recipe]
+            for key, recipe in recipes.items()
+            if recipe in names
+            for member in of_group[group_name(key)]
+        }
 
     def _judge(self, name: str, model: nn.Module, predicted: float | None) -> Measured:
         """Measure a quantized model against the unquantized one."""
+        covered = [group for group in self.groups if group.covered]
+        bits = effective_bits(model, covered)
         lost, labels = [], []
         divergence, tokens = 0.0, 0
         with torch.no_grad():
+            _fold(model, covered)
             for batch in self._batches(self.held_out):
                 before, after = _logits(self.model, batch), _logits(model, batch)
                 change = _losses(after, batch).double() - _losses(before, batch).double()
                 lost += change.sum(dim=1).tolist()
                 labels += [change.shape[1]] * len(change)
-                # One sample at a time: a large vocabulary in double is much.
-                for one, other in zip(before, after, strict=True):
-                    p, q = (logits.double().log_softmax(dim=-1) for logits in (one, other))
-                    divergence += float((p.exp() * (p - q)).sum())
+                divergence += _divergence(before, after)
                 tokens += batch.input_ids.numel()
-        covered = [group for group in self.groups if group.covered]
-        bits, mean = effective_bits(model, covered), sum(lost) / sum(labels)
-        found = (np.array(lost), np.array(labels))
-        return Measured(name, bits, mean, divergence / tokens, predicted, *found)
+            scored = sum(
+                _divergence(_logits(self.model, batch), _logits(model, batch))
+                for batch in self._batches(self.calibration, self.scored)
+            )
+        return Measured(
+            name=name,
+            bits=bits,
+            loss=sum(lost) / sum(labels),
+            divergence=divergence / tokens,
+            scored=scored / self.calibration.tokens(self.scored) if self.scored else None,
+            predicted=predicted,
+            by_caption=np.array(lost),
+            labels=np.array(labels),
+        )
 
     def _calibrate(self, model: nn.Module) -> None:
         with torch.no_grad():
             for batch in self._batches(self.calibration):
                 _logits(model, batch)
 
-    def _batches(self, samples: Samples) -> list[Batch]:
+    def _batches(self, samples: Samples, count: int | None = None) -> list[Batch]:
+        """Return batches of the first ``count`` samples; of all when not given."""
+        count = len(samples) if count is None else count
         device = next(self.model.parameters()).device
-        batches = equal_length_batches(samples, boundaries=[len(samples)], batch_size=_BATCH)
-        return [batch.to(device) for batch in batches]
+        bounds = [count, len(samples)]
+        batches = equal_length_batches(samples, boundaries=bounds, batch_size=_BATCH)
+        return [batch.to(device) for batch in batches if batch.first < count]
 
     def _of_device(self, config: Mapping[str, Any]) -> dict[str, Any]:
         on_a_cpu = next(self.model.parameters()).device.type == "cpu"
@@ -170,6 +219,19 @@ def effective_bits(model: nn.Module, groups: Sequence[Group]) -> float:
         total += count
         used += count * (quantizer._effective_bits if quantizer.is_enabled else 16.0)
     return used / total
+
+
+def _fold(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Quantize the weights once, instead of in every forward pass.
+
+    Each gets a parameter of its own: that of a head may be the embedding's as well.
+    """
+    for name in (name for group in groups for name in group.members):
+        module: Any = model.get_submodule(name)
+        if module.weight_quantizer.is_enabled:
+            weight = module.weight_quantizer(module.weight)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            module.weight_quantizer.disable()
 
 
 def _stated(pair: PairConfig) -> dict[str, Any]:
@@ -191,6 +253,16 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return ``(samples, tokens, vocabulary)``; batches hold no padding."""
     logits: torch.Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
     return logits
+
+
+def _divergence(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Return the KL divergence of two outputs, summed over all tokens, in nats."""
+    found = 0.0
+    # One sample at a time: a large vocabulary in double is much.
+    for one, other in zip(before, after, strict=True):
+        p, q = (logits.double().log_softmax(dim=-1) for logits in (one, other))
+        found += float((p.exp() * (p - q)).sum())
+    return found
 
 
 def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:

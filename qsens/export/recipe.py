@@ -8,9 +8,11 @@ from typing import Literal
 
 from qsens.analysis.allocation import allocate
 from qsens.analysis.options import build_units, has_per_token
+from qsens.analysis.prices import Price
 from qsens.analysis.ranking import Row
 from qsens.config import PairConfig
 from qsens.config.models import Frozen, Size
+from qsens.export import filters
 from qsens.manifest import Kind
 
 RECIPE_VERSION = 1
@@ -73,6 +75,8 @@ class Recipe(Frozen):
     """Sum of the damages of the groups: a prediction, each group taken alone."""
     formats: dict[str, PairConfig]
     """The formats used, by name, as qsens defines them."""
+    prices: dict[str, Price] = {}
+    """How the damages of these formats were found."""
     choices: tuple[Choice, ...]
     """What each group becomes, in model order."""
     outside: tuple[str, ...]
@@ -93,6 +97,7 @@ def choose(
     checkpoint_digest: str,
     size: Size,
     method: Method,
+    prices: Mapping[str, Price] | None = None,
     keep: Sequence[str] = (),
     keep_head: bool = False,
     left_out: Sequence[LeftOut] = (),
@@ -109,6 +114,7 @@ def choose(
         checkpoint_digest: Digest of the checkpoint.
         size: Calibration size of the rows.
         method: The score.
+        prices: How the damages of the rows were found, by the same names.
         keep: Patterns (fnmatch) of groups or members that stay at 16 bits.
         keep_head: Whether the head stays at 16 bits.
         left_out: Formats of the sweep that are no option, for the record.
@@ -147,6 +153,7 @@ def choose(
         bits=found.bits,
         damage=found.damage,
         formats={name: formats[name] for name in cells if name in used},
+        prices={name: price for name, price in (prices or {}).items() if name in used},
         choices=tuple(sorted(choices, key=lambda choice: _natural(choice.groups[0]))),
         outside=tuple(sorted(outside, key=_natural)),
         left_out=tuple(left_out),
@@ -156,6 +163,12 @@ def choose(
                 f"{name} is experimental: nobody is known to deploy it"
                 for name in cells
                 if name in used and formats[name].experimental
+            ),
+            *filters.notices(
+                member
+                for choice in choices
+                if choice.format is not None
+                for member in choice.members
             ),
         ),
     )
@@ -177,10 +190,23 @@ def header(recipe: Recipe, tool: str) -> str:
     ]
     for name, groups, weights in tally(recipe):
         lines.append(f"{name or '16 bits'}: {weights} weights, {groups} of the groups")
+    lines += [f"{name}: {price_words(price)}" for name, price in recipe.prices.items()]
     lines += [f"Left out: {entry.format}: {entry.reason}" for entry in recipe.left_out]
     lines += [f"Note: {notice}" for notice in recipe.notices]
     # What a name brings along must stay within the comment.
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)
+
+
+def price_words(price: Price) -> str:
+    """Say how the damages of a format were found."""
+    if price.source == "true divergences":
+        return "damages are true divergences, measured in every group"
+    if price.verdict is None:
+        return "damages are scores that were not audited"
+    audited = f"audited with the verdict {price.verdict}"
+    if price.ratio is None:
+        return f"damages are scores, {audited}"
+    return f"damages are scores over {price.ratio:.3f}, their ratio to the truth, {audited}"
 
 
 def tally(recipe: Recipe) -> list[tuple[str | None, int, int]]:

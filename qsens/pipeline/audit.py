@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qsens.analysis.audit import Audit, Point, choose_groups, judge, read_audit
+from qsens.analysis.audit import choose_groups, digest_of, judge, read_audit
 from qsens.analysis.ranking import rank
 from qsens.config.models import SIZES
 from qsens.errors import UserError
 from qsens.grid import Cell, Plan
-from qsens.manifest import GroupSensitivity, dump_json, group_name, kind_of, read_manifest
+from qsens.manifest import (
+    Audit,
+    GroupSensitivity,
+    Point,
+    dump_json,
+    group_name,
+    kind_of,
+    read_manifest,
+)
 from qsens.pipeline.cell import Progress
 from qsens.store import Store, write_text
 
@@ -94,6 +102,7 @@ def audit(
                 seconds=round(measured.seconds, 3),
                 device=measured.device,
             )
+            found = found.model_copy(update={"digest": digest_of(found)})
             write_text(store.audit(cell), dump_json(found.model_dump(mode="json")))
     audits = []
     for cell in cells:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qsens.analysis.options import matches
 from qsens.config import PairConfig
-from qsens.config.models import SIZES
+from qsens.config.models import SIZES, Size
 from qsens.engine.captions import read_captions
 from qsens.errors import UserError
 from qsens.export import modelopt
@@ -43,8 +43,10 @@ def check_recipe(
         captions: File of captions to measure on; unused ones of the data set when not given.
 
     Returns:
-        ``{captions, measured: [{name, bits, loss, divergence, predicted}], better: [...]}``, the
-        recipe first; ``better`` names what fits the target and has a lower KL divergence.
+        ``{captions, scored, measured: [{name, bits, loss, divergence, scored, predicted}], better:
+        [...]}``, the recipe first: how many captions were measured on and scored, increase of the
+        loss and KL divergence on the former, KL divergence on the latter; ``better`` names what
+        fits the target and has a lower KL divergence.
 
     Raises:
         UserError: There are no captions that the sweep did not use, or it was one over pictures.
@@ -63,7 +65,7 @@ def check_recipe(
         or any(matches(group, choice.members, keep) for group in choice.groups)
         for member in choice.members
     ]
-    trial = trial_of(plan, recipe, texts, kept)
+    trial = trial_of(plan, recipe.size, texts, kept)
     predicted = recipe.damage if recipe.damage_unit == "nats a token" else None
     measured = [trial.measure(RECIPE, modelopt.config(recipe), predicted)]
     total = sum(choice.weights for choice in recipe.choices)
@@ -76,6 +78,7 @@ def check_recipe(
     ours, *others = measured
     return {
         "captions": len(texts),
+        "scored": trial.scored,
         "measured": [entry.numbers() for entry in measured],
         "better": [
             entry.name
@@ -112,14 +115,21 @@ def held_out(plan: Plan, captions: Path | None) -> list[str]:
     return left
 
 
-def trial_of(plan: Plan, recipe: Recipe, captions: Sequence[str], kept: Sequence[str]) -> Trial:
-    """Load the checkpoint, with the captions of the recipe's size and those to measure on."""
+def trial_of(plan: Plan, size: Size, captions: Sequence[str], kept: Sequence[str]) -> Trial:
+    """Load the checkpoint, with the captions of a size to calibrate on, and others to measure on.
+
+    Args:
+        plan: The plan.
+        size: The calibration size.
+        captions: Captions to measure on.
+        kept: Names of modules that stay at 16 bits.
+    """
     from qsens.engine.checkpoint import load_tokenizer
     from qsens.engine.samples import tokenize
     from qsens.engine.trial import Trial
     from qsens.pipeline.loading import groups_of, load
 
-    cell = next(cell for cell in plan.cells if cell.size == recipe.size)
+    cell = next(cell for cell in plan.cells if cell.size == size)
     loaded = load(plan, cell, lambda *_: None)
     model, longest = plan.config.model, plan.config.dataset.calib_seq_len
     return Trial(
@@ -129,4 +139,5 @@ def trial_of(plan: Plan, recipe: Recipe, captions: Sequence[str], kept: Sequence
         kept=[modelopt.literal(name) for name in kept],
         calibration=loaded.samples,
         held_out=tokenize(captions, load_tokenizer(model), longest=longest),
+        scored=plan.samples_scored(cell),
     )

@@ -38,7 +38,8 @@ def covered_shapes(shapes: Shapes, vision_patterns: tuple[str, ...]) -> dict[str
         name: shape
         for name, shape in shapes.items()
         if len(shape) >= 2
-        and "embed" not in name
+        # An embedding is a matrix; a patch embedding is a convolution.
+        and ("embed" not in name or len(shape) > 2)
         and not any(
             fnmatch.fnmatch(name.removesuffix(".weight"), pattern) for pattern in vision_patterns
         )

@@ -141,12 +141,13 @@ def _score_pass(
     sizes = plan.boundaries(_longest(plan, cells))
     requests = [request_of(plan, cell) for cell in cells]
     candidates = distinct(requests)
+    method = config.autoquant.method
     budget = plan_budget(
         model,
         groups,
         candidates,
         limit_gb=config.autoquant.memory_budget_gb,
-        losses=config.autoquant.draws if config.autoquant.method == "fisher" else 1,
+        losses={"gradient": 1, "fisher": config.autoquant.draws, "kl_div": 0}[method],
         samples=samples,
     )
     started = time.monotonic()
@@ -154,7 +155,7 @@ def _score_pass(
     missing = [count for count in candidates.snapshots() if count not in maxima]
     in_passing = (
         not maxima
-        and config.autoquant.method != "kl_div"
+        and method != "kl_div"
         and fused.calibrates(model, samples, candidates, boundaries=sizes, budget=budget)
     )
     if missing and not in_passing:
@@ -171,9 +172,9 @@ def _score_pass(
     )
     before = reset_peak(loaded.device)
     known = None if in_passing else maxima
-    if config.autoquant.method == "gradient":
+    if method == "gradient":
         measure = partial(fused.score, maxima=known)
-    elif config.autoquant.method == "fisher":
+    elif method == "fisher":
         draws, seed = config.autoquant.draws, config.autoquant.seed
         measure = partial(fisher.estimate, maxima=known, draws=draws, seed=seed)
     else:

@@ -89,7 +89,14 @@ def fetch_model(
     wanted, default = _wanted(target, revision, roots)
     path = roots.resolve(directory or default)
     hub = Hub()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot be made: {error.strerror}",
+            where=str(path.parent),
+            remedy="Name another directory.",
+        ) from error
     with held(FileLock(path.parent / f".{path.name}.lock"), where=str(path), wait=False):
         there = _read_source(path)
         if there is not None and there.repository == wanted.repository:

@@ -31,6 +31,8 @@ from huggingface_hub.file_download import http_get
 from qsens import __version__
 from qsens.errors import QsensError, TryAgain, UserError
 
+# What a file of ours may answer, and no connection.
+_LOCAL = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 _MAY_PASS = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -151,7 +153,14 @@ class Hub:
         """Say what the hub refused in one message, without addresses or headers."""
         try:
             yield
-        except (httpx.HTTPError, OfflineModeIsEnabled, OSError, ValueError, TypeError) as error:
+        except (
+            httpx.HTTPError,
+            httpx.InvalidURL,
+            OfflineModeIsEnabled,
+            OSError,
+            ValueError,
+            TypeError,
+        ) as error:
             where = f"{repository} on {self.host}" + (f", {name}" if name else "")
             # Not "from error": a chained traceback would show addresses.
             raise self._translated(error, where, revision) from None
@@ -161,6 +170,18 @@ class Hub:
         if isinstance(error, HFValidationError):
             return UserError(
                 "is no repository's name", where=where, remedy="Write OWNER/NAME, as the hub does."
+            )
+        if isinstance(error, UnicodeEncodeError | httpx.LocalProtocolError):
+            return UserError(
+                "the token holds characters that cannot be sent",
+                where=where,
+                remedy="Set HF_TOKEN to the token alone, without line ends or quotes.",
+            )
+        if isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
+            return UserError(
+                "HF_ENDPOINT is no address of a hub",
+                where=where,
+                remedy="Set it to an address that begins with https://, or unset it.",
             )
         if isinstance(error, ValueError | TypeError):
             return UserError(
@@ -206,6 +227,12 @@ class Hub:
                 "no space left on the disk",
                 where=where,
                 remedy="Free some space, then run it again: what was downloaded is kept.",
+            )
+        if isinstance(error, OSError) and error.errno in _LOCAL:
+            return UserError(
+                f"the directory cannot be written to: {error.strerror}",
+                where=where,
+                remedy="Name another directory.",
             )
         return _try_again(f"the connection failed ({type(error).__name__})", where)
 

@@ -16,7 +16,7 @@ from typing import Any
 from qsens.config import Roots, SweepConfig, load_sweep
 from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
-from qsens.engine.files import identify, shapes
+from qsens.engine.files import check_chat_template, identify, shapes
 from qsens.engine.pictures import PictureReader, cache_of, read_resolution
 from qsens.grid import Plan, calibration_digest, make_plan
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
@@ -83,6 +83,7 @@ def picture_reader(config: SweepConfig, roots: Roots) -> PictureReader | None:
     if not any(config.modality(coverage) == "image_text" for coverage in config.coverage):
         return None
     resolution = read_resolution(config.model, config.dataset.max_pixels)
+    check_chat_template(config.model.path)
     return PictureReader(config.dataset.images_root(), cache_of(roots.results), resolution)
 
 

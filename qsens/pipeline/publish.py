@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from qsens.analysis.audit import Audit
 from qsens.analysis.samples import SampleScores, read_samples
 from qsens.grid import Cell, Plan
-from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest, find_manifest, read_manifest
+from qsens.manifest import (
+    MANIFEST_SUFFIX,
+    STATE_SUFFIX,
+    Audit,
+    Manifest,
+    dump_json,
+    find_manifest,
+    read_manifest,
+)
 from qsens.pipeline.audit import find_audits
 from qsens.pipeline.cell import failure_reason
 from qsens.pipeline.drift import find_drift
 from qsens.pipeline.plan import plan_json
 from qsens.report.assets import ASSETS
 from qsens.report.cell import write_cell
-from qsens.report.findings import Drift
+from qsens.report.findings import Drift, series_of
 from qsens.report.model_index import write_model_index
 from qsens.report.sweep import PAGE, SUMMARY, Summary, build_summary, read_summary, write_sweep
 from qsens.report.views import protected
@@ -49,11 +57,12 @@ def publish(plan: Plan) -> dict[str, Any]:
         for cell in plan.cells:
             if store.is_done(cell):
                 manifest = read_manifest(store.manifest(cell))
+                manifest = manifest.model_copy(update={"audit": _audit_of(cell, audits)})
                 manifests[cell.cell] = manifest
                 found = _samples(store.state(cell), manifest)
                 if found is not None:
                     samples[cell.cell] = found
-                _publish_cell(store, cell, manifest, found, _audit_of(cell, audits))
+                _publish_cell(store, cell, manifest, found)
             else:
                 missing[cell.cell] = failure_reason(store, cell)
         sweep_dir = store.sweep_dir()
@@ -153,19 +162,11 @@ def _assets(directory: Path) -> Path:
 
 def _audit_of(cell: Cell, audits: Sequence[Audit]) -> Audit | None:
     """Return the audit of a cell's pair: its verdict holds at every size."""
-    key = (cell.pair, cell.granularity, cell.coverage, cell.modality)
-    for audit in audits:
-        if (audit.pair, audit.granularity, audit.coverage, audit.modality) == key:
-            return audit
-    return None
+    return next((audit for audit in audits if series_of(audit) == series_of(cell)), None)
 
 
 def _publish_cell(
-    store: Store,
-    cell: Cell,
-    manifest: Manifest,
-    samples: SampleScores | None,
-    audit: Audit | None,
+    store: Store, cell: Cell, manifest: Manifest, samples: SampleScores | None
 ) -> None:
     directory = store.cell_dir(cell)
     shown = directory / SHOWN
@@ -174,9 +175,15 @@ def _publish_cell(
     published = store.published(cell)
     if store.state(cell).is_file():
         copy_file(store.state(cell), published["state"])
-    write_cell(manifest, directory, samples, audit=audit, assets=store.model_dir() / ASSETS)
+    write_cell(manifest, directory, samples, assets=store.model_dir() / ASSETS)
     write_text(shown, store.plan.sweep_id)
-    copy_file(store.manifest(cell), published["manifest"])
+    if manifest.audit is None:
+        copy_file(store.manifest(cell), published["manifest"])
+        return
+    # The result itself never changes: what was found about it later stands in the copy alone.
+    scored = json.loads(store.manifest(cell).read_text(encoding="utf-8"))
+    audited = scored | {"audit": manifest.audit.model_dump(mode="json")}
+    write_text(published["manifest"], dump_json(audited))
 
 
 def _said(store: Store) -> Summary | None:

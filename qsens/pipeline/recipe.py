@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qsens.analysis.options import UNQUANTIZED_BITS, matches
+from qsens.analysis.prices import price
 from qsens.config import PairConfig, Roots
 from qsens.config.models import SIZES, Coverage, Size
 from qsens.errors import UserError
@@ -14,7 +15,7 @@ from qsens.export import llm_compressor, modelopt
 from qsens.export.recipe import LeftOut, Recipe, choose, tally
 from qsens.grid import Plan, read_plan
 from qsens.manifest import dump_json
-from qsens.report.findings import of_coverage
+from qsens.report.findings import of_coverage, series_of
 from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell, read_summary
 from qsens.store import write_text
 
@@ -54,7 +55,7 @@ def write_recipe(
         roots: Where things lie; from the environment when not given.
 
     Returns:
-        ``{sweep_id, size, target, bits_asked, bits, damage, damage_unit, formats, left_out,
+        ``{sweep_id, size, target, bits_asked, bits, damage, damage_unit, formats, prices, left_out,
         notices, path, check, recipe}``; ``check`` only where asked for;
         ``recipe`` is the text, left out where it was written.
 
@@ -113,6 +114,7 @@ def write_recipe(
             {"format": name, "groups": groups, "weights": weights}
             for name, groups, weights in tally(recipe)
         ],
+        "prices": {name: price.model_dump() for name, price in recipe.prices.items()},
         "left_out": [entry.model_dump() for entry in recipe.left_out],
         "notices": list(recipe.notices),
         "path": str(out.resolve()) if out is not None else None,
@@ -176,18 +178,34 @@ def recipe_of(
             left_out.append(LeftOut(format=name, reason=reason))
     if not formats:
         raise UserError(
-            "none of its pairs can be expressed: "
-            + "; ".join(f"{entry.format}: {entry.reason}" for entry in left_out),
+            "none of its pairs can be expressed: " + _listed(left_out),
             where=f"sweep {summary.sweep_id}",
             remedy="Export with --to modelopt, or sweep other pairs.",
         )
-    rows = {format_name(cell): cell.rows for cell in cells if format_name(cell) in formats}
+    priced = price(
+        {format_name(cell): cell.rows for cell in cells if format_name(cell) in formats},
+        {
+            format_name(cell): audit
+            for cell in cells
+            for audit in summary.audit
+            if series_of(audit) == series_of(cell)
+        },
+        {format_name(cell): cell.digest for cell in cells},
+    )
+    left_out += [LeftOut(format=name, reason=why) for name, why in priced.refused.items()]
+    rows = priced.rows
+    if not rows:
+        raise UserError(
+            "none of its pairs can be trusted: " + _listed(left_out),
+            where=f"sweep {summary.sweep_id}",
+            remedy="Measure all groups with `qsens audit --full` and publish again.",
+        )
     _refuse_idle_patterns(rows, keep)
     notices = [
         f"PARTIAL: {cell.cell}: {reason}"
         for cell in cells
         for reason in cell.partial
-        if format_name(cell) in formats
+        if format_name(cell) in rows
     ]
     if coverage is None and len({cell.coverage for cell in summary.done}) > 1:
         notices.append(f"the sweep has several coverages: scores of {chosen_coverage} are used")
@@ -198,8 +216,9 @@ def recipe_of(
         notices.append(f"the head {known}: it is left at 16 bits")
     return choose(
         rows,
-        formats,
+        {name: formats[name] for name in rows},
         bits,
+        prices=priced.prices,
         sweep_id=summary.sweep_id,
         model=summary.model,
         checkpoint_digest=summary.checkpoint_digest,
@@ -274,6 +293,10 @@ def _cells(
             remedy=f"Sizes with results: {known}.",
         )
     return found
+
+
+def _listed(left_out: Sequence[LeftOut]) -> str:
+    return "; ".join(f"{entry.format}: {entry.reason}" for entry in left_out)
 
 
 def _refuse_idle_patterns(rows: Mapping[str, Sequence[Any]], keep: Sequence[str]) -> None:

@@ -73,6 +73,7 @@ def true_divergence(store: Store, wanted: Mapping[str, Sequence[str]], progress:
             groups,
             candidates,
             limit_gb=config.autoquant.memory_budget_gb,
+            losses=0,
             samples=loaded.samples,
         ),
         only={(name, of_cell[cell]) for cell, names in wanted.items() for name in names},

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qsens.analysis.audit import Audit
 from qsens.analysis.ranking import Part, Row, Totals, by_depth, by_kind, finite, rank
 from qsens.analysis.samples import SampleScores
 from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, bootstrap, settled
 from qsens.config.models import Frozen
 from qsens.manifest import (
+    Audit,
     Dataset,
     Kind,
     Manifest,
@@ -133,7 +133,6 @@ def write_cell(
     directory: Path,
     samples: SampleScores | None = None,
     *,
-    audit: Audit | None = None,
     assets: Path | None = None,
     single_file: bool = False,
 ) -> list[Path]:
@@ -143,14 +142,13 @@ def write_cell(
         manifest: A manifest as ``read_manifest`` returns it.
         directory: Where the reports go.
         samples: Scores of every sample, where there are any: they say how sure the ranking is.
-        audit: The audit of its pair, where there is one.
         assets: Directory of the scripts that pages share; one in ``directory`` when not given.
         single_file: Whether the page holds its scripts, instead of sharing them.
 
     Returns:
         The Markdown, JSON and HTML file, and the chart of the Markdown where there is one.
     """
-    report = build_cell(manifest, samples).model_copy(update={"audit": audit})
+    report = build_cell(manifest, samples)
     found = charts.depth_map(report.ranked)
     picture = depth_svg(found)
     context: dict[str, Any] = {
@@ -222,6 +220,7 @@ def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellR
         by_kind=by_kind(ranking.rows),
         by_depth=by_depth(ranking.rows),
         stability=_stability(samples, spreads) if samples is not None and spreads else None,
+        audit=manifest.audit,
         rows=ranking.rows,
     )
 
@@ -331,15 +330,15 @@ def _as_json(report: CellReport) -> Any:
     data: dict[str, Any] = {}
     for name in CellReport.model_fields:
         value = getattr(report, name)
-        if isinstance(value, Section):
+        if isinstance(value, Frozen | Audit):
+            data[name] = value.model_dump()
+        elif isinstance(value, Section):
             data[name] = value.model_dump(exclude_none=True)
         elif name == "rows":
             # What only the samples can tell is left out where they are not there.
             unknown = {"interval", "positions", "verdict", "samples_needed"}
             hidden = unknown if report.stability is None else set()
             data[name] = [row.model_dump(exclude=hidden) for row in report.rows]
-        elif isinstance(value, Frozen):
-            data[name] = value.model_dump()
         elif name.startswith("by_"):
             data[name] = {str(key): part.model_dump() for key, part in value.items()}
         elif value is not None:

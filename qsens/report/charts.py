@@ -10,10 +10,10 @@ from typing import Any
 from scipy.stats import rankdata
 
 from qsens.analysis.allocation import ParetoPoint
-from qsens.analysis.audit import Z90, Audit
+from qsens.analysis.audit import Z90
 from qsens.analysis.ranking import Row, normalise_name
 from qsens.grid import unusual
-from qsens.manifest import Kind
+from qsens.manifest import Audit, Kind
 from qsens.report import format as look
 from qsens.report.findings import Drift, largest_cells, series_of
 from qsens.report.views import Heat

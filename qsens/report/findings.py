@@ -10,6 +10,8 @@ from qsens.analysis.ranking import Row, normalise_name
 from qsens.analysis.reasons import Difference
 from qsens.analysis.stability import compare_sizes
 from qsens.config.models import COVERAGES, SIZES, Coverage, Frozen, Modality, Size
+from qsens.grid import Cell
+from qsens.manifest import Audit
 
 if TYPE_CHECKING:
     from qsens.report.sweep import SummaryCell
@@ -164,8 +166,8 @@ def compare_all_sizes(cells: Sequence[SummaryCell]) -> tuple[SizesCompared, ...]
     return tuple(found)
 
 
-def series_of(cell: SummaryCell) -> tuple[str, str, Coverage, Modality]:
-    """Return what the cells that differ in size alone have in common."""
+def series_of(cell: SummaryCell | Cell | Audit) -> tuple[str, str, Coverage, Modality]:
+    """Return what the cells that differ in size alone have in common, and their audit."""
     return cell.pair, cell.granularity, cell.coverage, cell.modality
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qsens.analysis.allocation import ParetoPoint, pareto
-from qsens.analysis.audit import Audit
 from qsens.analysis.options import build_units
+from qsens.analysis.prices import price
 from qsens.analysis.ranking import Row, total_per_token
 from qsens.analysis.samples import SampleScores
 from qsens.config.base import read_json
 from qsens.config.models import SIZES, Coverage, Frozen, Modality, Size
 from qsens.grid import Cell, Plan
-from qsens.manifest import Manifest, dump_json
+from qsens.manifest import Audit, Manifest, dump_json
 from qsens.report import charts
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data
@@ -25,6 +25,7 @@ from qsens.report.findings import (
     SizesCompared,
     compare_all_sizes,
     of_coverage,
+    series_of,
 )
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import heat_svg
@@ -205,7 +206,7 @@ def build_summary(
         method=plan.config.autoquant.method,
         effective_bits_target=plan.config.autoquant.effective_bits,
         previous=previous,
-        pareto=tuple(_pareto(plan, cells)),
+        pareto=tuple(_pareto(plan, cells, audits)),
         complete=all(cell.whole for cell in cells),
         cells=cells,
         missing=tuple(
@@ -313,12 +314,17 @@ def read_summary(path: Path) -> Summary:
     )
 
 
-def _pareto(plan: Plan, cells: Sequence[SummaryCell]) -> list[ParetoPoint]:
+def _pareto(plan: Plan, cells: Sequence[SummaryCell], audits: Sequence[Audit]) -> list[ParetoPoint]:
     """Return the curve that recipes of this sweep lie on: those of the widest coverage."""
     done = of_coverage([cell for cell in cells if cell.done])
     size = max((cell.size for cell in done), key=SIZES.index, default=None)
-    rows = {f"{cell.pair}-{cell.granularity}": cell.rows for cell in done if cell.size == size}
-    return pareto(build_units(rows, keep_head=plan.checkpoint.tied_head is not False))
+    largest = {"-".join(series_of(cell)): cell for cell in done if cell.size == size}
+    priced = price(
+        {name: cell.rows for name, cell in largest.items()},
+        {"-".join(series_of(audit)): audit for audit in audits},
+        {name: cell.digest for name, cell in largest.items()},
+    )
+    return pareto(build_units(priced.rows, keep_head=plan.checkpoint.tied_head is not False))
 
 
 def _in_order(plan: Plan) -> list[Cell]:

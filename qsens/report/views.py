@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qsens.analysis.audit import Audit
 from qsens.analysis.ranking import MeanShare, Row, mean_shares, normalise_name
 from qsens.config.models import SIZES, Size
+from qsens.manifest import Audit
 from qsens.report.findings import largest_cells
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from qsens.analysis.audit import Judgement
+from qsens.manifest import Judgement
 from qsens.report import format as look
 from qsens.report.findings import CellStability, Drift, SizesCompared
 

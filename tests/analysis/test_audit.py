@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qsens.analysis.audit import Point, choose_groups, judge
+from qsens.analysis.audit import choose_groups, digest_of, judge
 from qsens.analysis.ranking import Row
+from qsens.manifest import Audit, Point
 
 
 def row(position: int | None, kind: str = "o") -> Row:
@@ -93,3 +94,29 @@ def test_few_groups_tell_nothing() -> None:
     found = judge(points([1.0, 2.0], [1.0, 2.0]), in_nats=True)
     assert found.verdict == "do not trust"
     assert judge([], in_nats=True).rho is None
+
+
+def test_the_digest_is_of_what_was_measured() -> None:
+    measured = points([1.0, 2.0], [1.5, 2.5], 0.1)
+    one = Audit(
+        cell="wint8_afp16-small",
+        pair="wint8_afp16",
+        granularity="default",
+        size="small",
+        cell_digest="ab" * 32,
+        method="fisher",
+        mode="full",
+        samples=16,
+        points=tuple(measured),
+        judgement=judge(measured, in_nats=True),
+        seconds=1.0,
+        device="cpu",
+    )
+    assert digest_of(one) == digest_of(one.model_copy(update={"seconds": 2.0, "digest": "x"}))
+    for change in (
+        {"cell_digest": "cd" * 32},
+        {"samples": 15},
+        {"points": tuple(points([1.0, 2.0], [1.5, 2.6], 0.1))},
+        {"failures": {"2": "no finite truth"}},
+    ):
+        assert digest_of(one) != digest_of(one.model_copy(update=change))

@@ -146,8 +146,13 @@ def test_every_bad_picture_is_named_with_its_reason(reader: PictureReader, tmp_p
 
 
 def test_a_directory_without_any_picture_is_an_error(reader: PictureReader) -> None:
-    with pytest.raises(UserError, match=r"none of 2 pictures can be used, the first 'a\.png' is"):
+    with pytest.raises(UserError, match=r"none of 2 pictures can be used; sample 1, 'a\.png' is"):
         reader.identify([Record("a.png", "one"), Record("b.png", "two")])
+    with pytest.raises(UserError, match=r"can be used; sample 1 names none; and 1 more"):
+        reader.identify([Record("", "one"), Record("", "two")])
+    astray = PictureReader(reader.root / "gone", reader.cache, RULE)
+    with pytest.raises(UserError, match=r"gone: there is no such directory"):
+        astray.identify([Record("a.png", "one")])
 
 
 def test_the_identity_follows_the_bytes_of_the_pictures(reader: PictureReader) -> None:
@@ -180,7 +185,7 @@ def test_the_processor_says_the_resolution(tmp_path: Path) -> None:
     config = ModelConfig(path=path)
     with pytest.raises(UserError, match="has no image processor"):
         read_resolution(config, 10_000)
-    settings = {"patch_size": 8, "merge_size": 2}
+    settings = {"patch_size": 4, "merge_size": 4}
     file = path / "preprocessor_config.json"
     file.write_text(json.dumps(settings))
     with pytest.raises(UserError, match="does not say how it resizes pictures"):
@@ -190,12 +195,19 @@ def test_the_processor_says_the_resolution(tmp_path: Path) -> None:
         read_resolution(config, 10_000)
     size = {"size": {"shortest_edge": 300, "longest_edge": 5000}}
     file.write_text(json.dumps(settings | size))
-    assert read_resolution(config, 10_000) == Resolution(16, 300, 5000)
-    assert read_resolution(config, 1000) == Resolution(16, 300, 1000)
+    with pytest.raises(UserError, match=r"has merge_size 4, and its config\.json spatial_merge"):
+        read_resolution(config, 10_000)
+    settings["merge_size"] = 2
+    file.write_text(json.dumps(settings | size | {"temporal_patch_size": 1}))
+    with pytest.raises(UserError, match=r"temporal_patch_size 1, and its config\.json temporal"):
+        read_resolution(config, 10_000)
+    file.write_text(json.dumps(settings | size))
+    assert read_resolution(config, 10_000) == Resolution(8, 300, 5000)
+    assert read_resolution(config, 1000) == Resolution(8, 300, 1000)
     # What newer versions of transformers write.
     inner = {"image_processor": settings | {"min_pixels": 400, "max_pixels": 4000}}
     (path / "processor_config.json").write_text(json.dumps(inner))
-    assert read_resolution(config, 10_000) == Resolution(16, 400, 4000)
+    assert read_resolution(config, 10_000) == Resolution(8, 400, 4000)
 
 
 @pytest.mark.parametrize("family", ["Gemma 3", "Llama"])

@@ -50,8 +50,10 @@ def one(name: str) -> Candidates:
     )
 
 
-def run(name: str, samples: Samples, budget: Budget | None = None) -> tuple[list[str], PassScores]:
-    candidates, model = one(name), pictures.model()
+def run(
+    family: str, name: str, samples: Samples, budget: Budget | None = None
+) -> tuple[list[str], PassScores]:
+    candidates, model = one(name), pictures.model(family)
     groups = find_groups(model)
     maxima = {}
     if candidates.snapshots():
@@ -61,7 +63,7 @@ def run(name: str, samples: Samples, budget: Budget | None = None) -> tuple[list
     return [group.name for group in groups], found
 
 
-def modelopt(name: str, samples: Samples) -> dict[str, float]:
+def modelopt(family: str, name: str, samples: Samples) -> dict[str, float]:
     """Return ModelOpt's scores with one sample a batch, each weighted by its nominal batch."""
     import modelopt.torch.quantization as mtq
 
@@ -97,7 +99,7 @@ def modelopt(name: str, samples: Samples) -> dict[str, float]:
 
     with torch.enable_grad():
         _, state = mtq.auto_quantize(
-            pictures.model(),
+            pictures.model(family),
             constraints={"effective_bits": 8.0},
             quantization_formats=[on_cpu(pair(name).modelopt())],
             data_loader=loader,
@@ -113,10 +115,11 @@ def modelopt(name: str, samples: Samples) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("family", pictures.FAMILIES)
 @pytest.mark.parametrize("name", ["wfp8_afp8", "wint8_aint8", "wfp4_afp8"])
-def test_every_group_equals_modelopt(name: str, samples: Samples) -> None:
-    theirs = modelopt(name, samples)
-    names, found = run(name, samples)
+def test_every_group_equals_modelopt(family: str, name: str, samples: Samples) -> None:
+    theirs = modelopt(family, name, samples)
+    names, found = run(family, name, samples)
     lengths = [end - start for start, end in samples.spans]
     nominal = torch.tensor(
         [
@@ -128,20 +131,57 @@ def test_every_group_equals_modelopt(name: str, samples: Samples) -> None:
     ours = (found.per_sample[:, 0] / nominal.double().square()).sum(dim=1).tolist()
     assert dict(zip(names, ours, strict=True)) == pytest.approx(theirs, rel=1e-4)
     tower = [name for name in names if "visual" in name]
-    assert len(tower) == 1 + 3 * 4 + 2 + 2 * 2  # patches, three layers, merger, two for deepstack
+    assert len(tower) == pictures.TOWER[family]
     assert all(theirs[name] > 0 for name in tower)
 
 
-def test_small_batches_and_kept_records_change_nothing(samples: Samples) -> None:
-    _, whole = run("wint8_aint8", samples)
+def alone(samples: Samples, index: int) -> Samples:
+    """Return one of the samples."""
+    return Samples(
+        samples.ids[index : index + 1],
+        samples.truncated[index : index + 1],
+        samples.spans[index : index + 1],
+        samples.pictures[index : index + 1],
+        samples.image_token,
+    )
+
+
+@pytest.mark.parametrize("family", pictures.FAMILIES)
+def test_a_sample_scores_what_it_scores_alone(family: str, samples: Samples) -> None:
+    """Rows of the tower go to the sample of their picture, in whatever order they are."""
+    candidates, model = one("wint8_aint8"), pictures.model(family)
+    groups = find_groups(model)
+    maxima = calibrate(model, samples, groups, snapshots=[COUNT])
+    together = fused.score(model, samples, groups, candidates, maxima).per_sample
+    truth = diverge(model, samples, groups, candidates, maxima, boundaries=[]).per_sample
+    for index in range(SCORED):
+        single = alone(samples, index)
+        found = fused.score(model, single, groups, candidates, maxima).per_sample
+        torch.testing.assert_close(found[..., 0], together[..., index], rtol=1e-4, atol=0)
+        found = diverge(model, single, groups, candidates, maxima, boundaries=[]).per_sample
+        torch.testing.assert_close(found[..., 0], truth[..., index], rtol=1e-3, atol=1e-9)
+    # The draws of a sample hang on its index: one sample at a time, but of the same samples.
+    budget = Budget(limit=0, max_tokens=1, predicted=0)
+    given = (model, samples, groups, candidates, maxima)
+    drawn = fisher.estimate(*given, draws=8, seed=0).per_sample
+    split = fisher.estimate(*given, draws=8, seed=0, budget=budget).per_sample
+    torch.testing.assert_close(split, drawn, rtol=1e-3, atol=1e-12)
+    spread = together.std(dim=-1) / together.mean(dim=-1)
+    assert float(spread.min()) > 0.1  # a mixed up order would show
+
+
+@pytest.mark.parametrize("family", pictures.FAMILIES)
+def test_small_batches_and_kept_records_change_nothing(family: str, samples: Samples) -> None:
+    _, whole = run(family, "wint8_aint8", samples)
     for keeps in (False, True):
         budget = Budget(limit=0, max_tokens=30, predicted=0, keeps_records=keeps)
-        _, split = run("wint8_aint8", samples, budget)
+        _, split = run(family, "wint8_aint8", samples, budget)
         torch.testing.assert_close(split.per_sample, whole.per_sample, rtol=1e-4, atol=0)
 
 
-def test_fisher_estimates_the_divergence_of_the_captions(samples: Samples) -> None:
-    candidates, model = one("wint8_afp16"), pictures.model()
+@pytest.mark.parametrize("family", pictures.FAMILIES)
+def test_fisher_estimates_the_divergence_of_the_captions(family: str, samples: Samples) -> None:
+    candidates, model = one("wint8_afp16"), pictures.model(family)
     groups = find_groups(model)
     truth = diverge(model, samples, groups, candidates, {}, boundaries=[])
     found = fisher.estimate(model, samples, groups, candidates, {}, draws=64, seed=0)
@@ -151,8 +191,9 @@ def test_fisher_estimates_the_divergence_of_the_captions(samples: Samples) -> No
     assert float(ratio.max()) < 1.3
 
 
-def test_labels_are_the_caption_alone(samples: Samples) -> None:
-    model = pictures.model()
+@pytest.mark.parametrize("family", pictures.FAMILIES)
+def test_labels_are_the_caption_alone(family: str, samples: Samples) -> None:
+    model = pictures.model(family)
     groups = find_groups(model)
     found = fused.score(model, samples, groups, one("wint8_afp16"), {})
     for index in range(SCORED):

@@ -132,19 +132,114 @@ def test_an_audit_is_not_made_twice_but_extended(place: Place, audited: Any) -> 
     assert len(more["audits"][0]["points"]) == 17
 
 
+@pytest.fixture(scope="module")
+def published(place: Place, audited: Any) -> Any:
+    return place.json("publish", "--plan", str(place.root / "fisher.json"))
+
+
 def test_published_with_the_sweep(place: Place, audited: Any) -> None:
+    plan = json.loads((place.root / "fisher.json").read_text())
+    digests = {cell["cell"]: cell["digest"] for cell in plan["cells"]}
+    scored = {
+        cell: (place.root / "results/.cells" / digest / "manifest.json").read_bytes()
+        for cell, digest in digests.items()
+    }
     published = place.json("publish", "--plan", str(place.root / "fisher.json"))
     summary = json.loads((Path(published["index"]).parent / "summary.json").read_text())
     verdicts = {entry["pair"]: entry["judgement"]["verdict"] for entry in summary["audit"]}
     assert verdicts["wint2_aint2"] == "do not trust"
     assert len(verdicts) == 3
     for cell in published["cells"]:
+        pair = cell["cell"].split("-")[0]
+        manifest = json.loads(Path(cell["manifest"]).read_text())
+        # The copy says what was found later; the result itself is as it was scored.
+        found = manifest.pop("audit")
+        (entry,) = (entry for entry in summary["audit"] if entry["pair"] == pair)
+        assert found == entry
+        assert found["cell_digest"] == digests[f"{pair}-small"]
+        assert len(found["digest"]) == 64
+        result = place.root / "results/.cells" / digests[cell["cell"]] / "manifest.json"
+        assert result.read_bytes() == scored[cell["cell"]]
+        assert json.loads(scored[cell["cell"]]) == manifest | {"audit": None}
         folder = Path(cell["manifest"]).parent
+        reports = {
+            path: path.read_bytes() for path in sorted(folder.glob("per-layer-sensitivity.*"))
+        }
         report = json.loads((folder / "per-layer-sensitivity.json").read_text())
-        assert report["audit"]["pair"] == cell["cell"].split("-")[0]
-        assert report["audit"]["judgement"]["verdict"] == verdicts[report["audit"]["pair"]]
-        said = (folder / "per-layer-sensitivity.md").read_text()
-        assert f"{verdicts[report['audit']['pair']]}: " in said
+        assert report["audit"]["pair"] == pair
+        assert report["audit"]["judgement"]["verdict"] == verdicts[pair]
+        assert f"{verdicts[pair]}: " in (folder / "per-layer-sensitivity.md").read_text()
+        # Made again from the directory alone, the audit included.
+        for path in reports:
+            path.unlink()
+        place.json("report", str(folder))
+        assert {path: path.read_bytes() for path in reports} == reports
+    # What was found about the scores makes no other result of them.
+    assert all(cell["done"] for cell in _planned(place, plan))
+
+
+def _planned(place: Place, plan: Any) -> Any:
+    """Return the cells of a new plan over the same grid."""
+    words = [f"model.path={plan['checkpoint']['path']}", "autoquant.method=fisher"]
+    words += ["quant_pair=wint8_aint8,wfp4_afp16,wint2_aint2", "dataset.size=small,medium"]
+    return place.json("plan", "demo-text", *words)["cells"]
+
+
+def _recipe(place: Place, published: Any, *words: str, code: int = 0) -> Any:
+    directory = str(Path(published["index"]).parent)
+    return place.json("recipe", directory, "--bits", "9", "--to", "json", *words, code=code)
+
+
+def _rows(published: Any, cell: str) -> dict[str, Any]:
+    summary = json.loads((Path(published["index"]).parent / "summary.json").read_text())
+    (found,) = (entry for entry in summary["cells"] if entry["cell"] == cell)
+    return {row["layer"]: row for row in found["rows"]}
+
+
+def test_a_recipe_divides_estimates_by_their_ratio(
+    place: Place, published: Any, tmp_path: Path
+) -> None:
+    summary = json.loads((Path(published["index"]).parent / "summary.json").read_text())
+    ratios = {entry["pair"]: entry["judgement"]["ratio"] for entry in summary["audit"]}
+    (tmp_path / "some.txt").write_text("A red cube on a table.\nTwo green balls in a box.\n")
+    answer = _recipe(
+        place, published, "--check", "--captions", str(tmp_path / "some.txt"), "--tied-head"
+    )
+    (left_out,) = answer["left_out"]
+    assert left_out["format"] == "wint2_aint2"
+    assert "not to be trusted" in left_out["reason"]
+    recipe = json.loads(answer["recipe"])
+    assert {choice["format"] for choice in recipe["choices"]} == {"wint8_aint8", "wfp4_afp16", None}
+    for choice in recipe["choices"]:
+        if choice["format"] is None:
+            continue
+        (group,) = choice["groups"]
+        row = _rows(published, f"{choice['format']}-medium")[group]
+        ratio = ratios[choice["format"]]
+        assert choice["damage"] == pytest.approx(row["sensitivity_per_token"] / ratio)
+        price = recipe["prices"][choice["format"]]
+        assert (price["source"], price["ratio"]) == ("corrected estimates", ratio)
+    # By fisher the prediction is one of the divergence; on the captions that were scored, what
+    # parts the two is the interaction of groups and what the estimates are off by.
+    assert answer["damage_unit"] == "nats a token"
+    ours = answer["check"]["measured"][0]
+    assert (ours["name"], ours["predicted"]) == ("recipe", recipe["damage"])
+    assert answer["check"]["scored"] == 128
+    assert 0.7 < ours["scored"] / ours["predicted"] < 1.5
+
+
+def test_a_pair_measured_in_full_is_priced_by_the_truth(place: Place, published: Any) -> None:
+    plan = str(place.root / "fisher.json")
+    full = place.json("audit", "--plan", plan, "--pair", "wint2_aint2", "--full", code=3)
+    (entry,) = full["audits"]
+    truth = {point["layer"]: point["truth"] for point in entry["points"]}
+    answer = _recipe(place, place.json("publish", "--plan", plan), "--pairs", "wint2_aint2")
+    recipe = json.loads(answer["recipe"])
+    assert recipe["prices"]["wint2_aint2"]["source"] == "true divergences"
+    assert recipe["prices"]["wint2_aint2"]["verdict"] == "do not trust"
+    used = [choice for choice in recipe["choices"] if choice["format"] is not None]
+    assert used
+    assert all(choice["damage"] == truth[choice["groups"][0]] for choice in used)
 
 
 def test_the_truth_needs_no_audit(place: Place) -> None:

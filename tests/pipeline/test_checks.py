@@ -57,6 +57,9 @@ def test_embeddings_norms_and_the_vision_tower_are_not_covered() -> None:
         (96, 160),
         (128, 96),
     ]
+    # Where the tower is covered, its patch embedding is a weight like others.
+    assert (32, 3, 2, 16, 16) in covered_shapes(SHAPES, ()).values()
+    assert (1000, 96) not in covered_shapes(SHAPES, ()).values()
 
 
 def test_a_format_that_fits_no_weight_is_refused_by_name(roots: Roots) -> None:

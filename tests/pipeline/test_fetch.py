@@ -257,6 +257,40 @@ def test_unreachable_hub_may_pass(tmp_path: Path) -> None:
     assert "the connection failed" in said["what"]
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"HF_ENDPOINT": "ftp://127.0.0.1"}, "HF_ENDPOINT is no address of a hub"),
+        ({"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT is no address of a hub"),
+        ({"HF_TOKEN": "hf_\u00e4secret"}, "the token holds characters that cannot be sent"),
+        ({"HF_TOKEN": "hf_a\x01secret"}, "the token holds characters that cannot be sent"),
+    ],
+)
+def test_a_broken_environment_is_said(
+    more: dict[str, str], said: str, repository: Repository, tmp_path: Path
+) -> None:
+    with serving(repository) as endpoint:
+        given = {"HF_ENDPOINT": endpoint} | more
+        code, answer, printed = fetch(
+            given["HF_ENDPOINT"],
+            tmp_path,
+            "owner/tiny",
+            "out",
+            **{name: value for name, value in more.items() if name != "HF_ENDPOINT"},
+        )
+    assert code == 2
+    assert said in answer["what"]
+    assert "secret" not in printed
+
+
+def test_a_directory_that_cannot_be_made_is_said(repository: Repository, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with serving(repository) as endpoint:
+        code, answer, _ = fetch(endpoint, tmp_path, "owner/tiny", "file/below/out")
+    assert (code, repository.asked) == (2, [])
+    assert "cannot be made: Not a directory" in answer["what"]
+
+
 def test_offline_needs_what_is_there(repository: Repository, tmp_path: Path) -> None:
     offline = {"HF_HUB_OFFLINE": "1"}
     with serving(repository) as endpoint:

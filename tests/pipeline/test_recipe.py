@@ -116,7 +116,8 @@ def test_an_infeasible_target_names_the_nearest(sweep: Sweep) -> None:
     assert sweep.json(*words)["bits"] == pytest.approx(nearest)
     free = sweep.json(str(sweep.directory), "--bits", "4.5", "--to", "modelopt", "--tied-head")
     assert free["bits"] <= 4.5
-    assert free["notices"] == []
+    (notice,) = free["notices"]
+    assert notice.startswith("1 quantized module matches *lm_head*, which ModelOpt's presets leave")
 
 
 def test_size_pairs_and_keep(sweep: Sweep) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,73 +12,21 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qsens.config import Roots
 from qsens.engine.chat import chat_samples, load_processor
 from qsens.errors import QsensError, UserError
 from qsens.grid import Plan
 from qsens.manifest import Manifest, read_manifest
 from qsens.pipeline.audit import audit
 from qsens.pipeline.cell import calibrate, score
-from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.prune import prune
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
 from qsens.pipeline.verify import verify
 from qsens.store import Store
 
-from ..engine import pictures
+from ..engine import pictures, tiny_families
 from . import seeing
-
-REPO = Path(__file__).resolve().parents[2]
-SIZES = {"small": 4, "medium": 8, "large": 12}
-MAX_PIXELS = 48 * 48
-
-
-class Place:
-    """A results root with a checkpoint that sees and a data set of drawn pictures."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.roots = Roots(root=REPO, results=root / "results", configs=(REPO / "configs",))
-        self.checkpoint = seeing.save_checkpoint(root / "tiny")
-        self.rows = seeing.samples(root / "images", SIZES["large"])
-        self.data(self.rows, SIZES)
-
-    def data(self, rows: list[tuple[str, str]], sizes: dict[str, int], name: str = "data") -> Path:
-        (self.root / name).mkdir(exist_ok=True)
-        for size, count in sizes.items():
-            seeing.write_jsonl(self.root / name / f"{size}.jsonl", rows[:count])
-        return self.root / name
-
-    def plan(
-        self, *overrides: str, data: Path | None = None, sizes: dict[str, int] = SIZES
-    ) -> Plan:
-        given = {
-            "model.path": self.checkpoint,
-            "model.name": "qwen3_vl_4b_instruct",
-            "model.short_name": "qwen3_vl_4b",
-            "model.dtype": "float32",
-            "dataset.directory": data or self.root / "data",
-            "dataset.images": self.root / "images",
-            "dataset.max_pixels": MAX_PIXELS,
-            "autoquant.batch_size": 3,
-            "autoquant.device": "cpu",
-            **{f"dataset.files.{size}": f"{size}.jsonl" for size in sizes},
-            **{f"dataset.sizes.{size}": count for size, count in sizes.items()},
-        }
-        given |= dict(override.split("=", 1) for override in overrides)
-        words = [f"{key}={value}" for key, value in given.items()]
-        return plan_sweep("int8-3phase", words, roots=self.roots)
-
-    def run(self, plan: Plan) -> dict[str, Manifest]:
-        published, errors = run_sweep(plan)
-        assert errors == []
-        return {
-            entry["cell"]: read_manifest(Path(entry["manifest"])) for entry in published["cells"]
-        }
-
-    def analysis(self) -> Path:
-        return self.root / "results/models/qwen3_vl_4b_instruct/layer-analysis"
+from .seeing import MAX_PIXELS, SIZES, Place, rows, scores
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +38,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def three_phases(place: Place) -> tuple[Plan, dict[str, Manifest]]:
     plan = place.plan()
     return plan, place.run(plan)
-
-
-def rows(manifest: Manifest, tower: bool) -> dict[str, Any]:
-    return {
-        name: row for name, row in manifest.layer_sensitivity.items() if ("visual" in name) == tower
-    }
-
-
-def scores(manifest: Manifest, tower: bool = False) -> dict[str, float]:
-    return {name: row.sensitivity for name, row in rows(manifest, tower).items()}
 
 
 def test_the_preset_publishes_its_six_directories(
@@ -116,6 +53,23 @@ def test_the_preset_publishes_its_six_directories(
     assert {cell.cell for cell in plan.cells} == {
         f"wint8_aint8{coverage}-{size}" for coverage in ("", "-all_layers") for size in SIZES
     }
+
+
+def test_fp8_all_layers_publishes_its_three_directories(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    plan = place.plan(preset="fp8-all-layers")
+    found = place.run(plan)
+    assert list(found) == [f"wfp8_afp8-all_layers-{size}" for size in SIZES]
+    directory = place.analysis() / "weight-fp8-act-fp8"
+    assert {path.name for path in directory.iterdir()} == {
+        f"qwen3_vl_4b_autoquant_all_layers_fp8_{size}" for size in SIZES
+    }
+    for size in SIZES:
+        run = directory / f"qwen3_vl_4b_autoquant_all_layers_fp8_{size}"
+        assert (run / "fp8_autoquant_all_layers_quant_manifest.json").is_file()
+        tower = scores(found[f"wfp8_afp8-all_layers-{size}"], True)
+        assert len(tower) == pictures.TOWER["Qwen3-VL"]
+        assert all(value > 0 for value in tower.values())
 
 
 def test_all_layers_scores_the_tower_and_lm_only_does_not(
@@ -271,6 +225,15 @@ def test_a_modality_that_fails_leaves_the_other(place: Place) -> None:
     assert "dataset.calib_seq_len = 14, dataset.max_pixels" in str(error)
 
 
+def test_a_caption_that_shows_a_picture_of_its_own_is_refused(place: Place) -> None:
+    named = [*place.rows[:3], (place.rows[3][0], "a red <|image_pad|> on green")]
+    data = place.data(named, {"small": 4}, "shows")
+    plan = place.plan("coverage=all_layers", "dataset.size=small", data=data)
+    with pytest.raises(UserError, match="holds the token that stands for a picture") as caught:
+        score(plan, "wint8_aint8-all_layers-small")
+    assert "caption 4" in caught.value.where
+
+
 def test_what_cannot_be_read_is_refused_before_any_work(place: Place) -> None:
     with pytest.raises(UserError, match=r"names none; choose a data set of \.jsonl"):
         place.plan("dataset.files.small=small.txt")
@@ -283,6 +246,24 @@ def test_what_cannot_be_read_is_refused_before_any_work(place: Place) -> None:
     with pytest.raises(UserError, match="has no image processor"):
         place.plan(f"model.path={blind}")
     assert place.plan(f"model.path={blind}", "coverage=lm_only").samples["small"].pictures is None
+
+
+@pytest.mark.parametrize(
+    "given", [("coverage=all_layers",), ("coverage=lm_only", "dataset.modality=image_text")]
+)
+def test_pictures_for_gemma_3_are_refused_before_any_work(
+    place: Place, tmp_path: Path, given: tuple[str, ...]
+) -> None:
+    """Its tower takes pictures of one size and gives rows by picture: qsens reads text alone."""
+    gemma = tiny_families.save(
+        tiny_families.configuration("Gemma 3", tied=True), tmp_path / "gemma"
+    )
+    with pytest.raises(UserError) as caught:
+        place.plan(f"model.path={gemma}", *given)
+    assert "model type 'gemma3' cannot be given pictures" in caught.value.what
+    assert "it is none of Qwen3-VL, Qwen2.5-VL" in caught.value.what
+    assert "coverage=lm_only with dataset.modality=text" in caught.value.remedy
+    assert place.plan(f"model.path={gemma}", "coverage=lm_only").cells
 
 
 def test_larger_sizes_begin_with_the_pictures_of_smaller_ones(place: Place) -> None:
@@ -365,8 +346,34 @@ def test_recipes_take_the_widest_coverage(
     narrow = write_recipe(where, bits=12, target="json", coverage="lm_only", roots=place.roots)
     found = json.loads(narrow["recipe"])
     assert "model.visual.patch_embed.proj" in found["outside"]
-    config = write_recipe(where, bits=8, target="modelopt", roots=place.roots)["recipe"]
-    assert "model.visual.patch_embed.proj.weight_quantizer" in config
+    made = write_recipe(where, bits=8, target="modelopt", roots=place.roots)
+    assert "model.visual.patch_embed.proj.weight_quantizer" in made["recipe"]
+    # ModelOpt's presets leave these at 16 bits: the recipe quantizes them, and says so.
+    assert [notice for notice in made["notices"] if "presets leave at 16 bits" in notice] == [
+        "1 quantized module matches *lm_head*, which ModelOpt's presets leave at 16 bits: check "
+        "that your runtime loads it, or say --keep '*lm_head*'",
+        "19 quantized modules match *visual*, which ModelOpt's presets leave at 16 bits: check "
+        "that your runtime loads them, or say --keep '*visual*'",
+    ]
+    import modelopt.torch.quantization as mtq
+    import yaml
+
+    model = pictures.model()
+    ids = torch.arange(8)[None, :]
+    mtq.quantize(model, yaml.safe_load(made["recipe"]), lambda model: model(input_ids=ids))
+    enabled = {
+        name: module.weight_quantizer.is_enabled
+        for name, module in model.named_modules()
+        if hasattr(module, "weight_quantizer") and "embed_tokens" not in name
+    }
+    # All but the embedding of positions, which is no linear module.
+    assert {name for name, on in enabled.items() if not on} <= {"model.visual.pos_embed"}
+    assert sum(enabled.values()) == 3 * 7 + 1 + 19
+    kept = write_recipe(
+        where, bits=13, target="modelopt", keep=["*visual*", "*lm_head*"], roots=place.roots
+    )
+    assert "visual" not in yaml.safe_dump(yaml.safe_load(kept["recipe"]))
+    assert not any("presets leave at 16 bits" in notice for notice in kept["notices"])
 
 
 def test_samples_are_what_the_processor_and_the_template_make(place: Place) -> None:

@@ -21,7 +21,8 @@ def charts_of(page: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", ["fisher", "gradient"])
 def test_the_pages_draw_estimate_against_truth(make: Any, tmp_path: Path, method: str) -> None:
-    write_cell(make.manifest({"a": make.group(1.0)}), tmp_path, audit=make.audit(method))
+    audited = make.manifest({"a": make.group(1.0)}, audit=make.audit(method).model_dump())
+    write_cell(audited, tmp_path)
     drawn = charts_of(make.page(tmp_path / "per-layer-sensitivity.html"))["audit"]
     if method == "gradient":
         assert drawn["estimate"] == [1, 2, 3, 4, 5, 6]

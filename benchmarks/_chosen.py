@@ -1,0 +1,194 @@
+"""What a choice of formats costs on captions that nobody has seen: recipes, single pairs, ModelOpt.
+
+A sweep by method ``fisher`` is run, audited and published; its recipe at each target is applied by
+``mtq.quantize``, calibrated on the sweep's captions; so is each pair alone, and what
+``mtq.auto_quantize`` chooses from the same formats at the same bits, with its loss scaled so that
+its solver finds the optimum. A head tied to the embedding may be quantized, by all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks._parts import Parts
+from qsens.config import Roots
+from qsens.engine.trial import MODELOPT, Measured, Trial
+from qsens.errors import AnswerIsNo
+from qsens.export import modelopt
+from qsens.export.recipe import Recipe
+from qsens.grid import Plan
+from qsens.pipeline.check import trial_of
+from qsens.pipeline.plan import plan_sweep
+from qsens.pipeline.recipe import recipe_of
+from qsens.pipeline.sweep import run_sweep
+from qsens.report.sweep import SUMMARY, Summary, read_summary
+from qsens.store import Store
+
+SIZE = "medium"
+
+
+class Chosen:
+    """A model with a sweep of it, and whole models under mixed formats.
+
+    Args:
+        words: Overrides of the sweep: model, captions, pairs, device.
+        held_out: Returns the captions to measure on.
+        parts: Where what was measured is kept, and the results of the sweep.
+    """
+
+    def __init__(
+        self, words: Sequence[str], held_out: Callable[[Plan], Sequence[str]], parts: Parts
+    ) -> None:
+        here = Roots.from_environment()
+        self.plan = plan_sweep(
+            "single",
+            [
+                *words,
+                f"dataset.size=small,{SIZE}",
+                "autoquant.method=fisher",
+                "autoquant.score_size=512",
+                "autoquant.audit=sample",
+            ],
+            roots=Roots(
+                root=here.root,
+                results=(parts.directory / "results").resolve(),
+                configs=here.configs,
+            ),
+        )
+        self.pairs = {cell.pair: self.plan.pair(cell) for cell in self.plan.cells}
+        self._held_out, self.parts = held_out, parts
+        self._summary: Summary | None = None
+        self._trial: Trial | None = None
+
+    @property
+    def summary(self) -> Summary:
+        """Return the sweep as it was published, run where it was not."""
+        if self._summary is None:
+            if not all(Store(self.plan).is_done(cell) for cell in self.plan.cells):
+                self.parts.refuse("sweep")
+            _, errors = run_sweep(self.plan)
+            if errors:
+                raise errors[0]
+            self._summary = read_summary(Store(self.plan).sweep_dir() / SUMMARY)
+        return self._summary
+
+    @property
+    def trial(self) -> Trial:
+        """Return the model with its captions, loaded where it was not."""
+        if self._trial is None:
+            self._trial = trial_of(self.plan, SIZE, self._held_out(self.plan), ())
+        return self._trial
+
+    def compare(self, names: Sequence[str], bits: float) -> list[dict[str, Any]]:
+        """Return what each choice from these pairs comes to at most at ``bits``, best first.
+
+        Returns:
+            What was measured, as :meth:`qsens.engine.trial.Measured.numbers` gives it, with
+            ``predicted``, the sum of the estimates, and ``against``: how much more loss than
+            ModelOpt's choice, and the standard error of that.
+        """
+        found = [self._alone(name) for name in names]
+        found = [entry for entry in found if entry["bits"] <= bits + 1e-9]
+        label = f"{len(names)}-pairs-{bits:g}"
+        recipe = self.recipe(names, bits, corrected=True)
+        if recipe is not None:
+            found.append(self._of_recipe("recipe", recipe))
+            raw = self.recipe(names, bits, corrected=False)
+            if raw is not None and _formats(raw) != _formats(recipe):
+                found.append(self._of_recipe("recipe, estimates as they are", raw))
+            theirs = self.parts.get(f"modelopt-{label}", lambda: self._modelopt(names, bits))
+            found.append({**theirs, "predicted": self.predicted(theirs["formats"])})
+        for entry in found:
+            if entry["name"] != MODELOPT and found[-1]["name"] == MODELOPT:
+                entry["against"] = _against(entry, found[-1])
+        return sorted(found, key=lambda entry: float(entry["divergence"]))
+
+    def recipe(self, names: Sequence[str], bits: float, *, corrected: bool) -> Recipe | None:
+        """Return the recipe; none where the target is out of reach.
+
+        Args:
+            names: The pairs to choose from.
+            bits: Bits a weight, at most.
+            corrected: Whether the audits correct the estimates.
+        """
+        summary = self.summary if corrected else self.summary.model_copy(update={"audit": ()})
+        try:
+            return recipe_of(summary, self.plan, bits, size=SIZE, pairs=names, tied_head=True)
+        except AnswerIsNo:
+            return None
+
+    def predicted(self, formats: Mapping[str, str]) -> float:
+        """Return the sum of the estimates of the groups in their formats, nats a token.
+
+        Args:
+            formats: Name of the pair of each module; the others stay at 16 bits.
+        """
+        total = 0.0
+        for cell in self.summary.cells:
+            if cell.size != SIZE:
+                continue
+            for row in cell.rows:
+                if row.status == "scored" and formats.get(row.members[0]) == cell.pair:
+                    total += row.sensitivity_per_token or 0.0
+        return total
+
+    def _alone(self, name: str) -> dict[str, Any]:
+        pair = self.pairs[name]
+        found = self.parts.get(
+            f"alone-{name}", lambda: _kept(self.trial.measure(name, self.trial.uniform(pair)))
+        )
+        rows = next(cell.rows for cell in self.summary.cells if cell.pair == name)
+        formats = {member: name for row in rows for member in row.members}
+        return {**found, "predicted": self.predicted(formats)}
+
+    def _of_recipe(self, name: str, recipe: Recipe) -> dict[str, Any]:
+        formats = _formats(recipe)
+        digest = hashlib.sha256(repr(sorted(formats.items())).encode()).hexdigest()[:8]
+        found = self.parts.get(
+            f"recipe-{recipe.bits_asked:g}-{digest}",
+            lambda: _kept(self.trial.measure(name, modelopt.config(recipe))),
+        )
+        return {**found, "name": name, "predicted": self.predicted(formats), "sum": recipe.damage}
+
+    def _modelopt(self, names: Sequence[str], bits: float) -> dict[str, Any]:
+        state = self.parts.directory / f"modelopt-{len(names)}-pairs.pt"
+        pairs = [self.pairs[name] for name in names]
+        measured = self.trial.auto_quantize(pairs, bits, state)
+        return {**_kept(measured), "formats": measured.formats}
+
+
+def _formats(recipe: Recipe) -> dict[str, str]:
+    """Return the name of the format of each module that gets one."""
+    return {
+        member: choice.format
+        for choice in recipe.choices
+        if choice.format is not None
+        for member in choice.members
+    }
+
+
+def _kept(measured: Measured) -> dict[str, Any]:
+    """Return what was measured as JSON can hold it, the captions included."""
+    captions = {"by_caption": measured.by_caption.tolist(), "labels": measured.labels.tolist()}
+    return {**measured.numbers(), **captions}
+
+
+def _against(entry: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float]:
+    one, two = (
+        Measured(
+            name="",
+            bits=0.0,
+            loss=0.0,
+            divergence=0.0,
+            scored=None,
+            predicted=None,
+            by_caption=np.array(each["by_caption"]),
+            labels=np.array(each["labels"]),
+        )
+        for each in (entry, other)
+    )
+    return one.against(two)

@@ -1,0 +1,104 @@
+"""What a format costs each group in a recipe: its scores, as far as an audit bears them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qsens.analysis.ranking import Row
+from qsens.config.models import Frozen
+from qsens.manifest import Audit, Verdict
+
+Source = Literal["estimates", "corrected estimates", "true divergences"]
+
+
+class Price(Frozen):
+    """How the damages of a format were found."""
+
+    source: Source
+    """``estimates``: the scores as they are; ``corrected estimates``: divided by ``ratio``;
+    ``true divergences``: what an audit of all groups measured."""
+    verdict: Verdict | None = None
+    """What the audit of the pair says; null where there is none."""
+    ratio: float | None = None
+    """Median of estimate over truth by that audit; null where it corrects nothing."""
+    audit: str | None = None
+    """Digest of the audit."""
+
+
+@dataclass(frozen=True)
+class Priced:
+    """The formats of a sweep as a search over them takes them.
+
+    Attributes:
+        rows: The rows of each format, with the damage as their sensitivity per token.
+        prices: How that was found, by format.
+        refused: Why a format is no option.
+    """
+
+    rows: dict[str, tuple[Row, ...]]
+    prices: dict[str, Price]
+    refused: dict[str, str]
+
+
+def price(
+    formats: Mapping[str, Sequence[Row]],
+    audits: Mapping[str, Audit],
+    digests: Mapping[str, str],
+) -> Priced:
+    """Hold the scores of each format against its audit before formats are compared.
+
+    Estimates in nats are divided by their median ratio to the truth, so that a pair whose
+    divergence is underestimated as a whole is not taken for a better one. Where an audit measured
+    all groups of the very cell, or of a pair whose scores are not to be trusted, what it measured
+    are the damages; without that, such a pair is no option. A proxy has no ratio, and stays as it
+    is.
+
+    Args:
+        formats: The rows of one cell for each format, by the format's name.
+        audits: The audits that there are, by the same names.
+        digests: Digests of the cells, by the same names.
+    """
+    rows, prices, refused = {}, {}, {}
+    for name, found in formats.items():
+        rows[name], prices[name] = tuple(found), Price(source="estimates")
+        audit = audits.get(name)
+        if audit is None:
+            continue
+        judged = audit.judgement
+        known = {"verdict": judged.verdict, "audit": audit.digest}
+        distrusted = judged.verdict == "do not trust"
+        all_measured = audit.mode == "full" and audit.method == "fisher"
+        if all_measured and (distrusted or audit.cell_digest == digests[name]):
+            rows[name] = _measured(found, audit)
+            prices[name] = Price(source="true divergences", **known)
+        elif distrusted:
+            del rows[name], prices[name]
+            refused[name] = f"its scores are not to be trusted: {judged.reason}"
+        elif judged.ratio is not None:
+            rows[name] = _divided(found, judged.ratio)
+            prices[name] = Price(source="corrected estimates", ratio=judged.ratio, **known)
+        else:
+            prices[name] = Price(source="estimates", **known)
+    return Priced(rows, prices, refused)
+
+
+def _divided(rows: Sequence[Row], ratio: float) -> tuple[Row, ...]:
+    return tuple(
+        row
+        if row.sensitivity_per_token is None
+        else row.model_copy(update={"sensitivity_per_token": row.sensitivity_per_token / ratio})
+        for row in rows
+    )
+
+
+def _measured(rows: Sequence[Row], audit: Audit) -> tuple[Row, ...]:
+    """Return rows with the truth for a score; what could not be measured has none."""
+    truth = {point.layer: point.truth for point in audit.points}
+    return tuple(
+        row.model_copy(update={"sensitivity_per_token": truth.get(row.layer)})
+        if row.status == "scored"
+        else row
+        for row in rows
+    )
