@@ -247,3 +247,24 @@ def test_a_value_that_the_form_does_not_offer_is_answered_with_400(
 ) -> None:
     with pytest.raises(RuntimeError, match=r"dagRuns: 400: (?!.*Traceback)"):
         house.airflow.client.trigger({"preset": "demo-text"} | conf)
+
+
+def test_three_phases_of_int8_publish_six_directories_in_one_run(house: House) -> None:
+    run = house.run(preset="int8-3phase", model="tiny_qwen3_vl", overrides="dataset=demo_drawings")
+    assert run.state == "success"
+    sizes = ("small", "medium", "large")
+    cells = [f"wint8_aint8{kind}-{size}" for kind in ("", "-all_layers") for size in sizes]
+    published = house.published(run)
+    assert published["complete"] is True
+    assert sorted(cell["cell"] for cell in published["cells"]) == sorted(cells)
+    assert len([task for task in run.tasks if task.name.startswith("cell.score")]) == 6
+    model = house.root / "models" / "tiny_qwen3_vl" / "layer-analysis"
+    found = model / "weight-int8-act-int8"
+    assert {path.name for path in found.iterdir()} == {
+        f"tiny_qwen3_vl_autoquant_{kind}_{size}"
+        for kind in ("all_layers_int8", "int8_lm")
+        for size in sizes
+    }
+    for path in found.iterdir():
+        assert list(path.glob("*_quant_manifest.json"))
+        assert (path / "per-layer-sensitivity.html").is_file()
