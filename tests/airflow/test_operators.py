@@ -234,7 +234,7 @@ def test_plan_returns_the_cells_in_order_and_where_the_plan_lies(
     ]
     assert Path(path).is_relative_to(tmp_path / "results" / ".plans")
     assert (tmp_path / "arguments").read_text() == (
-        f"-m qsens plan --json --out {path} --lanes 1 -- demo dataset.size=small,medium "
+        f"-m qsens plan --json --out {path} --lanes 1 -- demo-text dataset.size=small,medium "
         "model.path=a b/c\n"
     )
 

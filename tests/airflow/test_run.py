@@ -253,10 +253,8 @@ def test_three_phases_of_int8_publish_six_directories_in_one_run(house: House) -
     run = house.run(preset="int8-3phase", model="tiny_qwen3_vl", overrides="dataset=demo_drawings")
     assert run.state == "success"
     sizes = ("small", "medium", "large")
-    cells = [f"wint8_aint8{kind}-{size}" for kind in ("", "-all_layers") for size in sizes]
     published = house.published(run)
-    assert published["complete"] is True
-    assert sorted(cell["cell"] for cell in published["cells"]) == sorted(cells)
+    assert (published["complete"], published["missing"]) == (True, [])
     assert len([task for task in run.tasks if task.name.startswith("cell.score")]) == 6
     model = house.root / "models" / "tiny_qwen3_vl" / "layer-analysis"
     found = model / "weight-int8-act-int8"
