@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks._parts import Parts
 from qsens.config import Roots
+from qsens.engine.records import Record
 from qsens.engine.trial import MODELOPT, Measured, Trial
 from qsens.errors import AnswerIsNo
 from qsens.export import modelopt
@@ -41,7 +42,7 @@ class Chosen:
     """
 
     def __init__(
-        self, words: Sequence[str], held_out: Callable[[Plan], Sequence[str]], parts: Parts
+        self, words: Sequence[str], held_out: Callable[[Plan], Sequence[Record]], parts: Parts
     ) -> None:
         here = Roots.from_environment()
         self.plan = plan_sweep(
@@ -80,7 +81,8 @@ class Chosen:
     def trial(self) -> Trial:
         """Return the model with its captions, loaded where it was not."""
         if self._trial is None:
-            self._trial = trial_of(self.plan, SIZE, self._held_out(self.plan), ())
+            cell = next(cell for cell in self.plan.cells if cell.size == SIZE)
+            self._trial = trial_of(self.plan, cell, self._held_out(self.plan), ())
         return self._trial
 
     def compare(self, names: Sequence[str], bits: float) -> list[dict[str, Any]]:

@@ -45,6 +45,8 @@ from benchmarks._scored import Scored
 from qsens.config import choices
 from qsens.demo.recipe import RECIPE, held_out_captions, read_record
 from qsens.engine.checkpoint import resolve_device
+from qsens.engine.files import identify
+from qsens.engine.records import Record
 from qsens.errors import QsensError
 from qsens.grid import Plan
 from qsens.pipeline.check import held_out
@@ -124,9 +126,11 @@ def _run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     )
     subject = {
         "model": load.name,
+        "checkpoint": identify(path).digest[:12],
         "captions": load.captions,
         "samples": hashlib.sha256(repr(load.samples.ids).encode()).hexdigest()[:12],
         "dtype": given.dtype,
+        "device": load.device.type,
     }
     scores = Parts(given.work, {**subject, "count": given.count, "pairs": sorted(given.pairs)})
     scored = Scored(load, given.pairs, scores)
@@ -167,9 +171,10 @@ def _recipes(
         f"autoquant.device={given.device}",
     ]
 
-    def unseen(plan: Plan) -> list[str]:
-        demo = read_record(path) is not None
-        return held_out_captions(RECIPE) if demo else held_out(plan, None)[:HELD_OUT]
+    def unseen(plan: Plan) -> list[Record]:
+        if read_record(path) is not None:
+            return [Record("", caption) for caption in held_out_captions(RECIPE)]
+        return held_out(plan, "text")[:HELD_OUT]
 
     chosen = Chosen(words, unseen, parts)
     return {

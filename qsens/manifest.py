@@ -168,6 +168,18 @@ class AutoquantState(Section):
     """Whether the target was met."""
 
 
+class Experts(Section):
+    """The experts of a mixture, by number from 0, each as if it alone were quantized."""
+
+    sensitivity: list[float | None]
+    """The row's score with that expert alone quantized, to six digits; null where it got no token
+    or where the score is no finite number."""
+    tokens: list[int]
+    """Real tokens of the samples scored that the expert got."""
+    without_tokens: list[int]
+    """Experts that got none: nothing is known of them."""
+
+
 class GroupSensitivity(Section):
     """Modules that share one format, and how much the format hurts them."""
 
@@ -204,6 +216,8 @@ class GroupSensitivity(Section):
     """``||dY||^2 / ||Y||^2`` of the group's outputs over the real tokens scored."""
     size_cost: float | None = None
     """Weight elements x effective bits / 16: the group's size in 16-bit words."""
+    experts: Experts | None = None
+    """Of a mixture: its experts apart; null for other groups, and where they were not measured."""
 
 
 class RankedGroup(Section):
@@ -246,7 +260,7 @@ class Judgement(Section):
     ratio_90: float | None
     """Its 90 % quantile over the groups."""
     covered: float | None
-    """Share of groups whose truth lies in the estimate's 90 % interval; null without errors."""
+    """Share of drawn groups whose truth lies in the estimate's 90 % interval; null without."""
 
 
 class Audit(Section):

@@ -17,12 +17,23 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qsens.errors import DiskFull, TryAgain
+from qsens.errors import DiskFull, TryAgain, UserError
 from qsens.grid import Cell, Plan
 from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
+# Errors of a directory that somebody must mend; others may be the disk's or the network's.
+_REFUSALS = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 # Which sweep a cell's directory shows: an older sweep, published again, must not replace it.
 SHOWN = ".sweep"
 
@@ -150,11 +161,23 @@ def try_lock(lock: FileLock) -> bool:
     return True
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory with those above it, where it is not there.
+
+    Raises:
+        UserError: It cannot be made, such as below a file or on a read-only disk.
+        DiskFull: The disk is full.
+    """
+    with _full_disk_is_said(path), _refusal_is_said(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8 with LF line ends, whole or not at all.
 
     Raises:
         DiskFull: The disk is full.
+        UserError: The directory cannot be written to.
     """
     with write_file(path) as temporary:
         temporary.write_bytes(text.encode("utf-8"))
@@ -174,12 +197,14 @@ def write_file(path: Path) -> Iterator[Path]:
 
     Raises:
         DiskFull: The disk is full; nothing is left behind.
+        UserError: The directory cannot be written to.
     """
     with _full_disk_is_said(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"
-        )
+        make_directory(path.parent)
+        with _refusal_is_said(path.parent):
+            handle, name = tempfile.mkstemp(
+                dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp"
+            )
         os.close(handle)
         temporary = Path(name)
         try:
@@ -202,12 +227,14 @@ def write_directory(path: Path, *, last: str) -> Iterator[Path]:
 
     Raises:
         DiskFull: The disk is full; nothing is left behind.
+        UserError: The directory cannot be written to.
     """
     with _full_disk_is_said(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
-            tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
-        )
+        make_directory(path.parent)
+        with _refusal_is_said(path.parent):
+            temporary = Path(
+                tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".tmp")
+            )
         try:
             yield temporary
             if (path / last).is_file():
@@ -239,8 +266,22 @@ def _full_disk_is_said(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _refusal_is_said(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        raise UserError(
+            f"cannot be written to: {error.strerror}",
+            where=f"directory {directory}",
+            remedy="Choose another one, or mend its rights; results go below QSENS_RESULTS.",
+        ) from error
+
+
 def _lock(path: Path) -> FileLock:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     return FileLock(path)
 
 

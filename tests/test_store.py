@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qsens.errors import TryAgain
-from qsens.store import copy_file, write_directory, write_file, write_text
+from qsens.errors import TryAgain, UserError
+from qsens.store import copy_file, make_directory, write_directory, write_file, write_text
 
 
 def test_write_text_replaces_whole(tmp_path: Path) -> None:
@@ -45,6 +45,23 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TryAgain, match="no space left"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_cannot_be_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    below = tmp_path / "file" / "below"
+    with pytest.raises(UserError, match="cannot be written to: Not a directory") as caught:
+        write_text(below / "a.txt", "x")
+    assert caught.value.where == f"directory {below}"
+    with pytest.raises(UserError, match="cannot be written to: File exists"):
+        make_directory(tmp_path / "file")
+    with (
+        pytest.raises(UserError, match="cannot be written to"),
+        write_directory(below / "result", last="manifest.json"),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == "kept"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 def test_directory_appears_with_its_last_file_last(tmp_path: Path) -> None:

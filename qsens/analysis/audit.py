@@ -26,7 +26,7 @@ TRUST_RATIO = (0.8, 1.25)
 BROKEN_RATIO = (0.5, 2.0)
 # Share of truths that 90 % intervals must cover, unless chance can explain fewer of them.
 COVERAGE = 0.8
-_CHANCE = 0.01
+_CHANCE = 0.05
 Z90 = 1.6449  # of a normal distribution: 5 % lie above
 # Fewer groups tell nothing about ranks.
 _LEAST = 5
@@ -80,9 +80,10 @@ def judge(points: Sequence[Point], *, in_nats: bool) -> Judgement:
     """Judge a score by some groups whose true divergence is known.
 
     ``trust`` needs a rank correlation of at least 0.95, a median ratio within 0.8 to 1.25, and 90 %
-    intervals that cover the truth, as far as so few groups can tell. ``rank only`` needs 0.8, and a
-    ratio within 0.5 to 2: where the second order misses the size of the damage by more, its order
-    is luck. A proxy gets ``rank only`` at best.
+    intervals that cover the truth in 80 % of the groups, as far as so few can tell: a one-sided
+    binomial test at the level of 5 %. ``rank only`` needs 0.8, and a ratio within 0.5 to 2: where
+    the second order misses the size of the damage by more, its order is luck. A proxy gets ``rank
+    only`` at best.
 
     Args:
         points: The groups.
@@ -99,7 +100,8 @@ def judge(points: Sequence[Point], *, in_nats: bool) -> Judgement:
         if len(ratios)
         else (None, None, None)
     )
-    with_errors = [point for point in points if point.standard_error is not None]
+    # An error of 0 is that of the head, which is not drawn: it has no interval to be in.
+    with_errors = [point for point in points if point.standard_error]
     inside = sum(
         abs(point.estimate - point.truth) <= Z90 * (point.standard_error or 0.0)
         for point in with_errors

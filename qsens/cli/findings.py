@@ -246,7 +246,7 @@ def _print_check(found: dict[str, Any]) -> None:
 def _print_audits(found: dict[str, Any]) -> None:
     table = Table(title="scores against the true KL divergence", title_justify="left")
     for column in ("cell", "groups", "rho", "estimate / truth", "verdict", "why"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for entry in found["audits"]:
         judged = entry["judgement"]
         rho, ratio = (

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qsens.engine.candidates import Candidates
+from qsens.engine.experts import expert_weights, is_experts
 from qsens.engine.families import head_of
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import HEAD_ROWS, layers_of
@@ -217,6 +218,16 @@ def _footprint(
             continue
         for name in group.members:
             module = model.get_submodule(name)
+            if is_experts(module):
+                layer, _ = rows.of_module(name, module)
+                held, kept, working = _of_experts(model, module, size, most, losses)
+                largest = max(largest, held)
+                inside[layer] = inside.get(layer, 0.0) + kept
+                hidden = expert_weights(module)[0].shape[2]
+                slopes[layer] = slopes.get(layer, 0.0) + (losses - 1) * size * hidden
+                stacked = 2 * sum(of_input.values()) + most
+                widest = max(widest, hidden * size * (3 + stacked + most) + working)
+                continue
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
             largest = max(largest, weight.numel())
             if module is head:
@@ -237,6 +248,26 @@ def _footprint(
         max(inside.values(), default=0.0) + max(slopes.values(), default=0.0) + widest, at_head
     )
     return fixed, per_token, sum(inside.values()) - max(inside.values(), default=0.0)
+
+
+def _of_experts(
+    model: nn.Module, module: nn.Module, size: int, most: float, losses: int
+) -> tuple[int, float, float]:
+    """Return elements of one expert's weights, and bytes a token: the record, the work beside it.
+
+    Args:
+        most: Candidates that one weight format has.
+    """
+    first, second = expert_weights(module)
+    hidden, inner = second.shape[1:]
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    chosen: int = config.num_experts_per_tok
+    # Autograd keeps what every expert of a token reads, its two halves, and what it adds.
+    kept = size * (2 * hidden + chosen * (3 * hidden + 4 * inner))
+    # What experts add; an expert may get every row of every candidate; norms of all pairs.
+    norms = chosen * most * (1 + losses) * 4
+    working = size * (chosen * hidden + most * (3 * hidden + 4 * inner)) + norms
+    return first[0].numel() + second[0].numel(), kept, working
 
 
 def _free(device: torch.device) -> int:

@@ -12,20 +12,21 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from qsens.engine.experts import input_names
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import ModelPass
 from qsens.engine.samples import Batch, Samples, batch_tokens, padded_batches
 from qsens.engine.scores import Progress, silent
 
 Maxima = dict[str, torch.Tensor]
-"""The largest magnitude of each module's input over the real tokens: float32 scalars on the CPU."""
+"""The largest magnitude of each module's inputs over the real tokens: float32 scalars on a CPU."""
 
 
 class Running:
     """Running maxima of the inputs of modules, with a snapshot wherever a size ends.
 
     Args:
-        names: The modules.
+        names: The inputs.
         snapshots: Sample counts to stop at.
         device: Where the modules are.
     """
@@ -104,7 +105,8 @@ def calibrate(
         for name in group.members
     }
     run = ModelPass(model, modules)
-    running = Running(modules, snapshots, run.device)
+    inputs = [each for name, module in modules.items() for each in input_names(name, module)]
+    running = Running(inputs, snapshots, run.device)
     end = max(snapshots)
     if batches is None:
         cuts = [*boundaries, *snapshots]

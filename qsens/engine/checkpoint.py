@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from qsens.config import ModelConfig
+from qsens.engine.experts import is_experts
 from qsens.engine.families import find_head, remember_head, resolve_parts
 from qsens.engine.files import read_chat_template, read_config, weight_files
 from qsens.errors import UserError
@@ -46,6 +47,11 @@ def resolve_device(name: str) -> torch.device:
             remedy=f"{torch.cuda.device_count()} CUDA devices are visible; use auto or cpu.",
         )
     return device
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Return whether ModelOpt quantizes a module: a linear one, a convolution, or experts."""
+    return isinstance(module, QUANTIZABLE) or is_experts(module)
 
 
 def device_name(device: torch.device) -> str:
@@ -93,7 +99,10 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
             where=f"model.path = {config.path}",
             remedy="The score of a randomly filled layer means nothing: get the whole checkpoint.",
         )
-    names = [name for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)]
+    if any(map(is_experts, model.modules())):
+        # As ModelOpt has it: other ways to multiply round otherwise.
+        model.set_experts_implementation("eager")
+    names = [name for name, module in model.named_modules() if is_quantizable(module)]
     remember_head(model, find_head(names, resolve_parts(config)))
     model.requires_grad_(False)
     module: nn.Module = model.to(device).eval()

@@ -24,6 +24,7 @@ from torch import nn
 
 from qsens.engine.calibrate import Maxima, moved
 from qsens.engine.candidates import Candidates
+from qsens.engine.experts import input_names, run_experts
 from qsens.engine.groups import Group
 from qsens.engine.model_pass import layers_of, plain_head, weight_of
 from qsens.engine.quantizer import quantize, quantize_weight
@@ -160,19 +161,15 @@ class Copies:
         yield from self._weights(self.groups[self.head_group].members[0], changes)
 
     def given(self, name: str, change: Change, x: torch.Tensor) -> torch.Tensor | None:
-        """Return a module's input as it is under a change; none where that fails.
+        """Return an input as it is under a change; none where that fails.
 
         Args:
-            name: Name of the module.
+            name: Name of the input, which is that of its module.
             change: The change.
             x: The input.
         """
-        chosen = self.candidates.inputs[self.candidates.pairs[change.candidate][1]]
-        if chosen.cfg is None:
-            return x
-        amax = None if chosen.snapshot is None else self._maxima[chosen.snapshot][name]
         try:
-            return quantize(x.contiguous(), chosen.cfg, amax)
+            return self._quantized(name, change, x)
         except Exception as error:
             self._fail([change], error)
             return None
@@ -216,9 +213,13 @@ class Copies:
         )
 
     def _run_module(
-        self, name: str, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+        self,
+        name: str,
+        forward: Callable[..., torch.Tensor],
+        x: torch.Tensor,
+        *routing: torch.Tensor,
     ) -> torch.Tensor:
-        output = forward(x)
+        output = forward(x, *routing)
         if not self._changes:
             self._before.setdefault(name, len(self._gave))
             self.ran.add(name)
@@ -226,6 +227,11 @@ class Copies:
         group = self._group_of[name]
         places = {change: at for at, change in enumerate(self._changes, 1) if change.group == group}
         rows = len(x) // self._live
+        if routing:
+            for change, place in places.items():
+                at = slice(place * rows, (place + 1) * rows)
+                self._run_experts(name, change, [part[at] for part in (x, *routing)], output[at])
+            return output
         for changes, weight in self._weights(name, list(places)):
             for change in changes:
                 at = slice(places[change] * rows, (places[change] + 1) * rows)
@@ -233,6 +239,35 @@ class Copies:
                 if given is not None:
                     output[at] = _apply(self._modules[name], given, weight)
         return output
+
+    def _run_experts(
+        self, name: str, change: Change, args: Sequence[torch.Tensor], output: torch.Tensor
+    ) -> None:
+        """Write what experts give under a change; one expert's weights are held at a time."""
+        module = self._modules[name]
+        first, second = input_names(name, module)
+        cfg = self.candidates.weights[self.candidates.pairs[change.candidate][0]]
+        x, chosen, gates = args
+        try:
+            output.copy_(
+                run_experts(
+                    module,
+                    self._quantized(first, change, x),
+                    chosen,
+                    gates,
+                    weights=functools.partial(quantize_weight, cfg=cfg),
+                    inner=functools.partial(self._quantized, second, change),
+                )
+            )
+        except Exception as error:
+            self._fail([change], error)
+
+    def _quantized(self, name: str, change: Change, x: torch.Tensor) -> torch.Tensor:
+        chosen = self.candidates.inputs[self.candidates.pairs[change.candidate][1]]
+        if chosen.cfg is None:
+            return x
+        amax = None if chosen.snapshot is None else self._maxima[chosen.snapshot][name]
+        return quantize(x.contiguous(), chosen.cfg, amax)
 
     def _weights(
         self, name: str, changes: Sequence[Change]

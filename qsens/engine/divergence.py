@@ -162,7 +162,9 @@ class _Measured:
         rows = hidden[sample, position]
         parts = [
             F.cross_entropy(self._logits(some).float(), asked, reduction="none").double()
-            for some, asked in zip(rows.split(HEAD_ROWS), labels.split(HEAD_ROWS), strict=True)
+            for some, asked in zip(
+                torch.split(rows, HEAD_ROWS), torch.split(labels, HEAD_ROWS), strict=True
+            )
         ]
         sums = torch.zeros(self._samples, dtype=torch.float64, device=hidden.device)
         return sums.index_add_(0, sample, torch.cat(parts))
@@ -176,7 +178,7 @@ class _Measured:
             each = max(1, HEAD_ROWS // rows.shape[1])
             found = [
                 divergences(reference, self._logits(changed.flatten(0, 1)))
-                for changed in rows[1:].split(each)
+                for changed in torch.split(rows[1:], each)
             ]
             parts.append(torch.cat(found))
         self._book(changes, torch.cat(parts, dim=1))
@@ -187,7 +189,7 @@ class _Measured:
         name = self._copies.groups[self._copies.head_group].members[0]
         for alike, weight in self._copies.heads(changes):
             parts: dict[Change, list[torch.Tensor]] = {change: [] for change in alike}
-            for rows in hidden.split(HEAD_ROWS):
+            for rows in torch.split(hidden, HEAD_ROWS):
                 reference = self._logits(rows)
                 for change in alike:
                     given = self._copies.given(name, change, rows)

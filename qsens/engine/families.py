@@ -43,12 +43,14 @@ class Family:
         model_types: ``model_type`` in ``config.json``.
         parts: Where its parts are.
         sees: Whether samples may hold pictures.
+        mixes: Whether its layers are mixtures of experts with shared weights.
     """
 
     name: str
     model_types: tuple[str, ...]
     parts: Parts
     sees: bool = False
+    mixes: bool = False
 
 
 _HEAD = ("lm_head",)
@@ -61,7 +63,9 @@ _QWEN_VL = Parts(
 FAMILIES = (
     Family("Qwen3-VL", ("qwen3_vl",), _QWEN_VL, sees=True),
     Family("Qwen2.5-VL", ("qwen2_5_vl",), _QWEN_VL, sees=True),
+    Family("Qwen3-VL-MoE", ("qwen3_vl_moe",), _QWEN_VL, sees=True, mixes=True),
     Family("Qwen3", ("qwen3",), _DECODER),
+    Family("Qwen3-MoE", ("qwen3_moe",), _DECODER, mixes=True),
     Family("Llama", ("llama",), _DECODER),
     Family(
         "Gemma 3",
@@ -95,13 +99,14 @@ def resolve_parts(config: ModelConfig) -> ModelConfig:
     """Return ``config`` with the patterns of the checkpoint's family where it gives none.
 
     Raises:
-        UserError: The checkpoint is a mixture of experts, or of no family in the table while its
-            model file says nothing; the message shows how to write it.
+        UserError: The checkpoint is a mixture of experts of another family than those in the table,
+            or of none there while its model file says nothing; the message shows how to write it.
     """
     described = read_config(config.path)
     kind = str(described.get("model_type", "unknown"))
-    _refuse_experts(described, kind, config.path)
     family = family_of(kind)
+    if family is None or not family.mixes:
+        _refuse_experts(described, kind, config.path)
     if family is None and not (config.language_patterns and config.head_patterns):
         raise UserError(
             f"model type '{kind}' is of no family that qsens knows "
@@ -183,11 +188,12 @@ def _refuse_experts(described: Mapping[str, Any], kind: str, path: Path) -> None
         for key in _EXPERTS:
             count = section.get(key)
             if isinstance(count, int) and count > 1:
+                known = ", ".join(family.name for family in FAMILIES if family.mixes)
                 raise UserError(
-                    f"model type '{kind}' is a mixture of {count} experts, which cannot be scored "
-                    "yet: their weights are no linear modules",
+                    f"model type '{kind}' is a mixture of {count} experts of a family that qsens "
+                    f"cannot score; of mixtures, it knows {known}",
                     where=f"model.path = {path}",
-                    remedy="Choose a dense checkpoint.",
+                    remedy="Choose a checkpoint of those families, or a dense one.",
                 )
 
 

@@ -27,6 +27,7 @@ from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
 from qsens.engine.change import Segment, change_products
+from qsens.engine.expert_scores import Mixture
 from qsens.engine.fused import Pass, run
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
@@ -112,6 +113,10 @@ class _FisherPass(Pass):
             errors=ledger.errors[position],
             scores=ledger.scores[:, position],
         )
+
+    def alone(self, mixture: Mixture, found: torch.Tensor, count: int) -> torch.Tensor:
+        inner = mixture.sums(found.T.contiguous(), count)
+        return inner.square().mean(dim=-1) / 2
 
     def head(self, flights: Sequence[Flight]) -> tuple[list[list[torch.Tensor]], list[Sums]]:
         """Estimate the head exactly to second order; return each draw's gradients at its input."""

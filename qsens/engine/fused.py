@@ -23,6 +23,8 @@ from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima, Running
 from qsens.engine.candidates import Candidates
 from qsens.engine.change import Segment, change_norms
+from qsens.engine.expert_scores import Mixture, score_mixture
+from qsens.engine.experts import expert_weights, input_names, is_experts
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
 from qsens.engine.model_pass import HEAD_ROWS, Flight, ModelPass, Rows, weight_of
@@ -35,7 +37,7 @@ from qsens.engine.samples import (
     padded_batches,
     padding_share,
 )
-from qsens.engine.scores import PassScores, Progress, silent
+from qsens.engine.scores import ExpertTable, PassScores, Progress, silent
 from qsens.engine.stack import Inputs, Stack
 
 
@@ -90,7 +92,7 @@ def run(
     running, more = None, []
     if maxima is None:
         snapshots = candidates.snapshots()
-        running = Running(work.linears, snapshots, work.device)
+        running = Running(work.inputs.names(), snapshots, work.device)
         more = _batches(model, samples, max(snapshots), candidates, boundaries, limit)
         more = [batch for batch in more if batch.first >= scored]
     else:
@@ -114,6 +116,7 @@ def run(
         padding_share=padding_share(batches),
         maxima=work.found,
         draws=work.draws(),
+        experts=work.experts,
     )
 
 
@@ -177,8 +180,15 @@ class Pass:
         self.linears = {name: model.get_submodule(name) for name in self.group_of}
         self.run = ModelPass(model, self.linears)
         self.device = self.run.device
-        shapes = {name: weight_of(module).shape[1:] for name, module in self.linears.items()}
-        self.inputs = Inputs(candidates, self.device, shapes, self._fail)
+        mixtures = {name: module for name, module in self.linears.items() if is_experts(module)}
+        shapes = {
+            name: expert_weights(module)[0].shape[2:]
+            if name in mixtures
+            else weight_of(module).shape[1:]
+            for name, module in self.linears.items()
+        }
+        names = {name: input_names(name, module) for name, module in self.linears.items()}
+        self.inputs = Inputs(candidates, self.device, shapes, names, self.fail)
         self.found: Mapping[int, Maxima] = {}
         self.head_name = next(
             (name for name, module in self.linears.items() if module is self.run.head), None
@@ -188,6 +198,10 @@ class Pass:
         self.errors = torch.zeros_like(self.scores)
         self.norms = torch.zeros(len(groups), scored, dtype=torch.float64)
         self.loss = torch.zeros(scored, dtype=torch.float64)
+        self.experts = {
+            name: ExpertTable.empty(len(expert_weights(module)[0]), shape[1], scored)
+            for name, module in mixtures.items()
+        }
         self.seen: set[str] = set()
         self.failures: dict[tuple[int, int], str] = {}
 
@@ -241,8 +255,8 @@ class Pass:
                     found.append(self._layer(alike, layouts[unit]))
             for name in self.run.sliding:
                 reason = ValueError("a convolution whose windows are not whole patches")
-                self._fail(name, range(len(self.candidates.pairs)), reason)
-            # Read at the end of a wave: until here, nothing has waited for the device.
+                self.fail(name, range(len(self.candidates.pairs)), reason)
+            # Read at the end of a wave: until here, only mixtures have waited for the device.
             if found:
                 self.book(found, [index for batch in batches for index in batch.samples])
 
@@ -257,7 +271,7 @@ class Pass:
         read: torch.Tensor | None = None
         for position, name in enumerate(names):
             rows = layer.pop(name)
-            if rows.inputs is not read:  # q, k and v read one object
+            if rows.inputs is not read or name in self.experts:  # q, k and v read one object
                 read = rows.inputs
                 stack = self.inputs.stack(name, read, layout)
             self._module(name, rows, ledger, position, stack)
@@ -265,6 +279,9 @@ class Pass:
 
     def _module(self, name: str, rows: Rows, ledger: Ledger, position: int, stack: Stack) -> None:
         """Score every candidate on one module: one product a weight format."""
+        if name in self.experts:
+            score_mixture(self, name, rows, ledger, position, stack)
+            return
         bias: torch.Tensor | None = self.linears[name].bias  # type: ignore[assignment]
         ledger.norms[position] = _row_norms(rows.outputs)
         for index, slots in ledger.layout.slots.items():
@@ -273,6 +290,16 @@ class Pass:
                 continue
             given, segments = stack.select(slots)
             self.measure(F.linear(given, weight, bias), rows, segments, ledger, position)
+
+    def alone(self, mixture: Mixture, found: torch.Tensor, count: int) -> torch.Tensor:
+        """Return the scores of single experts, ``(experts, samples)``.
+
+        Args:
+            mixture: The mixture.
+            found: What was measured of each pair.
+            count: Rows of the wave that count.
+        """
+        return mixture.sums(found.square(), count)
 
     def measure(
         self,
@@ -388,10 +415,10 @@ class Pass:
             weight = weight_of(self.linears[name])
             return quantize_weight(weight, self.candidates.weights[index]).flatten(1)
         except Exception as error:
-            self._fail(name, [slot.candidate for slot in slots], error)
+            self.fail(name, [slot.candidate for slot in slots], error)
             return None
 
-    def _fail(self, name: str, candidates: Sequence[int], error: Exception) -> None:
+    def fail(self, name: str, candidates: Sequence[int], error: Exception) -> None:
         """Note why a candidate has no score here; the rest of the pass goes on."""
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise error

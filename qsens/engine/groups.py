@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
 from torch import nn
 
-from qsens.engine.checkpoint import QUANTIZABLE
+from qsens.engine.checkpoint import is_quantizable
+from qsens.engine.experts import expert_weights, is_experts
 from qsens.manifest import Kind, depth_of, kind_of
 
 
@@ -54,9 +55,7 @@ def find_groups(
     searcher = AutoQuantizeGradientSearcher()
     searcher.model = model
     members: dict[str, list[str]] = defaultdict(list)
-    modules = {
-        name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)
-    }
+    modules = {name: module for name, module in model.named_modules() if is_quantizable(module)}
     for name in modules:
         members[_group_key(searcher, name)].append(name)
     groups = []
@@ -68,11 +67,18 @@ def find_groups(
                 members=tuple(names),
                 kind=kind_of(names[0], vision=matches),
                 depth=depth_of(names[0]),
-                weights=sum(modules[name].weight.numel() for name in names),
+                weights=sum(count_weights(modules[name]) for name in names),
                 covered=all_layers or not matches,
             )
         )
     return groups
+
+
+def count_weights(module: nn.Module) -> int:
+    """Return the elements of a module's weights that a format applies to."""
+    if is_experts(module):
+        return sum(weight.numel() for weight in expert_weights(module))
+    return module.get_parameter("weight").numel()
 
 
 def _group_key(searcher: AutoQuantizeGradientSearcher, name: str) -> str:

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qsens.engine.experts import expert_inputs, is_experts
 from qsens.engine.families import head_of
 from qsens.engine.samples import Batch, Unit
 from qsens.errors import UserError
@@ -35,7 +36,10 @@ HEAD_ROWS = 512
 _UNITS: tuple[Unit, ...] = ("tokens", "patches", "visual")
 
 Tap = Callable[[str, torch.Tensor], None]
-"""Called with a module's name and its input."""
+"""Called with the name of a module's input and the input itself.
+
+The names are those of :func:`qsens.engine.experts.input_names`.
+"""
 
 
 @dataclass
@@ -49,12 +53,15 @@ class Rows:
         outputs: ``(tokens, out)``.
         slopes: Gradients at the output, of every loss that goes backward,
             ``(losses, tokens, out)``.
+        routing: Of experts alone: the experts of each token and the router's weights of them,
+            both ``(tokens, experts of a token)``.
     """
 
     unit: Unit
     inputs: torch.Tensor
     outputs: torch.Tensor
     slopes: torch.Tensor
+    routing: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass
@@ -139,13 +146,23 @@ class _Collector:
         yield
         for name in self._missing:  # no gradient of this batch reached it
             rows = self.rows[name]
-            for tensor in (rows.inputs, rows.outputs, *rows.slopes):
+            for tensor in (rows.inputs, rows.outputs, *rows.slopes, *rows.routing):
                 tensor[self._at[rows.unit]] = 0
 
     def take(
-        self, name: str, inputs: torch.Tensor, outputs: torch.Tensor, slopes: torch.Tensor
+        self,
+        name: str,
+        inputs: torch.Tensor,
+        outputs: torch.Tensor,
+        slopes: torch.Tensor,
+        routing: Sequence[torch.Tensor] = (),
     ) -> None:
-        """Take what one module read, gave, and got as a gradient."""
+        """Take what one module read, gave, and got as a gradient; of experts their routing too."""
+        if routing:  # experts see padded batches flat
+            shape = self._flight.batch.input_ids.shape
+            inputs, outputs, slopes, *routing = (
+                tensor.reshape(*shape, -1) for tensor in (inputs, outputs, slopes, *routing)
+            )
         rows = self.rows.get(name)
         if rows is None:
             # q, k and v read one tensor: its rows are taken once and are one object.
@@ -156,6 +173,7 @@ class _Collector:
                 self._new(unit, inputs) if shared is None else shared,
                 self._new(unit, outputs),
                 self._new(unit, slopes, self.losses),
+                tuple(self._new(unit, tensor) for tensor in routing),
             )
             self.rows[name] = rows
             self._missing.add(name)
@@ -167,6 +185,8 @@ class _Collector:
                 self._filled.add(id(rows.inputs))
                 self._flight.rows(inputs, rows.inputs[at])
             self._flight.rows(outputs, rows.outputs[at])
+            for tensor, into in zip(routing, rows.routing, strict=True):
+                self._flight.rows(tensor, into[at])
         self._flight.rows(slopes, rows.slopes[self.loss, at])
 
     def _new(self, unit: Unit, like: torch.Tensor, *more: int) -> torch.Tensor:
@@ -207,6 +227,7 @@ class ModelPass:
         }
         self.sliding: set[str] = set()
         self._flight: Flight | None = None
+        self._batch: Batch | None = None
         self._collector = _Collector({}, 1)
         self._keeps = False
         self._looking = False
@@ -216,7 +237,7 @@ class ModelPass:
     def watched(self, tap: Tap) -> Iterator[None]:
         """Call ``tap`` before a module runs, and keep the head out, while the context lasts."""
         handles = [
-            module.register_forward_pre_hook(functools.partial(_pre_hook, tap, name))
+            module.register_forward_pre_hook(functools.partial(self._tap, tap, name))
             for name, module in self.modules.items()
         ]
         with self._without_head(handles):
@@ -267,6 +288,7 @@ class ModelPass:
         No mask is handed over: padding stands on the right, where no real token looks under causal
         attention, and attention kernels are several times faster without one.
         """
+        self._batch = batch
         output = self.model(**batch.to(self.device).inputs(), use_cache=False)
         hidden: torch.Tensor = output.logits
         return hidden
@@ -369,7 +391,18 @@ class ModelPass:
         self, tap: Tap, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]
     ) -> None:
         if self._looking or self._flight is not None:  # not when a layer runs again
+            self._tap(tap, name, module, args)
+
+    @torch.no_grad()
+    def _tap(self, tap: Tap, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        """Hand out a module's input; of experts also what stands between their products."""
+        if not is_experts(module):
             tap(name, args[0])
+            return
+        assert self._batch is not None
+        real = self._batch.real_tokens()
+        for each, rows in expert_inputs(name, module, args, self._batch.input_ids.shape, real):
+            tap(each, rows)
 
     def _forward_hook(
         self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
@@ -378,7 +411,8 @@ class ModelPass:
         if not (self._inside or outside):
             return None
         entered, left = args[0].detach(), output.detach()
-        convolution = not isinstance(module, nn.Linear)
+        routing = tuple(part.detach() for part in args[1:3]) if is_experts(module) else ()
+        convolution = not (routing or isinstance(module, nn.Linear))
         if convolution:
             entered, left = entered.flatten(1), left.flatten(1)
             if left.shape[1] != len(weight_of(module)):
@@ -388,7 +422,8 @@ class ModelPass:
             output = output.detach().requires_grad_()
 
         def keep(slope: torch.Tensor) -> None:
-            self._collector.take(name, entered, left, slope.flatten(1) if convolution else slope)
+            slope = slope.flatten(1) if convolution else slope
+            self._collector.take(name, entered, left, slope, routing)
 
         output.register_hook(keep)  # type: ignore[no-untyped-call]
         return output
@@ -441,10 +476,6 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 def _first(result: Any) -> torch.Tensor:
     tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result
     return tensor
-
-
-def _pre_hook(tap: Tap, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-    tap(name, args[0])
 
 
 def _identity(hidden: torch.Tensor) -> torch.Tensor:

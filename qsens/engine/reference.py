@@ -22,6 +22,7 @@ from modelopt.torch.quantization.algorithms import QuantRecipe, QuantRecipeHpara
 from torch import nn
 
 from qsens.config import PairConfig
+from qsens.engine.experts import input_names
 from qsens.engine.groups import Group, find_groups
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches, nominal_labels
@@ -183,10 +184,13 @@ def _maxima(
         hparam = hparams[group.name]
         quantizers = hparam._all_quantizer_choices[_recipe(hparam)]
         for name in group.members:
-            quantizer = quantizers[model.get_submodule(name)]["input_quantizer"]
-            amax = getattr(quantizer, "_amax", None)
-            if amax is not None:
-                maxima[f"amax.input.{name}"] = amax.detach().float().cpu()
+            module = model.get_submodule(name)
+            for each in input_names(name, module):
+                inner = each.removeprefix(name).removeprefix(".")
+                attribute = f"{inner}_input_quantizer" if inner else "input_quantizer"
+                amax = getattr(quantizers[module][attribute], "_amax", None)
+                if amax is not None:
+                    maxima[f"amax.input.{each}"] = amax.detach().float().cpu()
     return maxima
 
 

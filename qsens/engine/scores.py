@@ -19,6 +19,24 @@ def silent(phase: str, done: int, total: int) -> None:
 
 
 @dataclass(frozen=True)
+class ExpertScores:
+    """The scores of the experts of one mixture, each as if it alone were quantized.
+
+    Attributes:
+        sensitivity: By expert, as :attr:`GroupScore.sensitivity`; none where it got no token, or
+            where it is not finite.
+        tokens: Real tokens of the samples scored that each expert got.
+    """
+
+    sensitivity: tuple[float | None, ...]
+    tokens: tuple[int, ...]
+
+    def without_tokens(self) -> tuple[int, ...]:
+        """Return the experts that got no token."""
+        return tuple(number for number, tokens in enumerate(self.tokens) if not tokens)
+
+
+@dataclass(frozen=True)
 class GroupScore:
     """The score of one group in one format.
 
@@ -33,6 +51,7 @@ class GroupScore:
         standard_error: Of ``sensitivity_per_token``, from the draws of ``fisher`` alone: how far
             off the divergence of these very samples may be. None for other methods.
         relative_error: ``||dY||^2 / ||Y||^2``, summed over members; none where not measured.
+        experts: Of a mixture, its experts apart, where they were measured.
     """
 
     group: Group
@@ -42,6 +61,29 @@ class GroupScore:
     sensitivity_per_token: float | None = None
     relative_error: float | None = None
     standard_error: float | None = None
+    experts: ExpertScores | None = None
+
+
+@dataclass(frozen=True)
+class ExpertTable:
+    """What a pass found for each expert of one mixture.
+
+    Attributes:
+        per_sample: As :attr:`PassScores.per_sample`, with only one expert
+            quantized, ``(experts, candidates, samples)``, float32.
+        tokens: Real tokens of each sample that each expert got, ``(experts, samples)``, int64.
+    """
+
+    per_sample: torch.Tensor
+    tokens: torch.Tensor
+
+    @classmethod
+    def empty(cls, experts: int, candidates: int, samples: int) -> ExpertTable:
+        """Return a table of zeros."""
+        return cls(
+            torch.zeros(experts, candidates, samples),
+            torch.zeros(experts, samples, dtype=torch.int64),
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +106,7 @@ class PassScores:
         maxima: The calibrated maxima that it used, by snapshot.
         draws: Method ``fisher``: what each draw says, ``(groups, candidates, samples, draws)``, in
             nats; their mean is ``per_sample``.
+        experts: What each expert of a mixture has to do with it, by module name.
     """
 
     groups: tuple[Group, ...]
@@ -77,6 +120,7 @@ class PassScores:
     padding_share: float
     maxima: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     draws: torch.Tensor | None = None
+    experts: Mapping[str, ExpertTable] = field(default_factory=dict)
 
     def relative_errors(self, candidate: int, scored: int) -> torch.Tensor | None:
         """Return ``||dY||^2 / ||Y||^2`` of each group over the first samples, where measured."""

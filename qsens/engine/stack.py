@@ -59,6 +59,7 @@ class Inputs:
         candidates: What is computed.
         device: Where the modules are.
         shapes: Shape of a row of each module's input; a convolution's has several dimensions.
+        names: Names of each module's inputs; experts have two.
         fail: Told of inputs that cannot be quantized.
     """
 
@@ -67,14 +68,20 @@ class Inputs:
         candidates: Candidates,
         device: torch.device,
         shapes: Mapping[str, Sequence[int]],
+        names: Mapping[str, Sequence[str]],
         fail: Fail,
     ) -> None:
         self.candidates = candidates
         self._device = device
         self._shapes = shapes
+        self._names = names
         self._fail = fail
         self._maxima: dict[int, Maxima] = {}
         self._ranges: dict[int, dict[str, float]] = {}
+
+    def names(self) -> list[str]:
+        """Return the names of all inputs."""
+        return [name for names in self._names.values() for name in names]
 
     def calibrate(self, maxima: Mapping[int, Maxima]) -> None:
         """Take the calibrated maxima, by snapshot, as they are on the CPU."""
@@ -114,7 +121,18 @@ class Inputs:
         entry = self.candidates.inputs[index]
         if entry.snapshot is None:
             return index
-        return repr(entry.cfg), self._ranges[entry.snapshot].get(name)
+        ranges = self._ranges[entry.snapshot]
+        return repr(entry.cfg), *(ranges.get(each) for each in self._names[name])
+
+    def between(self, name: str, entry: int, rows: torch.Tensor) -> torch.Tensor:
+        """Quantize what stands between the products of experts, as an input format says."""
+        chosen = self.candidates.inputs[entry]
+        if chosen.cfg is None:
+            return rows
+        amax = None
+        if chosen.snapshot is not None:
+            amax = self._maxima[chosen.snapshot][self._names[name][-1]]
+        return quantize(rows.contiguous(), chosen.cfg, amax)
 
     def _quantized(
         self, name: str, rows: torch.Tensor, entries: Sequence[int], out: torch.Tensor
@@ -129,8 +147,8 @@ class Inputs:
             if entry.cfg is None:
                 out.copy_(rows)
                 return
-            amax = None if entry.snapshot is None else self._maxima[entry.snapshot][name]
-            shape = self._shapes[name]
+            shape, first = self._shapes[name], self._names[name][0]
+            amax = None if entry.snapshot is None else self._maxima[entry.snapshot][first]
             quantize(rows.view(-1, *shape), entry.cfg, amax, out=out.view(-1, *shape))
         except Exception as error:
             out.copy_(rows)

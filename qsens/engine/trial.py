@@ -19,6 +19,7 @@ from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
 from qsens.config import PairConfig
+from qsens.engine.experts import FIRST, SECOND, is_experts
 from qsens.engine.groups import Group
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches
@@ -26,6 +27,7 @@ from qsens.manifest import group_name
 
 MODELOPT = "ModelOpt"
 _BATCH = 16
+_IGNORED = -100  # a label that the loss leaves out
 # ModelOpt's solver takes scores near 1e-5 for 0.
 _LOSS_SCALE = 1e4
 
@@ -137,7 +139,9 @@ class Trial:
                 quantization_formats=[self._of_device(_stated(pair)) for pair in pairs],
                 data_loader=batches,
                 forward_step=_logits,
-                loss_func=lambda logits, batch: _LOSS_SCALE * _losses(logits, batch).mean(),
+                loss_func=lambda logits, batch: (
+                    _LOSS_SCALE * _losses(logits, batch).sum() / sum(batch.lengths("labels"))
+                ),
                 disabled_layers=[*self.excluded, *self.kept],
                 num_calib_steps=len(batches),
                 num_score_steps=len(batches),
@@ -166,26 +170,24 @@ class Trial:
         covered = [group for group in self.groups if group.covered]
         bits = effective_bits(model, covered)
         lost, labels = [], []
-        divergence, tokens = 0.0, 0
+        divergence = 0.0
         with torch.no_grad():
             _fold(model, covered)
             for batch in self._batches(self.held_out):
                 before, after = _logits(self.model, batch), _logits(model, batch)
-                change = _losses(after, batch).double() - _losses(before, batch).double()
-                lost += change.sum(dim=1).tolist()
-                labels += [change.shape[1]] * len(change)
-                divergence += _divergence(before, after)
-                tokens += batch.input_ids.numel()
+                lost += (_losses(after, batch) - _losses(before, batch)).tolist()
+                labels += batch.lengths("labels")
+                divergence += _divergence(before, after, batch)
             scored = sum(
-                _divergence(_logits(self.model, batch), _logits(model, batch))
+                _divergence(_logits(self.model, batch), _logits(model, batch), batch)
                 for batch in self._batches(self.calibration, self.scored)
             )
         return Measured(
             name=name,
             bits=bits,
             loss=sum(lost) / sum(labels),
-            divergence=divergence / tokens,
-            scored=scored / self.calibration.tokens(self.scored) if self.scored else None,
+            divergence=divergence / self.held_out.predictions(),
+            scored=scored / self.calibration.predictions(self.scored) if self.scored else None,
             predicted=predicted,
             by_caption=np.array(lost),
             labels=np.array(labels),
@@ -212,12 +214,11 @@ class Trial:
 def effective_bits(model: nn.Module, groups: Sequence[Group]) -> float:
     """Return bits a weight over ``groups``; what has no quantizer on counts 16."""
     used = total = 0.0
-    for name in (name for group in groups for name in group.members):
-        module: Any = model.get_submodule(name)
-        count = module.weight.numel()
-        quantizer = module.weight_quantizer
-        total += count
-        used += count * (quantizer._effective_bits if quantizer.is_enabled else 16.0)
+    for module in _modules(model, groups):
+        for weight, quantizer in _weights(module):
+            total += weight.numel()
+            bits = quantizer._effective_bits if quantizer.is_enabled else 16.0
+            used += weight.numel() * bits
     return used / total
 
 
@@ -226,12 +227,32 @@ def _fold(model: nn.Module, groups: Sequence[Group]) -> None:
 
     Each gets a parameter of its own: that of a head may be the embedding's as well.
     """
-    for name in (name for group in groups for name in group.members):
-        module: Any = model.get_submodule(name)
-        if module.weight_quantizer.is_enabled:
-            weight = module.weight_quantizer(module.weight)
-            module.weight = nn.Parameter(weight, requires_grad=False)
-            module.weight_quantizer.disable()
+    for module in _modules(model, groups):
+        for weight, quantizer in _weights(module):
+            if not quantizer.is_enabled:
+                continue
+            if is_experts(module):  # a part of the one parameter
+                weight.copy_(quantizer(weight))
+            else:
+                module.weight = nn.Parameter(quantizer(weight), requires_grad=False)
+            quantizer.disable()
+
+
+def _modules(model: nn.Module, groups: Sequence[Group]) -> list[nn.Module]:
+    return [model.get_submodule(name) for group in groups for name in group.members]
+
+
+def _weights(module: Any) -> list[tuple[torch.Tensor, Any]]:
+    """Return the weights of a quantized module, each with its quantizer; experts have many."""
+    if not is_experts(module):
+        return [(module.weight, module.weight_quantizer)]
+    return [
+        pair
+        for part in (FIRST, SECOND)
+        for pair in zip(
+            getattr(module, part), getattr(module, f"{part}_weight_quantizers"), strict=True
+        )
+    ]
 
 
 def _stated(pair: PairConfig) -> dict[str, Any]:
@@ -251,27 +272,30 @@ def _stated(pair: PairConfig) -> dict[str, Any]:
 
 def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return ``(samples, tokens, vocabulary)``; batches hold no padding."""
-    logits: torch.Tensor = model(input_ids=batch.input_ids, use_cache=False).logits
+    logits: torch.Tensor = model(**batch.inputs(), use_cache=False).logits
     return logits
 
 
-def _divergence(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Return the KL divergence of two outputs, summed over all tokens, in nats."""
+def _divergence(before: torch.Tensor, after: torch.Tensor, batch: Batch) -> float:
+    """Return the KL divergence of two outputs where it counts, summed over the batch, in nats."""
     found = 0.0
     # One sample at a time: a large vocabulary in double is much.
-    for one, other in zip(before, after, strict=True):
-        p, q = (logits.double().log_softmax(dim=-1) for logits in (one, other))
+    for one, other, counts in zip(before, after, batch.predicts(), strict=True):
+        p, q = (logits[counts].double().log_softmax(dim=-1) for logits in (one, other))
         found += float((p.exp() * (p - q)).sum())
     return found
 
 
 def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return the cross-entropy of every label, ``(samples, labels)``, in nats."""
-    labels = batch.input_ids[:, 1:]
+    """Return the cross-entropy summed over the labels of each sample, in nats, float64."""
+    labels = batch.input_ids[:, 1:].masked_fill(~batch.label_mask(), _IGNORED)
     losses = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none"
+        logits[:, :-1].float().flatten(0, 1),
+        labels.flatten(),
+        reduction="none",
+        ignore_index=_IGNORED,
     )
-    return losses.view(labels.shape)
+    return losses.view(labels.shape).double().sum(dim=1)
 
 
 @contextlib.contextmanager

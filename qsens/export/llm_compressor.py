@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -9,7 +10,7 @@ import yaml
 from qsens.config import PairConfig
 from qsens.config.pairs import QuantizerConfig
 from qsens.errors import UserError
-from qsens.export.recipe import Recipe, header, members_of
+from qsens.export.recipe import Recipe, experts_of, header, members_of
 
 _E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
 # The observer that keeps the maximum over all samples, as calibration here does.
@@ -24,8 +25,8 @@ def config(recipe: Recipe) -> dict[str, Any]:
     """
     groups = {}
     for index, (name, pair) in enumerate(recipe.formats.items()):
-        groups[f"group_{index}"] = {"targets": members_of(recipe, name), **scheme(pair)}
-    modifier = {"config_groups": groups, "ignore": [*members_of(recipe, None), *recipe.outside]}
+        groups[f"group_{index}"] = {"targets": _targets(recipe, name), **scheme(pair)}
+    modifier = {"config_groups": groups, "ignore": [*_targets(recipe, None), *recipe.outside]}
     return {"quantization_stage": {"quantization_modifiers": {"QuantizationModifier": modifier}}}
 
 
@@ -72,6 +73,18 @@ def refusal(pair: PairConfig) -> str | None:
         except ValueError as error:
             return f"its {what} are {error}"
     return None
+
+
+def _targets(recipe: Recipe, name: str | None) -> list[str]:
+    """Return names of modules of a format; experts by a pattern, since they become modules there.
+
+    llm-compressor takes a layer of experts apart into three linear modules for each of them.
+    """
+    experts = experts_of(recipe)
+    return [
+        rf"re:^{re.escape(member)}\.\d+\.(gate|up|down)_proj$" if member in experts else member
+        for member in members_of(recipe, name)
+    ]
 
 
 def _weights(quantizer: QuantizerConfig) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from qsens.export.recipe import Recipe, header, members_of
+from qsens.export.recipe import Recipe, experts_of, header, members_of
 
 
 def config(recipe: Recipe) -> dict[str, Any]:
@@ -17,13 +17,18 @@ def config(recipe: Recipe) -> dict[str, Any]:
     that no name filter of a preset (``*lm_head*``) stands behind it: the last match wins.
     """
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    experts = experts_of(recipe)
     for name, pair in recipe.formats.items():
         parts = [("weight_quantizer", pair.weight_cfg())]
         if pair.input_quantizer is not None:
             parts.append(("input_quantizer", pair.input_quantizer.modelopt()))
         for member in members_of(recipe, name):
+            # Experts have two products; ModelOpt's names match the quantizers of each expert.
+            products = ("gate_up_proj_", "down_proj_") if member in experts else ("",)
             for quantizer, cfg in parts:
-                entries.append({"quantizer_name": f"{literal(member)}.{quantizer}", "cfg": cfg})
+                for product in products:
+                    pattern = f"{literal(member)}.{product}{quantizer}"
+                    entries.append({"quantizer_name": pattern, "cfg": cfg})
     calibrated = any(pair.algorithm == "max" for pair in recipe.formats.values())
     return {"quant_cfg": entries, "algorithm": "max" if calibrated else None}
 

@@ -227,6 +227,13 @@ def members_of(recipe: Recipe, name: str | None) -> list[str]:
     ]
 
 
+def experts_of(recipe: Recipe) -> set[str]:
+    """Return the modules that hold all experts of a layer."""
+    return {
+        member for choice in recipe.choices if choice.kind == "experts" for member in choice.members
+    }
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts layer 10 behind layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from qsens.engine.candidates import Candidates, Request
+from qsens.engine.experts import input_names
+from qsens.engine.groups import Group
 from qsens.engine.quantizer import needs_fallback
 from qsens.engine.samples import nominal_labels
-from qsens.engine.scores import CellScores, GroupScore, PassScores
+from qsens.engine.scores import CellScores, ExpertScores, GroupScore, PassScores
 from qsens.grid import Cell, Plan
 from qsens.pipeline.loading import Loaded, groups_of
 
@@ -40,7 +44,9 @@ def cell_scores(
         nominal_labels(loaded.samples, scored=scored, batch_size=plan.config.autoquant.batch_size),
         dtype=torch.float64,
     ).clamp_min(1)
-    if plan.config.autoquant.method == "gradient":
+    gradient = plan.config.autoquant.method == "gradient"
+    weights = nominal.square().reciprocal() if gradient else torch.ones_like(nominal)
+    if gradient:
         sensitivity = (per_sample / nominal.square()).sum(dim=1)
         per_token = per_sample.sum(dim=1) / max(1, sum(labels))
     else:
@@ -79,6 +85,7 @@ def cell_scores(
                     sensitivity_per_token=float(per_token[position]),
                     relative_error=None if errors is None else float(errors[position]),
                     standard_error=None if spread is None else float(spread[position]),
+                    experts=_experts(found, group, index, weights),
                 )
             )
     snapshot = candidates.inputs[candidates.pairs[index][1]].snapshot
@@ -89,6 +96,7 @@ def cell_scores(
         notices.append("ModelOpt's own quantizer computed this format")
     if len(candidates.of_cell) > 1:
         notices.append(f"computed in one pass with {len(candidates.of_cell) - 1} other cells")
+    notices += _without_tokens(entries)
     return CellScores(
         groups=tuple(entries),
         module_types={
@@ -101,13 +109,58 @@ def cell_scores(
             "label_tokens": torch.tensor(labels, dtype=torch.int64),
             "loss": found.loss[:scored].contiguous(),
             **{
-                f"amax.input.{name}": calibrated[name]
+                f"amax.input.{each}": calibrated[each]
                 for group in covered
                 for name in group.members
-                if name in calibrated
+                for each in input_names(name, loaded.model.get_submodule(name))
+                if each in calibrated
             },
         },
         timings={},
         padding_share=found.padding_share,
         notices=tuple(notices),
     )
+
+
+def _experts(
+    found: PassScores, group: Group, candidate: int, weights: torch.Tensor
+) -> ExpertScores | None:
+    """Return the scores of the experts of a mixture.
+
+    Args:
+        found: What the pass found.
+        group: The group.
+        candidate: Index of the candidate.
+        weights: What each sample's score counts.
+    """
+    if group.name not in found.experts:
+        return None
+    table = found.experts[group.name]
+    scored = len(weights)
+    tokens = table.tokens[:, :scored].sum(dim=1)
+    sums = table.per_sample[:, candidate, :scored].double() @ weights
+    known = (tokens > 0) & sums.isfinite()
+    return ExpertScores(
+        sensitivity=tuple(
+            value if is_known else None
+            for value, is_known in zip(sums.tolist(), known.tolist(), strict=True)
+        ),
+        tokens=tuple(tokens.tolist()),
+    )
+
+
+def _without_tokens(entries: Sequence[GroupScore]) -> list[str]:
+    """Say how many experts got no token."""
+    mixtures = [entry for entry in entries if entry.experts is not None]
+    idle = {
+        entry.group.name: numbers
+        for entry in mixtures
+        if entry.experts is not None and (numbers := entry.experts.without_tokens())
+    }
+    if not idle:
+        return []
+    name, numbers = next(iter(idle.items()))
+    return [
+        f"{sum(map(len, idle.values()))} experts of {len(idle)} layers got no token of the samples "
+        f"scored, first expert {numbers[0]} of {name}: nothing is known of them"
+    ]

@@ -1,4 +1,4 @@
-"""What a recipe really costs: the whole model on captions that the sweep did not use."""
+"""What a recipe really costs: the whole model on samples that the sweep did not use."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from qsens.analysis.options import matches
 from qsens.config import PairConfig
-from qsens.config.models import SIZES, Size
-from qsens.engine.captions import read_captions
+from qsens.config.models import SIZES, Modality
+from qsens.engine.captions import read_samples
+from qsens.engine.records import Record
 from qsens.errors import UserError
 from qsens.export import modelopt
 from qsens.export.recipe import Recipe
-from qsens.grid import Plan
+from qsens.grid import Cell, Plan
 
 if TYPE_CHECKING:
     from qsens.engine.trial import Trial
@@ -24,6 +25,7 @@ RECIPE = "recipe"
 def check_recipe(
     recipe: Recipe,
     plan: Plan,
+    cell: Cell,
     *,
     formats: Mapping[str, PairConfig],
     keep: Sequence[str] = (),
@@ -32,15 +34,16 @@ def check_recipe(
 ) -> dict[str, Any]:
     """Measure a recipe against each uniform pair that fits, and against ModelOpt's choice.
 
-    All are calibrated on the captions of the recipe's size, and keep the same modules at 16 bits.
+    All are calibrated on the samples of ``cell``, and keep the same modules at 16 bits.
 
     Args:
         recipe: The recipe.
         plan: The plan of its sweep.
+        cell: A cell of the size and the coverage that it was chosen from.
         formats: The formats that were to choose from, by name.
         keep: Patterns of groups or modules that the recipe was told to keep.
         tied_head: Whether a tied head might be quantized.
-        captions: File of captions to measure on; unused ones of the data set when not given.
+        captions: File of samples to measure on; unused ones of the data set when not given.
 
     Returns:
         ``{captions, scored, measured: [{name, bits, loss, divergence, scored, predicted}], better:
@@ -49,15 +52,8 @@ def check_recipe(
         fits the target and has a lower KL divergence.
 
     Raises:
-        UserError: There are no captions that the sweep did not use, or it was one over pictures.
+        UserError: There are no samples that the sweep did not use.
     """
-    if any(cell.modality != "text" for cell in plan.cells):
-        raise UserError(
-            "was scored on pictures, and a recipe is measured on captions alone",
-            where=f"sweep {recipe.sweep_id}",
-            remedy="Check a recipe of a sweep with coverage=lm_only and dataset.modality=text.",
-        )
-    texts = held_out(plan, captions)
     kept = [
         member
         for choice in recipe.choices
@@ -65,7 +61,7 @@ def check_recipe(
         or any(matches(group, choice.members, keep) for group in choice.groups)
         for member in choice.members
     ]
-    trial = trial_of(plan, recipe.size, texts, kept)
+    trial = trial_of(plan, cell, held_out(plan, cell.modality, captions), kept)
     predicted = recipe.damage if recipe.damage_unit == "nats a token" else None
     measured = [trial.measure(RECIPE, modelopt.config(recipe), predicted)]
     total = sum(choice.weights for choice in recipe.choices)
@@ -77,7 +73,7 @@ def check_recipe(
     measured.append(trial.auto_quantize(list(formats.values()), recipe.bits_asked))
     ours, *others = measured
     return {
-        "captions": len(texts),
+        "captions": len(trial.held_out),
         "scored": trial.scored,
         "measured": [entry.numbers() for entry in measured],
         "better": [
@@ -88,56 +84,62 @@ def check_recipe(
     }
 
 
-def held_out(plan: Plan, captions: Path | None) -> list[str]:
-    """Return captions that no cell of ``plan`` used.
+def held_out(plan: Plan, modality: Modality, captions: Path | None = None) -> list[Record]:
+    """Return samples that no cell of ``plan`` used: other captions, or other pictures.
 
     Args:
         plan: The plan.
+        modality: What a sample is.
         captions: Where to take them from; the data set's largest file when not given.
 
     Raises:
         UserError: None are left.
     """
+    pictures = modality == "image_text"
+
+    def key(record: Record) -> str:
+        return record.image if pictures else record.caption
+
     used: set[str] = set()
     for cell in plan.cells:
-        read = read_captions(plan.samples[cell.size].path, cell.size)
-        used |= set(read[: plan.samples_used(cell)])
+        if cell.modality == "text" and pictures:
+            continue
+        read = read_samples(plan.samples[cell.size].path, cell.size)
+        used |= {key(record) for record in read[: plan.samples_taken(cell)]}
     dataset = plan.config.dataset
     largest = max(dataset.files, key=SIZES.index)
     path = captions or dataset.path(largest)
-    left = [text for text in read_captions(path, largest) if text not in used]
+    left = [record for record in read_samples(path, largest) if key(record) not in used]
     if not left:
         raise UserError(
-            "holds no caption that the sweep did not use",
+            f"holds no {'picture' if pictures else 'caption'} that the sweep did not use",
             where=f"captions file {path}",
             remedy="Name a file of other captions with --captions FILE.",
         )
     return left
 
 
-def trial_of(plan: Plan, size: Size, captions: Sequence[str], kept: Sequence[str]) -> Trial:
-    """Load the checkpoint, with the captions of a size to calibrate on, and others to measure on.
+def trial_of(plan: Plan, cell: Cell, records: Sequence[Record], kept: Sequence[str]) -> Trial:
+    """Load the checkpoint, with the samples of a cell to calibrate on, and others to measure on.
 
     Args:
         plan: The plan.
-        size: The calibration size.
-        captions: Captions to measure on.
+        cell: The cell.
+        records: What to measure on.
         kept: Names of modules that stay at 16 bits.
     """
-    from qsens.engine.checkpoint import load_tokenizer
-    from qsens.engine.samples import tokenize
     from qsens.engine.trial import Trial
-    from qsens.pipeline.loading import groups_of, load
+    from qsens.pipeline.loading import groups_of, load_checkpoint, read_as, with_samples
 
-    cell = next(cell for cell in plan.cells if cell.size == size)
-    loaded = load(plan, cell, lambda *_: None)
-    model, longest = plan.config.model, plan.config.dataset.calib_seq_len
+    checkpoint = load_checkpoint(plan, lambda *_: None)
+    loaded = with_samples(plan, cell, checkpoint)
+    outside = () if cell.coverage == "all_layers" else plan.config.model.vision_patterns
     return Trial(
         model=loaded.model,
         groups=groups_of(plan, cell, loaded.model),
-        excluded=model.vision_patterns,
+        excluded=outside,
         kept=[modelopt.literal(name) for name in kept],
         calibration=loaded.samples,
-        held_out=tokenize(captions, load_tokenizer(model), longest=longest),
+        held_out=read_as(cell.modality, records, plan, checkpoint),
         scored=plan.samples_scored(cell),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,17 @@ from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.store import Store
 
+# The tensors that hold all experts of a layer, where files hold them so.
+_FUSED = ("gate_up_proj", "down_proj")
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _MIB = 1 << 20
 # A group in the manifest, in three reports and in the sweep's summary.
 _ROW_BYTES = 4096
 _SAMPLE_BYTES = 8
+# An expert in the manifest of a cell: its score and its tokens.
+_EXPERT_BYTES = 64
 # The script that all pages share, the plan, temporary files.
 _FIXED_BYTES = 16 * _MIB
 
@@ -30,16 +36,19 @@ _FIXED_BYTES = 16 * _MIB
 def covered_shapes(shapes: Shapes, vision_patterns: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """Return the weights of a checkpoint that may be quantized, as far as its headers tell.
 
+    A mixture's experts are matrices, however they lie in the files; its router is left alone.
+
     Args:
         shapes: Shape of every tensor, by name.
         vision_patterns: Module name patterns (fnmatch) that are left alone.
     """
     return {
-        name: shape
+        name: _of_expert(name, shape, shapes)
         for name, shape in shapes.items()
         if len(shape) >= 2
         # An embedding is a matrix; a patch embedding is a convolution.
         and ("embed" not in name or len(shape) > 2)
+        and not _is_router(name, shapes)
         and not any(
             fnmatch.fnmatch(name.removesuffix(".weight"), pattern) for pattern in vision_patterns
         )
@@ -75,21 +84,28 @@ def check_disk(plan: Plan, shapes: Shapes) -> None:
 
     The estimate: a float64 a group and scored sample, and some kilobytes a group for manifest and
     reports; once where results are kept, if they are not there yet, and once where they are
-    published. Every weight is counted as a group.
+    published. Every weight is counted as a group, all experts of a layer as one.
 
     Args:
         plan: The sweep.
         shapes: Shape of every tensor of the checkpoint, by name.
 
     Raises:
-        UserError: Too little is free.
+        UserError: Too little is free, or a file stands where a directory has to.
     """
     store = Store(plan)
-    groups = sum(len(shape) >= 2 for shape in shapes.values())
+    weights = {name: shape for name, shape in shapes.items() if len(shape) >= 2}
+    groups = len({re.sub(r"\.experts\..*", ".experts", name) for name in weights})
+    experts = sum(
+        shape[0] if name.endswith(f".experts.{_FUSED[0]}") else 1
+        for name, shape in weights.items()
+        if re.search(r"\.experts\.(gate_up_proj|\d+\.gate_proj\.weight)$", name)
+    )
     needed = _FIXED_BYTES
     for cell in plan.cells:
         copies = 1 if store.is_done(cell) else 2
-        needed += copies * groups * (_SAMPLE_BYTES * plan.samples_scored(cell) + _ROW_BYTES)
+        row = _SAMPLE_BYTES * plan.samples_scored(cell) + _ROW_BYTES
+        needed += copies * (groups * row + experts * _EXPERT_BYTES)
     for directory in {_existing(plan.results), _existing(store.model_dir())}:
         free = shutil.disk_usage(directory).free
         if free < needed:
@@ -99,6 +115,25 @@ def check_disk(plan: Plan, shapes: Shapes) -> None:
                 where=f"disk of {directory}",
                 remedy="Free some space (`qsens prune`), or set QSENS_RESULTS to a larger disk.",
             )
+
+
+def _of_expert(name: str, shape: tuple[int, ...], shapes: Shapes) -> tuple[int, ...]:
+    """Return the shape of one expert's matrix, ``(out, in)``; any other weight's as it is.
+
+    Files that hold all experts in one tensor may hold each of them transposed. ``down`` gives back
+    as many channels as ``gate_up`` reads, whichever way round both lie.
+    """
+    stem, _, leaf = name.rpartition(".")
+    if len(shape) != 3 or leaf not in _FUSED:
+        return shape
+    first, second = (shapes.get(f"{stem}.{part}", (0, 0, 1)) for part in _FUSED)
+    return (shape[2], shape[1]) if first[1] == second[2] else (shape[1], shape[2])
+
+
+def _is_router(name: str, shapes: Shapes) -> bool:
+    """Return whether a weight chooses the experts of a token."""
+    stem = name.removesuffix("gate.weight")
+    return stem != name and any(other.startswith(f"{stem}experts.") for other in shapes)
 
 
 def _notices(pair: PairConfig, name: str, shapes: Shapes) -> list[str]:
@@ -146,7 +181,18 @@ def _dimensions(quantizer: QuantizerConfig) -> dict[int, int | None]:
 
 
 def _existing(path: Path) -> Path:
-    """Return the nearest directory that exists, ``path`` or one above it."""
-    while not path.is_dir():
-        path = path.parent
-    return path
+    """Return the nearest directory that exists, ``path`` or one above it.
+
+    Raises:
+        UserError: A file stands in the way.
+    """
+    nearest = path
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise UserError(
+            f"{nearest} is a file, and results go below it",
+            where=f"directory {path}",
+            remedy="Choose another one: QSENS_RESULTS, runner.output_dir.",
+        )
+    return nearest

@@ -18,7 +18,7 @@ from qsens.config.models import HubConfig
 from qsens.engine.files import INDEX, read_config, weight_files
 from qsens.errors import TryAgain, UserError
 from qsens.pipeline.hub import Hub, Listing, RemoteFile
-from qsens.store import held, write_text
+from qsens.store import held, make_directory, write_text
 
 SOURCE = "qsens-source.json"
 """Written beside the weights: where a checkpoint came from."""
@@ -89,14 +89,7 @@ def fetch_model(
     wanted, default = _wanted(target, revision, roots)
     path = roots.resolve(directory or default)
     hub = Hub()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot be made: {error.strerror}",
-            where=str(path.parent),
-            remedy="Name another directory.",
-        ) from error
+    make_directory(path.parent)
     with held(FileLock(path.parent / f".{path.name}.lock"), where=str(path), wait=False):
         there = _read_source(path)
         if there is not None and there.repository == wanted.repository:

@@ -171,7 +171,7 @@ class Hub:
             return UserError(
                 "is no repository's name", where=where, remedy="Write OWNER/NAME, as the hub does."
             )
-        if isinstance(error, UnicodeEncodeError | httpx.LocalProtocolError):
+        if isinstance(error, UnicodeEncodeError):
             return UserError(
                 "the token holds characters that cannot be sent",
                 where=where,

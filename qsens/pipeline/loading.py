@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from qsens.engine.captions import read_captions, read_samples
+from qsens.config.models import Modality
+from qsens.engine.captions import read_samples
 from qsens.engine.chat import chat_samples, load_processor
 from qsens.engine.checkpoint import load_model, load_tokenizer, resolve_device
 from qsens.engine.groups import Group, find_groups
 from qsens.engine.pictures import PictureReader
+from qsens.engine.records import Record
 from qsens.engine.samples import Samples, tokenize
 from qsens.engine.scores import Progress
 from qsens.errors import UserError
@@ -79,15 +82,16 @@ def with_samples(plan: Plan, cell: Cell, checkpoint: Checkpoint) -> Loaded:
         UserError: The samples cannot be read, or their pictures are not those of the plan.
     """
     started = time.monotonic()
+    records = read_samples(plan.samples[cell.size].path, cell.size)[: plan.samples_taken(cell)]
     if cell.modality == "image_text":
-        samples = _chats(plan, cell, checkpoint)
-    else:
-        captions = read_captions(plan.samples[cell.size].path, cell.size)
-        samples = tokenize(
-            captions[: plan.samples_used(cell)],
-            checkpoint.tokenizer,
-            longest=plan.config.dataset.calib_seq_len,
-        )
+        reader = PictureReader.of(plan)
+        if reader.identify(records) != plan.samples[cell.size].pictures:
+            raise UserError(
+                "the pictures are not those of the plan: some were changed, added or removed",
+                where=f"dataset.images = {reader.root}",
+                remedy="Plan the sweep again.",
+            )
+    samples = read_as(cell.modality, records, plan, checkpoint)
     seconds = checkpoint.seconds + time.monotonic() - started
     return Loaded(checkpoint.model, samples, checkpoint.device, seconds)
 
@@ -95,6 +99,41 @@ def with_samples(plan: Plan, cell: Cell, checkpoint: Checkpoint) -> Loaded:
 def load(plan: Plan, cell: Cell, progress: Progress) -> Loaded:
     """Load the model and the samples of ``cell``."""
     return with_samples(plan, cell, load_checkpoint(plan, progress))
+
+
+def read_as(
+    modality: Modality, records: Sequence[Record], plan: Plan, checkpoint: Checkpoint
+) -> Samples:
+    """Return records as the model reads them; one whose picture cannot be used is left out.
+
+    Args:
+        modality: ``text``, the captions alone, or ``image_text``.
+        records: The records.
+        plan: The plan, which says how long a sample is and where pictures lie.
+        checkpoint: The model with its tokenizer.
+
+    Raises:
+        UserError: The checkpoint's tokenizer or processor cannot make samples of them.
+    """
+    config = plan.config
+    longest = config.dataset.calib_seq_len
+    if modality == "text":
+        return tokenize(
+            [record.caption for record in records], checkpoint.tokenizer, longest=longest
+        )
+    reader = PictureReader.of(plan)
+    pictures = [(record, reader.read(record.image)) for record in records]
+    kept = [(record, pixels) for record, pixels in pictures if pixels is not None]
+    return chat_samples(
+        [pixels for _, pixels in kept],
+        [record.caption for record, _ in kept],
+        checkpoint.tokenizer,
+        load_processor(config.model),
+        image_token=int(checkpoint.model.config.image_token_id),  # type: ignore[union-attr,arg-type]
+        prompt=config.dataset.prompt,
+        longest=longest,
+        dtype=getattr(torch, config.model.dtype),
+    )
 
 
 def groups_of(plan: Plan, cell: Cell, model: nn.Module) -> list[Group]:
@@ -128,28 +167,4 @@ def dataset_of(plan: Plan, cell: Cell, samples: Samples, padding_share: float) -
         patches=samples.patches(used) if pictures else None,
         max_pixels=config.max_pixels if pictures else None,
         prompt=config.prompt if pictures else None,
-    )
-
-
-def _chats(plan: Plan, cell: Cell, checkpoint: Checkpoint) -> Samples:
-    config = plan.config
-    reader = PictureReader.of(plan)
-    records = read_samples(plan.samples[cell.size].path, cell.size)[: plan.samples_taken(cell)]
-    if reader.identify(records) != plan.samples[cell.size].pictures:
-        raise UserError(
-            "the pictures are not those of the plan: some were changed, added or removed",
-            where=f"dataset.images = {reader.root}",
-            remedy="Plan the sweep again.",
-        )
-    pictures = [(record, reader.read(record.image)) for record in records]
-    kept = [(record, pixels) for record, pixels in pictures if pixels is not None]
-    return chat_samples(
-        [pixels for _, pixels in kept],
-        [record.caption for record, _ in kept],
-        checkpoint.tokenizer,
-        load_processor(config.model),
-        image_token=int(checkpoint.model.config.image_token_id),  # type: ignore[union-attr,arg-type]
-        prompt=config.dataset.prompt,
-        longest=config.dataset.calib_seq_len,
-        dtype=getattr(torch, config.model.dtype),
     )

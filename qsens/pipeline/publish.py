@@ -30,7 +30,7 @@ from qsens.report.findings import Drift, series_of
 from qsens.report.model_index import write_model_index
 from qsens.report.sweep import PAGE, SUMMARY, Summary, build_summary, read_summary, write_sweep
 from qsens.report.views import protected
-from qsens.store import SHOWN, Store, copy_file, write_text
+from qsens.store import SHOWN, Store, copy_file, make_directory, write_text
 
 _TOP = 5
 
@@ -51,7 +51,7 @@ def publish(plan: Plan) -> dict[str, Any]:
     samples: dict[str, SampleScores] = {}
     missing: dict[str, str] = {}
     model_dir = store.model_dir()
-    model_dir.mkdir(parents=True, exist_ok=True)
+    make_directory(model_dir)
     with FileLock(model_dir / ".publish.lock"):
         audits = find_audits(store)
         for cell in plan.cells:

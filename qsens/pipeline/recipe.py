@@ -89,13 +89,15 @@ def write_recipe(
     if check:
         from qsens.pipeline.check import check_recipe
 
+        cells = _cells(summary, recipe.size, coverage, pairs)
         left_out = {entry.format for entry in recipe.left_out}
         checked = check_recipe(
             recipe,
             plan,
+            plan.cell(cells[0].cell),
             formats={
                 name: plan.pair(plan.cell(cell.cell))
-                for cell in _cells(summary, recipe.size, coverage, pairs)
+                for cell in cells
                 if (name := format_name(cell)) not in left_out
             },
             keep=keep,

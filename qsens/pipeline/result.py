@@ -15,6 +15,7 @@ from qsens.manifest import (
     SCHEMA_VERSION,
     AutoquantState,
     Dataset,
+    Experts,
     GroupSensitivity,
     Layer,
     Manifest,
@@ -154,8 +155,21 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
             standard_error=score.standard_error,
             relative_error=score.relative_error,
             size_cost=cost,
+            experts=_experts(score),
         )
     return rows
+
+
+def _experts(score: GroupScore) -> Experts | None:
+    if score.experts is None:
+        return None
+    return Experts(
+        sensitivity=[
+            None if value is None else float(f"{value:.5e}") for value in score.experts.sensitivity
+        ],
+        tokens=list(score.experts.tokens),
+        without_tokens=list(score.experts.without_tokens()),
+    )
 
 
 def _skipped(plan: Plan, cell: Cell) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qsens.analysis.experts import Mixture, mixtures
 from qsens.analysis.ranking import Part, Row, Totals, by_depth, by_kind, finite, rank
 from qsens.analysis.samples import SampleScores
 from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, bootstrap, settled
@@ -93,6 +94,8 @@ class CellReport(Frozen):
     """How sure the ranking is; none without scores of every sample."""
     audit: Audit | None = None
     """The scores of its pair against the true divergence of some groups; none without an audit."""
+    mixtures: tuple[Mixture, ...] = ()
+    """The experts of each mixture, in model order; empty where there are none."""
     rows: tuple[Row, ...]
     """Scored groups, most sensitive first; then the others, by status and name."""
 
@@ -221,6 +224,7 @@ def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellR
         by_depth=by_depth(ranking.rows),
         stability=_stability(samples, spreads) if samples is not None and spreads else None,
         audit=manifest.audit,
+        mixtures=mixtures(manifest),
         rows=ranking.rows,
     )
 
@@ -339,6 +343,9 @@ def _as_json(report: CellReport) -> Any:
             unknown = {"interval", "positions", "verdict", "samples_needed"}
             hidden = unknown if report.stability is None else set()
             data[name] = [row.model_dump(exclude=hidden) for row in report.rows]
+        elif name == "mixtures":
+            if value:
+                data[name] = [mixture.model_dump() for mixture in value]
         elif name.startswith("by_"):
             data[name] = {str(key): part.model_dump() for key, part in value.items()}
         elif value is not None:

@@ -21,6 +21,8 @@ _FILTERS = {
     "correlation": look.correlation,
     "count": look.count,
     "drift_words": words.drift_words,
+    "experts_words": words.experts_words,
+    "idle_words": words.idle_words,
     "independent_words": words.independent_words,
     # What `link` returns, or a name of our own: nothing in it needs an escape.
     "link_target": Markup,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from qsens.analysis.experts import Expert
 from qsens.manifest import Judgement
 from qsens.report import format as look
 from qsens.report.findings import CellStability, Drift, SizesCompared
@@ -12,10 +13,27 @@ from qsens.report.findings import CellStability, Drift, SizesCompared
 if TYPE_CHECKING:
     from qsens.report.sweep import SummaryCell
 
+_LISTED = 8
+
 
 def stable_words(stable: bool | None) -> str:
     """Say whether the first groups are sure."""
     return "not known" if stable is None else "stable" if stable else "undecided"
+
+
+def experts_words(experts: Iterable[Expert]) -> str:
+    """List experts with their scores and tokens."""
+    return ", ".join(
+        f"{each.expert} ({look.scientific(each.sensitivity)}, {look.count(each.tokens, 'token')})"
+        for each in experts
+    )
+
+
+def idle_words(experts: Sequence[int]) -> str:
+    """Say which experts got no token: all of them up to eight, else the first of how many."""
+    if len(experts) <= _LISTED:
+        return ", ".join(map(str, experts)) or "none"
+    return f"{len(experts)}: {', '.join(map(str, experts[:_LISTED]))}, ..."
 
 
 def settled_words(found: CellStability) -> str:

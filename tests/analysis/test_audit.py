@@ -62,6 +62,13 @@ def test_right_in_everything_is_trusted() -> None:
     assert found.covered == 1.0
 
 
+def test_what_is_not_drawn_has_no_interval() -> None:
+    # The head's estimate is exact to the second order: its error is 0, and tells nothing.
+    measured = points([t * 1.1 for t in TRUTH], TRUTH, 0.7)
+    measured[0] = measured[0].model_copy(update={"standard_error": 0.0})
+    assert judge(measured, in_nats=True).covered == 1.0
+
+
 def test_a_proxy_gives_ranks_at_best() -> None:
     found = judge(points([t**3 for t in TRUTH], TRUTH), in_nats=False)
     assert (found.verdict, found.ratio, found.covered) == ("rank only", None, None)
@@ -78,8 +85,12 @@ def test_a_proxy_gives_ranks_at_best() -> None:
         ([4.0, 2.0, 3.0, 1.0, *TRUTH[4:]], None, "rank only", "0.891 is below 0.95"),
         (TRUTH[::-1], None, "do not trust", "-1.000 is below 0.8"),
         ([1.0] * 10, None, "do not trust", "equal"),
-        # Of ten intervals none covers; 80 % would by chance in 1e-7.
+        # Of ten intervals none covers; if 80 % should, that is a chance of 1e-7.
         ([t * 1.1 for t in TRUTH], 0.001, "rank only", "0 of 10 intervals"),
+        # Estimates are off by 0.1, 0.2, ... 1: five are within 1.6449 * 0.334 = 0.55, and no more
+        # than five have a chance of 0.033; six, within 0.61, of 0.12.
+        ([t * 1.1 for t in TRUTH], 0.334, "rank only", "5 of 10 intervals"),
+        ([t * 1.1 for t in TRUTH], 0.371, "trust", "agree"),
     ],
 )
 def test_what_is_wrong_is_said(

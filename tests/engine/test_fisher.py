@@ -43,7 +43,11 @@ def tiny():
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def enumerated(model, tokens, members):
+def quantized_linear(module, x):
+    return torch.nn.functional.linear(x, fake_quantize(module.weight, INT4))
+
+
+def enumerated(model, tokens, members, changed=quantized_linear):
     """Return ``1/2 E_y[<G_y, dY>^2]`` over all label sequences, by plain autograd.
 
     The inner product is the derivative of the labels' log-likelihood when the outputs of the
@@ -54,8 +58,7 @@ def enumerated(model, tokens, members):
     for name in members:
 
         def move(module, args, output):
-            changed = torch.nn.functional.linear(args[0], fake_quantize(module.weight, INT4))
-            return output + step * (changed - output).detach()
+            return output + step * (changed(module, *args) - output).detach()
 
         handles.append(model.get_submodule(name).register_forward_hook(move))
     with torch.enable_grad():

@@ -29,7 +29,7 @@ def layout_of(candidates):
 
 
 def build(candidates, maxima, failed=None):
-    inputs = Inputs(candidates, CPU, {"m": (8,)}, lambda *what: failed.append(what))
+    inputs = Inputs(candidates, CPU, {"m": (8,)}, {"m": ("m",)}, lambda *what: failed.append(what))
     inputs.calibrate({count: {"m": torch.tensor(value)} for count, value in maxima.items()})
     rows = torch.randn(6, 8, generator=torch.Generator().manual_seed(3))
     layout = layout_of(candidates)

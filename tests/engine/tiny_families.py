@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     Qwen3VLConfig,
+    Qwen3VLMoeConfig,
 )
 
 CAPTIONS = [
@@ -53,6 +54,18 @@ _IDS = {
     "vision_end_token_id": END,
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+_QWEN3_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+# No width is that of another matrix; blocks of 16 and of 32 divide the experts' inner width.
+_MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 
 
 def configuration(family: str, *, tied: bool) -> Any:
@@ -60,18 +73,13 @@ def configuration(family: str, *, tied: bool) -> Any:
     tie = {"tie_word_embeddings": tied}
     text = _TEXT | tie
     if family == "Qwen3-VL":
-        vision = {
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 32,
-            "patch_size": 4,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        }
         rope = {"rope_parameters": _ROPE | {"mrope_interleaved": True}}
-        return Qwen3VLConfig(text_config=text | rope, vision_config=vision, **_IDS, **tie)
+        return Qwen3VLConfig(text_config=text | rope, vision_config=_QWEN3_VISION, **_IDS, **tie)
+    if family == "Qwen3-VL-MoE":
+        rope = {"rope_parameters": _ROPE | {"mrope_interleaved": True}}
+        return Qwen3VLMoeConfig(
+            text_config=text | rope | _MIXTURE, vision_config=_QWEN3_VISION, **_IDS, **tie
+        )
     if family == "Qwen2.5-VL":
         vision = {
             "depth": 2,
@@ -107,16 +115,13 @@ def configuration(family: str, *, tied: bool) -> Any:
         return Gemma3TextConfig(**text, sliding_window=4, layer_types=_GEMMA_LAYERS)
     if family == "Qwen3":
         return Qwen3Config(**text)
+    if family == "Qwen3-MoE":
+        return Qwen3MoeConfig(**text, **_MIXTURE)
     assert family == "Llama"
     return LlamaConfig(**text)
 
 
 _GEMMA_LAYERS = ["sliding_attention", "full_attention"]
-
-
-def experts() -> Any:
-    """Return the configuration of a tiny mixture of experts."""
-    return Qwen3MoeConfig(**_TEXT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 
 def save(config: Any, path: Path) -> Path:

@@ -182,7 +182,7 @@ def _planned(place: Place, plan: Any) -> Any:
     """Return the cells of a new plan over the same grid."""
     words = [f"model.path={plan['checkpoint']['path']}", "autoquant.method=fisher"]
     words += ["quant_pair=wint8_aint8,wfp4_afp16,wint2_aint2", "dataset.size=small,medium"]
-    return place.json("plan", "demo-text", *words)["cells"]
+    return place.json("plan", "single", *words)["cells"]
 
 
 def _recipe(place: Place, published: Any, *words: str, code: int = 0) -> Any:

@@ -26,7 +26,10 @@ SHAPES = {
     "model.language_model.layers.0.mlp.down_proj.weight": (96, 160),
     "model.language_model.layers.0.self_attn.q_proj.weight": (128, 96),
     "model.language_model.norm.weight": (96,),
-    "model.language_model.layers.0.mlp.experts.down_proj": (4, 96, 64),
+    # As the files of Qwen3-VL-MoE have them: every expert transposed.
+    "model.language_model.layers.0.mlp.experts.gate_up_proj": (4, 96, 128),
+    "model.language_model.layers.0.mlp.experts.down_proj": (4, 64, 96),
+    "model.language_model.layers.0.mlp.gate.weight": (4, 96),
 }
 
 
@@ -51,15 +54,31 @@ def config(roots: Roots, pairs: str) -> SweepConfig:
     return load_sweep("demo-text", [f"quant_pair={pairs}"], roots=roots).config
 
 
-def test_embeddings_norms_and_the_vision_tower_are_not_covered() -> None:
+def test_embeddings_norms_routers_and_the_vision_tower_are_not_covered() -> None:
     assert sorted(shape for shape in covered_shapes(SHAPES, VISION).values()) == [
-        (4, 96, 64),
+        (96, 64),
         (96, 160),
+        (128, 96),
         (128, 96),
     ]
     # Where the tower is covered, its patch embedding is a weight like others.
     assert (32, 3, 2, 16, 16) in covered_shapes(SHAPES, ()).values()
     assert (1000, 96) not in covered_shapes(SHAPES, ()).values()
+
+
+def test_experts_lie_either_way_round_or_apart() -> None:
+    stem = "model.layers.0.mlp"
+    expected = [(96, 64), (128, 96)]
+    upright = {
+        f"{stem}.experts.gate_up_proj": (4, 128, 96),
+        f"{stem}.experts.down_proj": (4, 96, 64),
+    }
+    assert sorted(covered_shapes(upright, ()).values()) == expected
+    apart = {f"{stem}.experts.{at}.up_proj.weight": (64, 96) for at in range(4)}
+    router = {f"{stem}.gate.weight": (4, 96)}
+    assert list(covered_shapes(apart | router, ()).values()) == [(64, 96)] * 4
+    # Without experts beside it, a module of that name is one like any other.
+    assert list(covered_shapes(router, ()).values()) == [(4, 96)]
 
 
 def test_a_format_that_fits_no_weight_is_refused_by_name(roots: Roots) -> None:
@@ -69,13 +88,14 @@ def test_a_format_that_fits_no_weight_is_refused_by_name(roots: Roots) -> None:
 
 
 def test_a_format_that_fits_some_weights_is_a_notice(roots: Roots) -> None:
-    covered = covered_shapes(SHAPES, VISION)
-    assert check_formats(config(roots, "wthird_afp16"), covered) == [
-        "wthird_afp16: 2 of 3 weights lack a dimension that it names"
+    deeper = covered_shapes(SHAPES | {"model.conv.weight": (8, 3, 5)}, VISION)
+    assert check_formats(config(roots, "wthird_afp16"), deeper) == [
+        "wthird_afp16: 4 of 5 weights lack a dimension that it names"
     ]
+    covered = covered_shapes(SHAPES, VISION)
     (notice,) = check_formats(config(roots, "wblocks_afp16"), covered)
-    # 160 and 96 do not divide by 64; 64 does.
-    assert notice.startswith("wblocks_afp16: 2 of 3 weights do not divide into its blocks")
+    # 160 and 96, the inputs of gate and up among them, do not divide by 64; 64, that of down, does.
+    assert notice.startswith("wblocks_afp16: 3 of 4 weights do not divide into its blocks")
     assert check_formats(config(roots, "wfp8_afp8,wint8_aint8"), covered) == []
 
 

@@ -263,7 +263,6 @@ def test_unreachable_hub_may_pass(tmp_path: Path) -> None:
         ({"HF_ENDPOINT": "ftp://127.0.0.1"}, "HF_ENDPOINT is no address of a hub"),
         ({"HF_ENDPOINT": "nonsense"}, "HF_ENDPOINT is no address of a hub"),
         ({"HF_TOKEN": "hf_\u00e4secret"}, "the token holds characters that cannot be sent"),
-        ({"HF_TOKEN": "hf_a\x01secret"}, "the token holds characters that cannot be sent"),
     ],
 )
 def test_a_broken_environment_is_said(
@@ -288,7 +287,7 @@ def test_a_directory_that_cannot_be_made_is_said(repository: Repository, tmp_pat
     with serving(repository) as endpoint:
         code, answer, _ = fetch(endpoint, tmp_path, "owner/tiny", "file/below/out")
     assert (code, repository.asked) == (2, [])
-    assert "cannot be made: Not a directory" in answer["what"]
+    assert "cannot be written to: Not a directory" in answer["what"]
 
 
 def test_offline_needs_what_is_there(repository: Repository, tmp_path: Path) -> None:

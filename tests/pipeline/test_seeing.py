@@ -240,6 +240,9 @@ def test_what_cannot_be_read_is_refused_before_any_work(place: Place) -> None:
     with pytest.raises(UserError, match=r"a picture takes 9 tokens") as caught:
         place.plan("dataset.calib_seq_len=6")
     assert "dataset.calib_seq_len = 6, dataset.max_pixels = 2304" in str(caught.value)
+    caption_file = place.root / "data/small.jsonl"
+    with pytest.raises(UserError, match=r"small\.jsonl is a file, and results go below it"):
+        place.plan(f"runner.output_dir={caption_file}/below")
     blind = place.root / "blind"
     shutil.copytree(place.checkpoint, blind)
     (blind / "preprocessor_config.json").unlink()
