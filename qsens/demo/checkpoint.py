@@ -70,7 +70,8 @@ that say what is on them.
 | loss on the captions of held-out drawings | {drawing_loss:.3f} |
 | the same, each caption beside another drawing | {shuffled_drawing_loss:.3f} |
 
-It loads with `AutoModelForImageTextToText.from_pretrained` and `AutoTokenizer.from_pretrained`.
+It loads with `AutoModelForImageTextToText.from_pretrained`, `AutoTokenizer.from_pretrained` and,
+where torchvision is installed, `AutoProcessor.from_pretrained`.
 `drawings/` holds the calibration samples that `dataset=demo_drawings` names.
 It knows nothing but such sentences and drawings, and serves to try things out.
 """

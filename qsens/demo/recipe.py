@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+from qsens.config import DatasetConfig
 from qsens.demo.drawings import DATA_SET, LOOK, Drawing, data_set_files, drawings, shipped
 from qsens.demo.sentences import captions
 
 RECORD: Final = "demo.json"
-PROMPT: Final = "Describe this image."
-"""What the user says beside a picture; what ``dataset.prompt`` says where nobody sets it."""
+PROMPT: Final = DatasetConfig().prompt
+"""What the user says beside a picture: what sweeps say where nobody sets ``dataset.prompt``."""
 SPECIAL_TOKENS: Final = (
     "<|endoftext|>",
     "<|im_start|>",
