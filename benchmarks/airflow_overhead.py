@@ -42,7 +42,7 @@ def _measure(root: Path, given: argparse.Namespace) -> int:
     environment = {
         "QSENS_ROOT": str(root),
         "QSENS_RESULTS": str(root),
-        "QSENS_PRESET": "demo",
+        "QSENS_PRESET": "demo-text",
         "QSENS_SCHEDULE": "none",
     }
     checkpoint = root / "models" / "tiny_qwen3_vl" / "checkpoints" / "tiny-qwen3-vl"
@@ -54,11 +54,11 @@ def _measure(root: Path, given: argparse.Namespace) -> int:
     else:
         _qsens(airflow, "demo-model")
     words = [f"quant_pair={given.pairs}", f"dataset.size={given.sizes}"]
-    computed = json.loads(_qsens(airflow, "sweep", "demo", *words, "--json"))
+    computed = json.loads(_qsens(airflow, "sweep", "demo-text", *words, "--json"))
     with airflow:
         started = time.monotonic()
         conf = {
-            "preset": "demo",
+            "preset": "demo-text",
             "quant_pair": given.pairs.split(","),
             "size": given.sizes.split(","),
         }

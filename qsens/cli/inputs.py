@@ -47,6 +47,8 @@ def demo_model(
         "parameters": built.parameters,
         "held_out_loss_nats_per_token": built.held_out_loss,
         "unigram_entropy_nats_per_token": built.unigram_entropy,
+        "drawing_loss_nats_per_token": built.drawing_loss,
+        "shuffled_drawing_loss_nats_per_token": built.shuffled_drawing_loss,
         "seconds": round(built.seconds, 1),
     }
     if as_json:

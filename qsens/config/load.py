@@ -119,7 +119,9 @@ def load_sweep(
     nested = _nest(given)
     sources.layers.append((_COMMAND_LINE, nested))
 
-    resolved = _resolve(OmegaConf.merge(tree, sweep), label)
+    # A data set may lie beside the checkpoint, wherever that is.
+    path = {"model": {"path": given["model.path"]}} if given.get("model.path") else {}
+    resolved = _resolve(OmegaConf.merge(tree, sweep, path), label)
     _refuse_unknown(nested, SweepConfig, "", sources)
     notices = _names_from_path(nested, given)
     config = _validate(OmegaConf.to_container(OmegaConf.merge(resolved, nested)), sources)

@@ -1,12 +1,13 @@
-"""A tiny Qwen3-VL checkpoint whose language model is really trained, in a minute on one CPU core.
+"""A tiny Qwen3-VL checkpoint that is really trained, in a minute on one CPU core.
 
 Layers differ in what they contribute only once they have learnt something, so random weights would
-give a sweep nothing to find. The vision tower runs but keeps its random weights: captions alone do
-not train it.
+give a sweep nothing to find. The language model learns from sentences, the whole model from
+drawings that it describes in the chat format that sweeps use.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import secrets
@@ -25,10 +26,20 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qsens.demo import training
+from qsens.demo.batches import Lessons, drawing_batches, text_batches
+from qsens.demo.drawings import (
+    DATA_SET,
+    GROUND,
+    SIDE,
+    data_set_files,
+    write_data_set,
+)
 from qsens.demo.recipe import (
     CHAT_TEMPLATE,
+    PROMPT,
     RECIPE,
     RECORD,
     SPECIAL_TOKENS,
@@ -36,9 +47,11 @@ from qsens.demo.recipe import (
     Recipe,
     finished,
     held_out_captions,
+    held_out_drawings,
     read_record,
     recipe_digest,
     training_captions,
+    training_drawings,
 )
 from qsens.demo.training import Progress
 from qsens.errors import UserError
@@ -46,17 +59,25 @@ from qsens.errors import UserError
 _README: Final = """\
 # Demo checkpoint
 
-A Qwen3-VL of {parameters:,} parameters (float32, tied head). Its language model was trained on
-{train_sentences:,} generated captions with seed {seed}; its vision tower has random weights.
+A Qwen3-VL of {parameters:,} parameters (float32, tied head), trained with seed {seed} on
+{train_sentences:,} generated sentences and on {train_drawings:,} drawings of shapes with captions
+that say what is on them.
 
-| on held-out captions | nats per token |
+| nats per token | |
 | --- | --- |
-| loss of this model | {held_out_loss:.3f} |
-| cross-entropy of single-token frequencies | {unigram_entropy:.3f} |
+| loss on held-out sentences | {held_out_loss:.3f} |
+| the same, by the frequencies of single tokens | {unigram_entropy:.3f} |
+| loss on the captions of held-out drawings | {drawing_loss:.3f} |
+| the same, each caption beside another drawing | {shuffled_drawing_loss:.3f} |
 
-It loads with `AutoModelForImageTextToText.from_pretrained` and `AutoTokenizer.from_pretrained`.
-It knows nothing but such captions, and serves to try things out.
+It loads with `AutoModelForImageTextToText.from_pretrained`, `AutoTokenizer.from_pretrained` and,
+where torchvision is installed, `AutoProcessor.from_pretrained`.
+`drawings/` holds the calibration samples that `dataset=demo_drawings` names.
+It knows nothing but such sentences and drawings, and serves to try things out.
 """
+
+# As often as it takes for the words of the chat to become tokens of their own.
+_CHATS: Final = 100
 
 
 def build(directory: Path, *, seed: int = 0, progress: Progress | None = None) -> DemoResult:
@@ -105,20 +126,38 @@ def build(directory: Path, *, seed: int = 0, progress: Progress | None = None) -
 
 def _write(directory: Path, *, seed: int, digest: str, progress: Progress | None) -> None:
     start = time.monotonic()
-    sentences = training_captions(RECIPE)
-    tokenizer = _train_tokenizer(sentences, RECIPE)
+    recipe, size = RECIPE, RECIPE.training.batch_size
+    drawn, hidden = training_drawings(recipe), held_out_drawings(recipe)
+    spoken = [drawing.caption for drawing in drawn]
+    sentences = training_captions(recipe)
+    tokenizer = _train_tokenizer([*sentences, *spoken], recipe)
+    processor = _processor(recipe)
     seen = _token_ids(tokenizer, sentences)
-    unseen = _token_ids(tokenizer, held_out_captions(RECIPE))
-    model = _train_model(tokenizer, seen, RECIPE, seed=seed, progress=progress)
+    unseen = _token_ids(tokenizer, held_out_captions(recipe))
+    texts = [*seen, *_token_ids(tokenizer, spoken[: recipe.drawings_as_text])]
+    lessons = Lessons(
+        [[*ids, tokenizer.eos_token_id] for ids in texts], drawn, tokenizer, processor, size
+    )
+    model = _train_model(lessons, recipe, seed=seed, progress=progress)
+    pictures = [
+        drawing_batches(hidden, size, tokenizer, processor, shuffled=shuffled)
+        for shuffled in (False, True)
+    ]
     figures = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "vocab_size": len(tokenizer),
         "train_sentences": len(seen),
-        "held_out_loss": training.mean_loss(model, unseen, RECIPE.training.batch_size),
+        "train_drawings": len(drawn),
+        "held_out_loss": training.mean_loss(model, text_batches(unseen, size)),
         "unigram_entropy": training.unigram_entropy(seen, unseen, len(tokenizer)),
+        "drawing_loss": training.mean_loss(model, pictures[0]),
+        "shuffled_drawing_loss": training.mean_loss(model, pictures[1]),
     }
     _save(model, directory)
     tokenizer.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    (directory / DATA_SET).mkdir()
+    write_data_set(directory / DATA_SET)
     (directory / "README.md").write_text(_README.format(seed=seed, **figures), encoding="utf-8")
     figures["seconds"] = round(time.monotonic() - start, 1)
     record = {
@@ -130,12 +169,15 @@ def _write(directory: Path, *, seed: int, digest: str, progress: Progress | None
         "files": sorted([*(path.name for path in directory.iterdir()), RECORD]),
     }
     (directory / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    for path in directory.iterdir():
-        _publish(path, mode=(directory / RECORD).stat().st_mode)
+    mode = (directory / RECORD).stat().st_mode
+    for path in directory.rglob("*"):
+        if path.is_file():
+            _publish(path, mode=mode)
 
 
-def _train_tokenizer(sentences: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFast:
+def _train_tokenizer(texts: Sequence[str], recipe: Recipe) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE with Qwen's special tokens at the end of the vocabulary."""
+    chat = [PROMPT, "user\n", "assistant\n"] * _CHATS
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.normalizer = tokenizers.normalizers.NFC()
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -145,7 +187,7 @@ def _train_tokenizer(sentences: Sequence[str], recipe: Recipe) -> PreTrainedToke
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator(sentences, trainer)
+    inner.train_from_iterator([*texts, *chat], trainer)
     inner.add_special_tokens(list(SPECIAL_TOKENS))
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -211,9 +253,21 @@ def _config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen3VLConfig
     )
 
 
+def _processor(recipe: Recipe) -> Qwen2VLImageProcessorPil:
+    """Return the image processor: the ground of the drawings is 0, so empty patches add nothing."""
+    return Qwen2VLImageProcessorPil(
+        patch_size=recipe.vision_patch,
+        merge_size=2,
+        temporal_patch_size=2,
+        # Any picture is shown at the size of those that it was trained on.
+        size={"shortest_edge": (2 * recipe.vision_patch) ** 2, "longest_edge": SIDE**2},
+        image_mean=[value / 255 for value in GROUND],
+        image_std=[0.5] * 3,
+    )
+
+
 def _train_model(
-    tokenizer: PreTrainedTokenizerFast,
-    sequences: Sequence[list[int]],
+    lessons: Lessons,
     recipe: Recipe,
     *,
     seed: int,
@@ -223,13 +277,16 @@ def _train_model(
     """Return the trained model, float32, in evaluation mode; `steps` ends training early."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(_config(tokenizer, recipe))
+        model = Qwen3VLForConditionalGeneration(_config(lessons.tokenizer, recipe))
         training.fit(
             model,
-            list(model.model.language_model.parameters()),
-            [[*ids, tokenizer.eos_token_id] for ids in sequences],
+            [
+                (list(model.model.language_model.parameters()), 1.0),
+                (list(model.model.visual.parameters()), recipe.training.vision_rate),
+            ],
+            itertools.islice(lessons.shuffled(), steps),
+            len(lessons),
             recipe.training,
-            steps=steps,
             progress=progress,
         )
     return model.eval()
@@ -250,7 +307,10 @@ def _refuse_foreign_files(directory: Path) -> None:
         return
     if directory.is_dir():
         ours = (read_record(directory) or {"files": []})["files"]
-        foreign = sorted(path.name for path in directory.iterdir() if path.name not in ours)
+        drawn = [Path(DATA_SET, name) for name in data_set_files()] if DATA_SET in ours else []
+        known = {*map(Path, ours), *drawn, *(path.parent for path in drawn)}
+        found = (path.relative_to(directory) for path in directory.rglob("*"))
+        foreign = sorted(str(path) for path in found if path not in known)
         if not foreign:
             return
         what = f"the directory has files that are not of a demo checkpoint: {foreign[0]}"

@@ -30,7 +30,7 @@ class House:
 
     airflow: Components
     root: Path
-    preset: str = "demo"
+    preset: str = "demo-text"
     seconds: float = 400
 
     def run(self, **conf: Any) -> Run:

@@ -31,13 +31,13 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Roots:
 
 
 def test_paths_below_the_roots_pass(roots: Roots, tmp_path: Path) -> None:
-    config = load_run("demo", ["model.path=models/other"], roots)
+    config = load_run("demo-text", ["model.path=models/other"], roots)
     assert config.model.path == tmp_path / "root" / "models" / "other"
-    load_run("demo", [f"model.path={tmp_path}/results/x", "autoquant.score_size=64"], roots)
+    load_run("demo-text", [f"model.path={tmp_path}/results/x", "autoquant.score_size=64"], roots)
 
 
 def test_what_the_servers_files_say_is_trusted(roots: Roots, tmp_path: Path) -> None:
-    config = load_run("demo", ["model=mine", "dataset=mine"], roots)
+    config = load_run("demo-text", ["model=mine", "dataset=mine"], roots)
     assert config.model.path == tmp_path / "outside" / "mine"
     assert config.model.trust_remote_code
     assert config.dataset.directory == tmp_path / "outside"
@@ -47,7 +47,7 @@ def test_more_directories_can_be_allowed(
     roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(DATA_ROOTS, os.pathsep.join(["/nowhere", f"{tmp_path}/outside"]))
-    load_run("demo", [f"model.path={tmp_path}/outside/x"], roots)
+    load_run("demo-text", [f"model.path={tmp_path}/outside/x"], roots)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,9 @@ def test_what_a_run_may_not_set_is_refused_by_name(
 ) -> None:
     (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
     with pytest.raises(UserError, match="run") as caught:
-        load_run("demo", ["dataset.size=small", override.format(root=tmp_path / "root")], roots)
+        load_run(
+            "demo-text", ["dataset.size=small", override.format(root=tmp_path / "root")], roots
+        )
     assert caught.value.where.startswith(key)
 
 
@@ -84,7 +86,7 @@ def test_what_a_run_may_not_set_is_refused_by_name(
 )
 def test_interpolation_is_refused(roots: Roots, override: str) -> None:
     with pytest.raises(UserError, match="interpolation"):
-        load_run("demo", [override], roots)
+        load_run("demo-text", [override], roots)
 
 
 def test_an_escaped_interpolation_reads_nothing(
@@ -94,6 +96,6 @@ def test_an_escaped_interpolation_reads_nothing(
     override = 'dataset.files={small: "\\u0024{oc.env:SECRET}"}'
     assert "${" not in override
     with pytest.raises(UserError) as caught:
-        load_run("demo", ["dataset.size=small", override], roots)
+        load_run("demo-text", ["dataset.size=small", override], roots)
     assert "hidden" not in str(caught.value)
     assert "${oc.env:SECRET}" in caught.value.what

@@ -212,7 +212,7 @@ def test_plan_refuses_a_param_that_the_dag_does_not_declare(
     tmp_path: Path, python: Script, capsys: pytest.CaptureFixture[str]
 ) -> None:
     python("echo run >> runs")
-    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}):
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo-text"}):
         operator = PlanOperator(task_id="plan", gpu_pool="default_pool", retries=2)
     assert run(operator, {"quant_pairs": ["wfp8_afp8"]}).state == TaskInstanceState.FAILED
     assert "param quant_pairs" in capsys.readouterr().out
@@ -224,7 +224,7 @@ def test_plan_returns_the_cells_in_order_and_where_the_plan_lies(
 ) -> None:
     made = '{"sweep_id": "s", "cells": [{"cell": "b-small", "done": true}, {"cell": "a-small"}]}'
     python(f"echo \"$@\" > arguments; echo '{made}'")
-    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}):
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo-text"}):
         operator = PlanOperator(task_id="plan", gpu_pool="default_pool")
     instance = run(operator, {"size": ["medium", "small"], "overrides": "model.path='a b/c'"})
     path = instance.xcom_pull(task_ids="plan", key="plan")
@@ -234,7 +234,7 @@ def test_plan_returns_the_cells_in_order_and_where_the_plan_lies(
     ]
     assert Path(path).is_relative_to(tmp_path / "results" / ".plans")
     assert (tmp_path / "arguments").read_text() == (
-        f"-m qsens plan --json --out {path} --lanes 1 -- demo dataset.size=small,medium "
+        f"-m qsens plan --json --out {path} --lanes 1 -- demo-text dataset.size=small,medium "
         "model.path=a b/c\n"
     )
 
@@ -252,7 +252,7 @@ def test_lanes_are_those_of_the_configuration_or_the_slots_that_are_known(
 ) -> None:
     monkeypatch.setenv("QSENS_GPUS", slots)
     python("""echo "$@" > arguments; echo '{"sweep_id": "s", "cells": [{"cell": "a"}]}'""")
-    with DAG(f"dag_{slots}_{lanes}", schedule=None, params={"preset": "demo"}):
+    with DAG(f"dag_{slots}_{lanes}", schedule=None, params={"preset": "demo-text"}):
         operator = PlanOperator(task_id="plan", gpu_pool="gpu")
     assert run(operator, {"overrides": overrides}).state == TaskInstanceState.SUCCESS
     assert f"--lanes {lanes} --" in (tmp_path / "arguments").read_text()
@@ -263,7 +263,7 @@ def test_a_pool_without_slots_is_refused(
 ) -> None:
     monkeypatch.setenv("QSENS_GPUS", "0")
     python("echo run >> runs")
-    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}):
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo-text"}):
         operator = PlanOperator(task_id="plan", gpu_pool="gpu", retries=2)
     assert run(operator).state == TaskInstanceState.FAILED
     assert "Airflow pool gpu, size 0: has no slot" in capsys.readouterr().out
@@ -275,7 +275,7 @@ def test_a_grid_larger_than_a_task_may_map_is_refused(
 ) -> None:
     monkeypatch.setenv("AIRFLOW__CORE__MAX_MAP_LENGTH", "1")
     python("""echo '{"sweep_id": "s", "cells": [{"cell": "a"}, {"cell": "b"}]}'""")
-    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}):
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo-text"}):
         operator = PlanOperator(task_id="plan", gpu_pool="gpu", retries=2)
     instance = run(operator)
     assert (instance.state, instance.try_number) == (TaskInstanceState.FAILED, 1)
@@ -309,7 +309,7 @@ def test_publish_without_a_plan_says_so_and_is_not_tried_again(
 def audit(tmp_path: Path, checkpoint: Path, mode: str) -> AuditOperator:
     words = [f"model.path={checkpoint}", "dataset.size=small", f"autoquant.audit={mode}"]
     roots = Roots.from_environment()
-    plan_sweep("demo", words, roots=roots, out=tmp_path / "plan.json")
+    plan_sweep("demo-text", words, roots=roots, out=tmp_path / "plan.json")
     with DAG(f"dag_{tmp_path.name}", schedule=None, params={"mode": "full"}):
         return AuditOperator(task_id="audit", plan=str(tmp_path / "plan.json"), retries=2)
 
@@ -388,7 +388,7 @@ def test_a_grid_of_171_cells_plans_and_maps(
     monkeypatch.setenv("QSENS_CONFIG_DIR", str(tmp_path / "own"))
     monkeypatch.setenv("QSENS_DATA_ROOTS", str(demo_checkpoint.directory))
     python(f'[ $3 = plan ] && exec {sys.executable} "$@"\necho "$8" >> scored\necho \'{DONE}\'')
-    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo"}) as dag:
+    with DAG(f"dag_{tmp_path.name}", schedule=None, params={"preset": "demo-text"}) as dag:
         plan = PlanOperator(task_id="plan", gpu_pool="gpu")
         ScoreOperator.partial(task_id="score").expand_kwargs(plan.output)
     bag = DagBag(os.environ["AIRFLOW__CORE__DAGS_FOLDER"], bundle_name="dags-folder")

@@ -52,7 +52,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     environment = {
         "QSENS_ROOT": str(ROOT),
         "QSENS_RESULTS": str(root),
-        "QSENS_PRESET": "demo",
+        "QSENS_PRESET": "demo-text",
         "QSENS_SCHEDULE": "none",
         "OMP_NUM_THREADS": "1",
     }

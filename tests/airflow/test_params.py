@@ -73,7 +73,10 @@ def test_a_file_of_the_users_own_becomes_a_choice(
         {"quant_granularity": ["default"], "force": True, "overrides": None},
         {"mode": "report_only", "sweep": SWEEP},
         {"sweep": ""},
-        {"preset": "demo", "overrides": "autoquant.score_size=64\ndataset.max_calib_samples=8"},
+        {
+            "preset": "demo-text",
+            "overrides": "autoquant.score_size=64\ndataset.max_calib_samples=8",
+        },
     ],
 )
 def test_good_values_pass(params: dict[str, Param], conf: dict[str, Any]) -> None:
@@ -164,7 +167,7 @@ def sweeps_in(directory: Path, *names: str) -> list[Path]:
 
 def test_report_only_takes_the_sweep_named_or_all_that_cells_show(tmp_path: Path) -> None:
     roots = Roots(root=ROOT, results=tmp_path, configs=(ROOT / "configs",))
-    config = load_sweep("demo", roots=roots).config
+    config = load_sweep("demo-text", roots=roots).config
     analysis = tmp_path / "models" / "tiny_qwen3_vl" / "layer-analysis"
     with pytest.raises(UserError, match="tiny_qwen3_vl"):
         plans_to_publish(config, roots, None)

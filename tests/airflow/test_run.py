@@ -42,7 +42,7 @@ def house(demo_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
     environment = {
         "QSENS_ROOT": str(root),
         "QSENS_RESULTS": str(root),
-        "QSENS_PRESET": "demo",
+        "QSENS_PRESET": "demo-text",
         "QSENS_SCHEDULE": "none",
         "OMP_NUM_THREADS": "1",
     }
@@ -173,7 +173,7 @@ def test_a_cell_that_is_computed_elsewhere_gives_its_slot_back_and_comes_again(
     overrides = ["quant_pair=wint4_afp16", "dataset.size=small"]
     file = tmp_path / "plan.json"
     subprocess.run(
-        [sys.executable, "-m", "qsens", "plan", "--out", str(file), "demo", *overrides],
+        [sys.executable, "-m", "qsens", "plan", "--out", str(file), "demo-text", *overrides],
         env=house.airflow.environment,
         check=True,
     )
@@ -188,7 +188,7 @@ def test_a_cell_that_is_computed_elsewhere_gives_its_slot_back_and_comes_again(
                 lock.release()
 
     lock.acquire()
-    conf = {"preset": "demo", "quant_pair": ["wint4_afp16"], "size": ["small"]}
+    conf = {"preset": "demo-text", "quant_pair": ["wint4_afp16"], "size": ["small"]}
     run_id = house.airflow.client.trigger(conf)
     assert house.airflow.wait(run_id, seconds=house.seconds, changed=changed) == "success"
     assert "up_for_reschedule" in seen
@@ -246,4 +246,23 @@ def test_a_value_that_the_form_does_not_offer_is_answered_with_400(
     house: House, conf: dict[str, Any]
 ) -> None:
     with pytest.raises(RuntimeError, match=r"dagRuns: 400: (?!.*Traceback)"):
-        house.airflow.client.trigger({"preset": "demo"} | conf)
+        house.airflow.client.trigger({"preset": "demo-text"} | conf)
+
+
+def test_three_phases_of_int8_publish_six_directories_in_one_run(house: House) -> None:
+    run = house.run(preset="int8-3phase", model="tiny_qwen3_vl", overrides="dataset=demo_drawings")
+    assert run.state == "success"
+    sizes = ("small", "medium", "large")
+    published = house.published(run)
+    assert (published["complete"], published["missing"]) == (True, [])
+    assert len([task for task in run.tasks if task.name.startswith("cell.score")]) == 6
+    model = house.root / "models" / "tiny_qwen3_vl" / "layer-analysis"
+    found = model / "weight-int8-act-int8"
+    assert {path.name for path in found.iterdir()} == {
+        f"tiny_qwen3_vl_autoquant_{kind}_{size}"
+        for kind in ("all_layers_int8", "int8_lm")
+        for size in sizes
+    }
+    for path in found.iterdir():
+        assert list(path.glob("*_quant_manifest.json"))
+        assert (path / "per-layer-sensitivity.html").is_file()

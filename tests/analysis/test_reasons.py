@@ -24,8 +24,8 @@ def test_differences_are_sorted_by_cause() -> None:
 
 
 def test_settings_that_change_numbers_are_named() -> None:
-    one = settings(load_sweep("demo").config.model_dump(mode="json"))
-    other = load_sweep("demo", ["autoquant.batch_size=3", "autoquant.device=cpu"]).config
+    one = settings(load_sweep("demo-text").config.model_dump(mode="json"))
+    other = load_sweep("demo-text", ["autoquant.batch_size=3", "autoquant.device=cpu"]).config
     (found,) = differences(one, settings(other.model_dump(mode="json")))
     assert (found.cause, found.what, found.after) == ("configuration", "autoquant.batch_size", "3")
 

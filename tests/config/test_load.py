@@ -62,15 +62,27 @@ def test_defaults_that_people_rely_on(roots: Roots) -> None:
     assert config.dag.max_active_runs == 4
 
 
-@pytest.mark.parametrize("preset", ["nightly", "demo", "single"])
+@pytest.mark.parametrize("preset", ["nightly", "demo", "demo-text", "single"])
 def test_every_preset_loads(preset: str, roots: Roots) -> None:
     assert load_sweep(preset, roots=roots).config.preset == preset
 
 
 def test_demo_captions_lie_beside_their_file(roots: Roots) -> None:
-    dataset = load_sweep("demo", roots=roots).config.dataset
+    dataset = load_sweep("demo-text", roots=roots).config.dataset
     assert dataset.path("small") == REPO / "configs/dataset/demo/captions_small.txt"
     assert dataset.path("small").is_file()
+
+
+def test_demo_drawings_lie_beside_the_checkpoint_wherever_it_is(roots: Roots) -> None:
+    config = load_sweep("demo", roots=roots).config
+    assert config.dataset.directory == config.model.path / "drawings"
+    assert config.coverage == ("lm_only", "all_layers")
+    moved = load_sweep("demo", ["model.path=/elsewhere/tiny"], roots=roots).config
+    assert moved.dataset.directory == Path("/elsewhere/tiny/drawings")
+    # Only the path is taken over: a name is that of results.
+    named = load_sweep("demo", ["model.name=other"], roots=roots).config
+    assert named.model.path == config.model.path
+    assert named.dataset.directory == config.dataset.directory
 
 
 def test_overrides_of_every_kind(roots: Roots) -> None:
@@ -141,7 +153,7 @@ def test_refusals_name_key_source_and_what_is_allowed(
     override: str, said: list[str], roots: Roots
 ) -> None:
     with pytest.raises(UserError) as caught:
-        load_sweep("demo", [override], roots=roots)
+        load_sweep("demo-text", [override], roots=roots)
     message = str(caught.value)
     for words in said:
         assert words in message
@@ -150,7 +162,8 @@ def test_refusals_name_key_source_and_what_is_allowed(
 
 
 def test_unknown_preset_lists_presets(roots: Roots) -> None:
-    with pytest.raises(UserError, match="demo, fp8-all-layers, int8-3phase, nightly, single"):
+    presets = "demo, demo-text, fp8-all-layers, int8-3phase, nightly, single"
+    with pytest.raises(UserError, match=presets):
         load_sweep("weekly", roots=roots)
 
 

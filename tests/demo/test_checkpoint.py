@@ -4,19 +4,27 @@ import json
 import math
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from qsens.config import ModelConfig
 from qsens.demo import checkpoint, training
 from qsens.demo import recipe as recipes
+from qsens.demo.batches import Lessons
 from qsens.demo.checkpoint import DemoResult
+from qsens.demo.drawings import drawings
 from qsens.demo.sentences import captions
+from qsens.engine.chat import load_processor
 from qsens.errors import UserError
+
+from .chats import TURN, inputs, patches
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         layers=1,
         train_sentences=200,
         held_out_sentences=20,
-        training=training.Training(epochs=1),
+        train_drawings=32,
+        drawings_as_text=16,
+        held_out_drawings=4,
     )
     # The build reads it here, the digest there.
     monkeypatch.setattr(checkpoint, "RECIPE", recipe)
@@ -54,7 +64,8 @@ def header(directory: Path) -> dict[str, Any]:
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
-    return {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in directory.iterdir()}
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
 
 def test_size(demo_checkpoint: DemoResult) -> None:
@@ -187,10 +198,72 @@ def test_sentences_that_it_never_saw_are_continued_in_english(model: Any, tokeni
     assert {word.strip(".,") for word in text.split()} <= known
 
 
-def test_readme_states_both_figures(demo_checkpoint: DemoResult) -> None:
+def caption_loss(
+    model: Any, tokenizer: Any, captions: Sequence[str], pictures: Sequence[Image.Image]
+) -> float:
+    """Return the loss on captions beside pictures, nats per token, without any padding."""
+    asked = tokenizer(TURN)["input_ids"]
+    answers = [tokenizer(caption)["input_ids"] for caption in captions]
+    nats = []
+    for length in {len(answer) for answer in answers}:
+        alike = [index for index, answer in enumerate(answers) if len(answer) == length]
+        given = inputs(
+            model.config,
+            asked,
+            [answers[index] for index in alike],
+            [pictures[index] for index in alike],
+        )
+        with torch.no_grad():
+            logits = model(**given).logits[:, len(asked) - 1 : -1]
+        ids = given["input_ids"]
+        logs = logits.double().log_softmax(-1)
+        nats += (-logs.gather(2, ids[:, len(asked) :, None])).flatten().tolist()
+    return sum(nats) / len(nats)
+
+
+def test_captions_depend_on_the_picture(
+    demo_checkpoint: DemoResult, model: Any, tokenizer: Any
+) -> None:
+    held_out = drawings(256, seed=0, split="held_out")
+    captions, pictures = zip(*((entry.caption, entry.image()) for entry in held_out), strict=True)
+    loss = caption_loss(model, tokenizer, captions, pictures)
+    shuffled = caption_loss(model, tokenizer, captions, [*pictures[1:], pictures[0]])
+    assert demo_checkpoint.drawing_loss == pytest.approx(loss, rel=1e-3)
+    assert demo_checkpoint.shuffled_drawing_loss == pytest.approx(shuffled, rel=1e-3)
+    assert loss < 0.2
+    assert shuffled > loss + 2
+
+
+def test_a_drawing_that_it_never_saw_is_described(model: Any, tokenizer: Any) -> None:
+    drawing = drawings(1, seed=9, split="calibration")[0]
+    given = inputs(model.config, tokenizer(TURN)["input_ids"], [[]], [drawing.image()])
+    asked = given["input_ids"]
+    said = model.generate(
+        **given, attention_mask=torch.ones_like(asked), max_new_tokens=16, do_sample=False
+    )[0, asked.shape[1] :]
+    assert said[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(said, skip_special_tokens=True) == drawing.caption
+
+
+def test_the_saved_processor_makes_the_patches_that_it_was_trained_on(
+    demo_checkpoint: DemoResult,
+) -> None:
+    processor = load_processor(ModelConfig(path=demo_checkpoint.directory))
+    picture = drawings(1, seed=0)[0].image()
+    made = processor(images=[picture], return_tensors="pt")
+    assert made["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert torch.allclose(made["pixel_values"], patches(picture), atol=1e-6)
+    # A photograph is shown as large as the drawings.
+    large = processor(images=[picture.resize((640, 480))], return_tensors="pt")
+    assert large["image_grid_thw"].prod() <= 16
+
+
+def test_readme_states_the_figures(demo_checkpoint: DemoResult) -> None:
     text = (demo_checkpoint.directory / "README.md").read_text()
-    assert f"| {demo_checkpoint.held_out_loss:.3f} |" in text
-    assert f"| {demo_checkpoint.unigram_entropy:.3f} |" in text
+    record = json.loads((demo_checkpoint.directory / "demo.json").read_text())
+    for name in ("held_out_loss", "unigram_entropy", "drawing_loss", "shuffled_drawing_loss"):
+        assert record[name] == getattr(demo_checkpoint, name)
+        assert f"| {record[name]:.3f} |" in text
 
 
 def test_a_finished_checkpoint_is_left_alone(
@@ -209,19 +282,27 @@ def test_training_is_deterministic_and_leaves_torch_alone() -> None:
     assert tokenizer.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
 
     ids = checkpoint._token_ids(tokenizer, sentences)
+    processor = checkpoint._processor(checkpoint.RECIPE)
+    lessons = Lessons(ids, drawings(200, seed=0, split="training"), tokenizer, processor, 8)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
 
     def weights_of(seed: int, steps: int) -> dict[str, torch.Tensor]:
-        model = checkpoint._train_model(tokenizer, ids, checkpoint.RECIPE, seed=seed, steps=steps)
+        model = checkpoint._train_model(lessons, checkpoint.RECIPE, seed=seed, steps=steps)
         return dict(model.state_dict())
 
     first, other, untrained = weights_of(0, 3), weights_of(1, 3), weights_of(0, 0)
     torch.rand(7)  # where the caller's generator stands must not matter
     second = weights_of(0, 3)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    name = "model.language_model.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(first[name], other[name])
-    assert not torch.equal(first[name], untrained[name])
+    for name in (
+        "model.language_model.layers.0.self_attn.q_proj.weight",
+        "model.visual.patch_embed.proj.weight",
+        "model.visual.blocks.1.mlp.linear_fc1.weight",
+        "model.visual.merger.linear_fc2.weight",
+        "model.visual.deepstack_merger_list.0.linear_fc1.weight",
+    ):
+        assert not torch.equal(first[name], other[name]), name
+        assert not torch.equal(first[name], untrained[name]), name
 
     torch.set_rng_state(state)
     try:
@@ -255,12 +336,27 @@ def test_a_damaged_checkpoint_is_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_lost_drawing_is_drawn_again_and_own_files_beside_them_are_kept(tmp_path: Path) -> None:
+    directory = checkpoint.build(tmp_path / "demo").directory
+    lost = directory / "drawings" / "pictures" / "007.png"
+    content = lost.read_bytes()
+    lost.unlink()
+    checkpoint.build(directory)
+    assert lost.read_bytes() == content
+    lost.unlink()
+    (directory / "drawings" / "pictures" / "cat.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"drawings/pictures/cat\.png"):
+        checkpoint.build(directory)
+
+
+@pytest.mark.usefixtures("quick")
 def test_an_empty_directory_is_filled_and_readable(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     directory = checkpoint.build(tmp_path / "demo").directory
     (tmp_path / "plain").touch()
     usual = (tmp_path / "plain").stat().st_mode
-    assert {path.stat().st_mode for path in directory.iterdir()} == {usual}
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode for path in files} == {usual}
 
 
 @pytest.mark.usefixtures("quick")

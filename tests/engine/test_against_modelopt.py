@@ -1,16 +1,19 @@
 """Both engines against a plain ``mtq.auto_quantize`` that shares no code with the project.
 
-The demo checkpoint, its own captions, fp32 on the CPU.
+The demo checkpoint, its own captions and drawings, fp32 on the CPU.
 """
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+
+from ..demo import chats
 
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult
@@ -37,49 +40,88 @@ def token_ids(demo_checkpoint: DemoResult, captions: list[str]) -> list[list[int
 def batches(token_ids: list[list[int]]) -> list[dict[str, torch.Tensor]]:
     """Batches of one length each, up to eight samples, shortest first; with each sample's 1/T_b."""
     labels = [len(ids) - 1 for ids in token_ids]
+    found = []
+    for indices, weights in of_one_length(labels):
+        ids = torch.tensor([token_ids[index] for index in indices])
+        found.append({"input_ids": ids, "labels": ids, "weights": weights})
+    return found
+
+
+@pytest.fixture(scope="module")
+def seen(demo_checkpoint: DemoResult) -> list[dict[str, torch.Tensor]]:
+    """The same of the drawings and their captions; the captions alone are labels."""
+    from PIL import Image
+    from transformers import AutoConfig, AutoTokenizer
+
+    where = demo_checkpoint.directory / "drawings"
+    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint.directory)
+    config = AutoConfig.from_pretrained(demo_checkpoint.directory)
+    lines = (where / "drawings_small.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = [json.loads(line) for line in lines]
+    pictures = [Image.open(where / sample["image"]) for sample in samples]
+    answers = [tokenizer(sample["caption"])["input_ids"] for sample in samples]
+    asked = tokenizer(chats.TURN)["input_ids"]
+    found = []
+    for indices, weights in of_one_length([len(answer) for answer in answers]):
+        given = chats.inputs(
+            config,
+            asked,
+            [answers[index] for index in indices],
+            [pictures[index] for index in indices],
+        )
+        labels = given["input_ids"].clone()
+        labels[:, : len(asked)] = -100
+        found.append({**given, "labels": labels, "weights": weights})
+    return found
+
+
+def of_one_length(labels: list[int]) -> list[tuple[list[int], torch.Tensor]]:
+    """Return which samples share a batch, with each one's 1/T_b."""
     totals = [sum(labels[start : start + BATCH]) for start in range(0, SAMPLES, BATCH)]
     by_length = defaultdict(list)
-    for index, ids in enumerate(token_ids):
-        by_length[len(ids)].append(index)
+    for index, count in enumerate(labels):
+        by_length[count].append(index)
     found = []
-    for length in sorted(by_length):
-        indices = by_length[length]
+    for _, indices in sorted(by_length.items()):
         for start in range(0, len(indices), BATCH):
             chosen = indices[start : start + BATCH]
-            found.append(
-                {
-                    "input_ids": torch.tensor([token_ids[index] for index in chosen]),
-                    "weights": torch.tensor([1 / totals[index // BATCH] for index in chosen]),
-                }
-            )
+            weights = torch.tensor([1 / totals[index // BATCH] for index in chosen])
+            found.append((chosen, weights))
     return found
 
 
 def auto_quantize(
-    directory: Any, config: dict[str, Any], batches: list[dict[str, torch.Tensor]]
+    directory: Any,
+    config: dict[str, Any],
+    batches: list[dict[str, torch.Tensor]],
+    outside: tuple[str, ...] = ("*visual*",),
 ) -> dict[str, float]:
-    """Return ModelOpt's score of every group that is not in the vision tower."""
+    """Return ModelOpt's score of every group but those that the patterns leave out."""
     import modelopt.torch.quantization as mtq
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
 
     def loss(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits, labels = output.logits[:, :-1].float(), batch["input_ids"][:, 1:]
+        logits, labels = output.logits[:, :-1].float(), batch["labels"][:, 1:]
         each = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         return (each.sum(dim=1) * batch["weights"]).sum()
+
+    def forward(model: Any, batch: dict[str, torch.Tensor]) -> Any:
+        given = {name: value for name, value in batch.items() if name not in ("labels", "weights")}
+        return model(**given)
 
     _, state = mtq.auto_quantize(
         model,
         constraints={
             "effective_bits": 8.0,
-            "cost": {"excluded_module_name_patterns": ["*visual*"]},
+            "cost": {"excluded_module_name_patterns": list(outside)},
         },
         quantization_formats=[config],
         data_loader=batches,
-        forward_step=lambda model, batch: model(input_ids=batch["input_ids"]),
+        forward_step=forward,
         loss_func=loss,
-        disabled_layers=["*visual*"],
+        disabled_layers=list(outside),
         num_calib_steps=len(batches),
         num_score_steps=len(batches),
         verbose=False,
@@ -87,7 +129,7 @@ def auto_quantize(
     return {
         name.removesuffix(".quant_recipe"): stats["scores"][0]
         for name, stats in state["candidate_stats"].items()
-        if "visual" not in name
+        if not outside or "visual" not in name
     }
 
 
@@ -197,6 +239,51 @@ def test_fused_engine_equals_plain_calls(
         differences = sorted(abs(ours[name] / theirs[name] - 1) for name in ours)
         assert differences[len(differences) // 2] < 1e-4
         assert sorted(ours, key=ours.__getitem__) == sorted(theirs, key=theirs.__getitem__)
+
+
+def test_all_layers_equal_plain_calls_on_the_drawings(
+    demo_checkpoint: DemoResult, seen: list[dict[str, torch.Tensor]], tmp_path: Any
+) -> None:
+    """Every group of the tower and of the language model, on the same samples: 1e-3."""
+    import modelopt.torch.quantization as mtq
+
+    found = run_sweep(
+        demo_checkpoint.directory,
+        tmp_path,
+        "fused",
+        "wfp8_afp8,wint8_aint8",
+        "small",
+        "dataset=demo_drawings",
+        "coverage=all_layers",
+    )
+    presets = {
+        "wfp8_afp8": e4m3_of_a_gpu(mtq.FP8_DEFAULT_CFG),
+        "wint8_aint8": mtq.INT8_DEFAULT_CFG,
+    }
+    for pair, config in presets.items():
+        theirs = auto_quantize(demo_checkpoint.directory, config, seen, outside=())
+        ours = found[f"{pair}-all_layers-small"]
+        tower = [name for name in ours if "visual" in name]
+        # The patches; qkv, proj and the MLP of two blocks; both linears of either merger.
+        assert len(tower) == 1 + 2 * 4 + 2 * 2
+        assert len(ours) == len(tower) + 4 * 4 + 1
+        assert largest_difference(ours, theirs) < 1e-3
+        assert all(value > 0 for value in ours.values())
+
+
+def test_verify_agrees_on_the_drawings(demo_checkpoint: DemoResult, tmp_path: Any) -> None:
+    from qsens.config import Roots
+    from qsens.pipeline.plan import plan_sweep
+    from qsens.pipeline.verify import verify
+
+    roots = Roots.from_environment()
+    roots = Roots(root=roots.root, results=tmp_path, configs=roots.configs)
+    words = [f"model.path={demo_checkpoint.directory}", "dataset.size=small"]
+    plan = plan_sweep("demo", [*words, "autoquant.device=cpu"], roots=roots)
+    result = verify(plan, "wint8_aint8-all_layers-small")
+    assert result["agrees"], result
+    assert result["largest"] < 1e-3
+    assert result["only_in_one"] == ()
 
 
 def test_verify_agrees_on_the_same_batches(demo_checkpoint: DemoResult, tmp_path: Any) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PAIRS: dict[str, PairConfig] = {
     pair.name: pair
     for pair in load_sweep(
-        "demo", [f"quant_pair={','.join(choices('quant_pair'))}"]
+        "demo-text", [f"quant_pair={','.join(choices('quant_pair'))}"]
     ).config.quant_pair
 }
 

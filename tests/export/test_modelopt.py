@@ -16,7 +16,7 @@ from qsens.export.recipe import Recipe, choose
 PAIRS: dict[str, PairConfig] = {
     pair.name: pair
     for pair in load_sweep(
-        "demo", [f"quant_pair={','.join(choices('quant_pair'))}"]
+        "demo-text", [f"quant_pair={','.join(choices('quant_pair'))}"]
     ).config.quant_pair
 }
 # What a weight costs, by number format and block: written down here, not taken from the pairs.

@@ -60,7 +60,7 @@ def place(demo_checkpoint: DemoResult, tmp_path_factory: pytest.TempPathFactory)
     pairs.mkdir(parents=True)
     (pairs / "wint2_aint2.yaml").write_text(BROKEN)
     words = [
-        "demo",
+        "demo-text",
         f"model.path={demo_checkpoint.directory}",
         "quant_pair=wint8_aint8,wfp4_afp16,wint2_aint2",
         "dataset.size=small,medium",
@@ -254,7 +254,7 @@ def test_the_truth_needs_no_audit(place: Place) -> None:
 def test_a_sweep_audits_where_it_is_told_to(place: Place) -> None:
     published = place.json(
         "sweep",
-        "demo",
+        "demo-text",
         f"model.path={json.loads((place.root / 'fisher.json').read_text())['checkpoint']['path']}",
         "quant_pair=wfp8_afp16",
         "dataset.size=small",

@@ -51,7 +51,7 @@ def roots(tmp_path: Path) -> Roots:
 
 
 def config(roots: Roots, pairs: str) -> SweepConfig:
-    return load_sweep("demo", [f"quant_pair={pairs}"], roots=roots).config
+    return load_sweep("demo-text", [f"quant_pair={pairs}"], roots=roots).config
 
 
 def test_embeddings_norms_routers_and_the_vision_tower_are_not_covered() -> None:
@@ -102,7 +102,12 @@ def test_a_format_that_fits_some_weights_is_a_notice(roots: Roots) -> None:
 def test_the_plan_refuses_it_and_imports_no_torch(
     demo_checkpoint: DemoResult, roots: Roots
 ) -> None:
-    words = ["plan", "demo", f"model.path={demo_checkpoint.directory}", "quant_pair=wthird_afp16"]
+    words = [
+        "plan",
+        "demo-text",
+        f"model.path={demo_checkpoint.directory}",
+        "quant_pair=wthird_afp16",
+    ]
     code = f"""
 import sys
 sys.argv = ["qsens", *{words!r}]
@@ -138,7 +143,7 @@ def test_a_disk_that_is_too_small_is_refused(demo_checkpoint: DemoResult, roots:
     small = Roots(root=roots.root, results=disk / "results", configs=roots.configs)
     try:
         with pytest.raises(UserError, match=r"6 cells need about \d\d MiB, [78] MiB are free"):
-            plan_sweep("demo", [f"model.path={demo_checkpoint.directory}"], roots=small)
+            plan_sweep("demo-text", [f"model.path={demo_checkpoint.directory}"], roots=small)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -147,9 +152,9 @@ def test_lanes_come_from_the_configuration_unless_they_are_said(
     demo_checkpoint: DemoResult, roots: Roots
 ) -> None:
     words = [f"model.path={demo_checkpoint.directory}", "dag.lanes=2"]
-    plan = plan_sweep("demo", words, roots=roots)
+    plan = plan_sweep("demo-text", words, roots=roots)
     assert {cell.lane for cell in plan.cells} == {0, 1}
-    assert {cell.lane for cell in plan_sweep("demo", words, lanes=1, roots=roots).cells} == {0}
-    alone = plan_sweep("demo", words[:1], roots=roots)
+    assert {cell.lane for cell in plan_sweep("demo-text", words, lanes=1, roots=roots).cells} == {0}
+    alone = plan_sweep("demo-text", words[:1], roots=roots)
     assert {cell.lane for cell in alone.cells} == {0}
     assert alone.digest == plan.digest

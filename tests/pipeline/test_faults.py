@@ -71,7 +71,7 @@ class Place:
 
     def sweep_words(self, *pairs: str) -> list[str]:
         model = [f"model.path={self.checkpoint}", "model.name=demo", "model.short_name=demo"]
-        return ["demo", *model, *WORDS, f"quant_pair={','.join(pairs or PAIRS)}"]
+        return ["demo-text", *model, *WORDS, f"quant_pair={','.join(pairs or PAIRS)}"]
 
     def plan(self) -> str:
         path = self.results / "plan.json"

@@ -35,7 +35,7 @@ from qsens.store import Store
 REPO = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 ROOTS = Roots(root=REPO, results=REPO, configs=(REPO / "configs",))
-CONFIG = load_sweep("demo", ["dataset.size=small"], roots=ROOTS).config
+CONFIG = load_sweep("demo-text", ["dataset.size=small"], roots=ROOTS).config
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ def test_planning_with_an_old_result_keeps_it(
     monkeypatch.setenv("QSENS_RESULTS", str(place.results))
     monkeypatch.setenv("QSENS_ROOT", str(REPO))
     words = [f"model.path={demo_checkpoint.directory}", "dataset.size=small"]
-    plan = plan_sweep("demo", words)
+    plan = plan_sweep("demo-text", words)
     manifest = Store(plan).manifest(plan.cells[0])
     place.result(manifest, 400)
-    plan_sweep("demo", words)
+    plan_sweep("demo-text", words)
     assert datetime.now(UTC).timestamp() - manifest.stat().st_mtime < 60
 
 

@@ -56,7 +56,7 @@ def sweep(demo_checkpoint: DemoResult, tmp_path_factory: pytest.TempPathFactory)
     made = Sweep(tmp_path_factory.mktemp("recipe"), Path())
     done = made.run(
         "sweep",
-        "demo",
+        "demo-text",
         f"model.path={demo_checkpoint.directory}",
         f"quant_pair={PAIRS}",
         "dataset.size=small,medium",

@@ -70,7 +70,7 @@ def place(demo_checkpoint: DemoResult, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def first_night(place: Place) -> Any:
-    return place.json("sweep", "demo", place.model(), f"quant_pair={PAIRS}")
+    return place.json("sweep", "demo-text", place.model(), f"quant_pair={PAIRS}")
 
 
 def test_every_cell_is_published_where_people_look(place: Place, first_night: Any) -> None:
@@ -120,7 +120,9 @@ def test_manifest_says_what_was_measured(place: Place, first_night: Any) -> None
 
 def test_results_that_are_there_are_not_computed_again(place: Place, first_night: Any) -> None:
     plan = place.root / "plan.json"
-    listed = place.json("plan", "demo", place.model(), f"quant_pair={PAIRS}", "--out", str(plan))
+    listed = place.json(
+        "plan", "demo-text", place.model(), f"quant_pair={PAIRS}", "--out", str(plan)
+    )
     assert all(cell["done"] for cell in listed["cells"])
     code = (
         "import sys; from qsens.cli import app; "
@@ -147,7 +149,7 @@ def test_two_nights_with_a_changed_checkpoint(place: Place, first_night: Any) ->
     changed[-4:] = b"\x00\x00\x00\x00"  # the last weight of the file is now 0
     weights.write_bytes(changed)
     try:
-        second = place.json("sweep", "demo", place.model(), f"quant_pair={PAIRS}")
+        second = place.json("sweep", "demo-text", place.model(), f"quant_pair={PAIRS}")
     finally:
         weights.write_bytes(original)
     assert second["sweep_id"] != first_night["sweep_id"]
@@ -181,7 +183,7 @@ def test_a_cell_that_cannot_be_computed_fails_alone(
     place.extra = {"QSENS_CONFIG_DIR": str(tmp_path)}
     try:
         done = place.run(
-            "sweep", "demo", place.model(), "quant_pair=wbroken_afp16,wfp8_afp8", "--json"
+            "sweep", "demo-text", place.model(), "quant_pair=wbroken_afp16,wfp8_afp8", "--json"
         )
     finally:
         place.extra = {}
@@ -222,7 +224,7 @@ def test_single_goes_to_tmp_and_output_dir_wins(
 
 def test_report_only_computes_nothing(place: Place, first_night: Any) -> None:
     published = place.json(
-        "sweep", "demo", place.model(), "quant_pair=wfp8_afp16", "runner.report_only=true"
+        "sweep", "demo-text", place.model(), "quant_pair=wfp8_afp16", "runner.report_only=true"
     )
     assert published["complete"] is False
     assert {entry["reason"] for entry in published["missing"]} == {"not computed"}
@@ -238,11 +240,11 @@ def test_report_of_a_directory(place: Place, first_night: Any) -> None:
 
 
 def test_errors_are_json_too(place: Place) -> None:
-    error = place.json("plan", "demo", "model.path=nowhere", code=2)
+    error = place.json("plan", "demo-text", "model.path=nowhere", code=2)
     assert error["error"] == "UserError"
     assert "nowhere" in error["where"]
     assert "demo-model" in error["remedy"]
-    done = place.run("plan", "demo", "colour=red")
+    done = place.run("plan", "demo-text", "colour=red")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 2
@@ -268,5 +270,7 @@ def test_doctor_lists_versions(place: Place) -> None:
 
 
 def test_a_forced_run_computes_again(place: Place, first_night: Any) -> None:
-    listed = place.json("plan", "demo", place.model(), f"quant_pair={PAIRS}", "runner.force=true")
+    listed = place.json(
+        "plan", "demo-text", place.model(), f"quant_pair={PAIRS}", "runner.force=true"
+    )
     assert not any(cell["done"] for cell in listed["cells"])

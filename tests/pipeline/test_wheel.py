@@ -59,7 +59,7 @@ def test_wheel_plans_demo(demo_checkpoint: DemoResult, tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["cells"]) == 6
+    assert len(json.loads(done.stdout)["cells"]) == 8
     where = subprocess.run(
         [python, "-c", "import qsens; print(qsens.__file__)"],
         cwd=work,

@@ -78,7 +78,7 @@ class Stack:
             name: value or secrets.token_hex(16) for name, value in example().items()
         } | {
             "AIRFLOW_FERNET_KEY": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
-            "QSENS_PRESET": "demo",
+            "QSENS_PRESET": "demo-text",
             "QSENS_SCHEDULE": "none",
         }
         self.password = self._secrets["AIRFLOW_ADMIN_PASSWORD"]

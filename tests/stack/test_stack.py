@@ -20,7 +20,7 @@ PAIRS = ["wfp8_afp8", "wint8_afp16"]
 # Every run computes anew, so that there is something to break in it.
 SIZES = ["small", "medium", "large"]
 CONF = {
-    "preset": "demo",
+    "preset": "demo-text",
     "quant_pair": PAIRS,
     "size": SIZES,
     "force": True,
