@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from scipy.stats import binomtest
+
 from qsens.analysis.ranking import Row
 from qsens.config.models import Frozen
 from qsens.manifest import Audit, Verdict
 
+_CHANCE = 0.05
 Source = Literal["estimates", "corrected estimates", "true divergences"]
 
 
@@ -49,8 +52,9 @@ def price(
 ) -> Priced:
     """Hold the scores of each format against its audit before formats are compared.
 
-    Estimates in nats are divided by their median ratio to the truth, so that a pair whose
-    divergence is underestimated as a whole is not taken for a better one. Where an audit measured
+    Estimates in nats are divided by their median ratio to the truth where that is not 1 beyond
+    chance (a sign test over the groups at the level of 5 %), so that a pair whose divergence is
+    underestimated as a whole is not taken for a better one. Where an audit measured
     all groups of the very cell, or of a pair whose scores are not to be trusted, what it measured
     are the damages; without that, such a pair is no option. A proxy has no ratio, and stays as it
     is.
@@ -76,12 +80,21 @@ def price(
         elif distrusted:
             del rows[name], prices[name]
             refused[name] = f"its scores are not to be trusted: {judged.reason}"
-        elif judged.ratio is not None:
+        elif judged.ratio is not None and _is_off(audit):
             rows[name] = _divided(found, judged.ratio)
             prices[name] = Price(source="corrected estimates", ratio=judged.ratio, **known)
         else:
             prices[name] = Price(source="estimates", **known)
     return Priced(rows, prices, refused)
+
+
+def _is_off(audit: Audit) -> bool:
+    """Return whether estimates lie on one side of the truth in more groups than by chance.
+
+    A few groups do not tell a median of 0.95 from 1, and dividing by noise makes choices worse.
+    """
+    signs = [point.estimate > point.truth for point in audit.points if point.truth > 0]
+    return bool(signs) and float(binomtest(sum(signs), len(signs)).pvalue) < _CHANCE
 
 
 def _divided(rows: Sequence[Row], ratio: float) -> tuple[Row, ...]:

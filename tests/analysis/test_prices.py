@@ -44,7 +44,7 @@ def audit(verdict: Verdict, ratio: float | None, **more: Any) -> Audit:
         "method": "fisher",
         "mode": "sample",
         "samples": 16,
-        "points": (),
+        "points": points(*[1.25] * 6),
         "judgement": Judgement(
             verdict=verdict,
             reason="why",
@@ -105,6 +105,20 @@ def test_estimates_are_divided_by_their_ratio(verdict: Verdict) -> None:
     }
 
 
+def test_but_not_where_that_may_be_chance() -> None:
+    # Estimates are 1. Of 6 groups 5 above the truth have a chance of 14/64, and 6 one of 2/64.
+    five = audit("trust", 1.1, points=points(0.9, 0.9, 0.9, 0.9, 0.9, 1.1))
+    assert damages(priced(five)) == [0.4, None, 0.1]
+    assert priced(five).prices["a"].model_dump(exclude={"audit"}) == {
+        "source": "estimates",
+        "verdict": "trust",
+        "ratio": None,
+    }
+    # Where a group has no divergence at all, there is no ratio.
+    six = audit("trust", 1.1, points=points(0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.0))
+    assert priced(six).prices["a"].ratio == 1.1
+
+
 def test_a_proxy_has_no_ratio() -> None:
     found = priced(audit("rank only", None, method="gradient"))
     assert damages(found) == [0.4, None, 0.1]
@@ -132,7 +146,7 @@ def test_or_is_priced_by_its_measured_truth() -> None:
 
 
 def test_truths_of_the_very_cell_are_better_than_its_estimates() -> None:
-    full = audit("trust", 0.8, mode="full", points=points(2.0, 3.0, 0.5))
+    full = audit("trust", 0.8, mode="full", points=points(2.0, 3.0, 0.5, *[1.25] * 6))
     assert damages(priced(full, digest="small")) == [2.0, None, 0.5]
     # Of another size, with fewer samples, they are not.
     assert damages(priced(full)) == [pytest.approx(0.5), None, pytest.approx(0.125)]

@@ -196,14 +196,28 @@ def _rows(published: Any, cell: str) -> dict[str, Any]:
     return {row["layer"]: row for row in found["rows"]}
 
 
-def test_a_recipe_divides_estimates_by_their_ratio(
+def test_a_recipe_divides_estimates_that_are_off_by_their_ratio(
     place: Place, published: Any, tmp_path: Path
 ) -> None:
     summary = json.loads((Path(published["index"]).parent / "summary.json").read_text())
-    ratios = {entry["pair"]: entry["judgement"]["ratio"] for entry in summary["audit"]}
+    # Estimates of one pair are made too small, as a second order that misses something would.
+    (entry,) = (entry for entry in summary["audit"] if entry["pair"] == "wfp4_afp16")
+    for point in entry["points"]:
+        point["truth"] = 1.1 * max(point["estimate"], point["truth"])
+    entry["judgement"] |= {"ratio": 0.9, "verdict": "trust"}
+    off = {"wfp4_afp16": 0.9}
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    (sweep / "summary.json").write_text(json.dumps(summary))
+    (sweep / "plan.json").write_bytes((Path(published["index"]).parent / "plan.json").read_bytes())
     (tmp_path / "some.txt").write_text("A red cube on a table.\nTwo green balls in a box.\n")
     answer = _recipe(
-        place, published, "--check", "--captions", str(tmp_path / "some.txt"), "--tied-head"
+        place,
+        {"index": str(sweep / "index.html")},
+        "--check",
+        "--captions",
+        str(tmp_path / "some.txt"),
+        "--tied-head",
     )
     (left_out,) = answer["left_out"]
     assert left_out["format"] == "wint2_aint2"
@@ -215,17 +229,19 @@ def test_a_recipe_divides_estimates_by_their_ratio(
             continue
         (group,) = choice["groups"]
         row = _rows(published, f"{choice['format']}-medium")[group]
-        ratio = ratios[choice["format"]]
-        assert choice["damage"] == pytest.approx(row["sensitivity_per_token"] / ratio)
         price = recipe["prices"][choice["format"]]
-        assert (price["source"], price["ratio"]) == ("corrected estimates", ratio)
+        ratio = off.get(choice["format"])
+        assert price["source"] == ("corrected estimates" if ratio else "estimates")
+        assert price["ratio"] == ratio
+        damage = row["sensitivity_per_token"] / (ratio or 1.0)
+        assert choice["damage"] == pytest.approx(damage)
     # By fisher the prediction is one of the divergence; on the captions that were scored, what
     # parts the two is the interaction of groups and what the estimates are off by.
     assert answer["damage_unit"] == "nats a token"
     ours = answer["check"]["measured"][0]
     assert (ours["name"], ours["predicted"]) == ("recipe", recipe["damage"])
     assert answer["check"]["scored"] == 128
-    assert 0.7 < ours["scored"] / ours["predicted"] < 1.5
+    assert 0.6 < ours["scored"] / ours["predicted"] < 1.5
 
 
 def test_a_pair_measured_in_full_is_priced_by_the_truth(place: Place, published: Any) -> None:
