@@ -28,6 +28,7 @@ from qsens.engine.groups import Group, find_groups
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches, make_batch, nominal_labels
 from qsens.engine.scores import PassScores
+from qsens.engine.waves import calibrates
 from qsens.manifest import GROUP_SUFFIX
 
 Baseline = Literal["longest", "padded512", "padded_left", "reference"]
@@ -93,7 +94,7 @@ def run_fused(load: Workload, cells: Sequence[Cell], *, samples: Samples | None 
         )
         snapshots, boundaries = candidates.snapshots(), load.boundaries()
         maxima: dict[int, Maxima] | None = {}
-        if fused.calibrates(load.model, samples, candidates, boundaries=boundaries, budget=budget):
+        if calibrates(load.model, samples, candidates, boundaries=boundaries, budget=budget):
             maxima = None  # as `qsens sweep` does it: the scoring pass finds them on its way
         elif snapshots:
             maxima = calibrate(

@@ -30,6 +30,7 @@ from qsens.engine.candidates import distinct
 from qsens.engine.checkpoint import resolve_device
 from qsens.engine.groups import find_groups
 from qsens.engine.samples import Picture, Samples
+from qsens.engine.waves import calibrates
 
 SIZES = {"small": 16, "medium": 128, "large": 512}
 SCORED = 128
@@ -86,7 +87,7 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     before = reset_peak(load.device)
     started = time.monotonic()
     maxima = None
-    if not fused.calibrates(model, samples, candidates, boundaries=sizes, budget=budget):
+    if not calibrates(model, samples, candidates, boundaries=sizes, budget=budget):
         maxima = {}
         if candidates.snapshots():
             maxima = calibrate(

@@ -96,9 +96,12 @@ def _divided(rows: Sequence[Row], ratio: float) -> tuple[Row, ...]:
 def _measured(rows: Sequence[Row], audit: Audit) -> tuple[Row, ...]:
     """Return rows with the truth for a score; what could not be measured has none."""
     truth = {point.layer: point.truth for point in audit.points}
+    unknown = {"status": "failed", "sensitivity": None, "sensitivity_per_token": None}
     return tuple(
-        row.model_copy(update={"sensitivity_per_token": truth.get(row.layer)})
-        if row.status == "scored"
-        else row
+        row
+        if row.status != "scored"
+        else row.model_copy(update={"sensitivity_per_token": truth[row.layer]})
+        if row.layer in truth
+        else row.model_copy(update=unknown)
         for row in rows
     )

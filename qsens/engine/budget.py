@@ -15,7 +15,7 @@ from qsens.engine.candidates import Candidates
 from qsens.engine.experts import expert_weights, is_experts
 from qsens.engine.families import head_of
 from qsens.engine.groups import Group
-from qsens.engine.model_pass import HEAD_ROWS, layers_of
+from qsens.engine.parts import HEAD_ROWS, layers_of
 from qsens.engine.quantizer import WEIGHT_CHUNK
 from qsens.engine.samples import BATCH_TOKENS, Samples
 from qsens.errors import UserError

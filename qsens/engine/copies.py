@@ -26,7 +26,7 @@ from qsens.engine.calibrate import Maxima, moved
 from qsens.engine.candidates import Candidates
 from qsens.engine.experts import input_names, run_experts
 from qsens.engine.groups import Group
-from qsens.engine.model_pass import layers_of, plain_head, weight_of
+from qsens.engine.parts import layers_of, plain_head, weight_of
 from qsens.engine.quantizer import quantize, quantize_weight
 from qsens.engine.samples import Batch
 

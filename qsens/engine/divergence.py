@@ -20,7 +20,7 @@ from qsens.engine.candidates import Candidates
 from qsens.engine.copies import Change, Copies
 from qsens.engine.groups import Group
 from qsens.engine.kl import divergences
-from qsens.engine.model_pass import HEAD_ROWS
+from qsens.engine.parts import HEAD_ROWS
 from qsens.engine.samples import (
     BATCH_TOKENS,
     Batch,

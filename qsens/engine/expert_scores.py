@@ -18,8 +18,8 @@ from torch import nn
 from qsens.engine.change import Segment
 from qsens.engine.experts import between, contributions, expert_weights, route
 from qsens.engine.layout import Layout, Ledger
-from qsens.engine.model_pass import Rows
 from qsens.engine.quantizer import quantize_weight
+from qsens.engine.rows import Rows
 from qsens.engine.stack import Stack
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from qsens.engine.expert_scores import Mixture
 from qsens.engine.fused import Pass, run
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
-from qsens.engine.model_pass import Flight, Rows
+from qsens.engine.rows import Flight, Rows
 from qsens.engine.samples import Batch, Samples
 from qsens.engine.scores import PassScores, Progress, silent
 

@@ -13,7 +13,7 @@ bfloat16 the rounding of the outputs is part of the number.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +27,19 @@ from qsens.engine.expert_scores import Mixture, score_mixture
 from qsens.engine.experts import expert_weights, input_names, is_experts
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
-from qsens.engine.model_pass import HEAD_ROWS, Flight, ModelPass, Rows, weight_of
+from qsens.engine.model_pass import ModelPass
+from qsens.engine.parts import HEAD_ROWS, weight_of
 from qsens.engine.quantizer import quantize_weight
+from qsens.engine.rows import Flight, Rows
 from qsens.engine.samples import (
     Batch,
     Samples,
     Unit,
-    batch_tokens,
-    padded_batches,
     padding_share,
 )
 from qsens.engine.scores import ExpertTable, PassScores, Progress, silent
 from qsens.engine.stack import Inputs, Stack
+from qsens.engine.waves import plan_batches, waves
 
 
 def score(
@@ -61,7 +62,8 @@ def score(
         groups: The groups; those that are not covered are left out.
         candidates: What to compute.
         maxima: Calibrated maxima of every module's input, by snapshot; found on the way when None,
-            which needs all scored samples to go through in one wave, see :func:`calibrates`.
+            which needs all scored samples to go through in one wave, see
+            :func:`qsens.engine.waves.calibrates`.
         boundaries: Sample counts that no batch crosses; those of the candidates are added.
         budget: How much goes through at once; without, all of it, a head's weight at a time.
         batches: Batches to run instead of the engine's own, such as those of the other engine.
@@ -87,20 +89,20 @@ def run(
     model, candidates, scored = work.run.model, work.candidates, work.scored
     limit = budget.max_tokens if budget else None
     if batches is None:
-        batches = _batches(model, samples, scored, candidates, boundaries, limit)
+        batches = plan_batches(model, samples, scored, candidates, boundaries, limit)
     batches = [batch for batch in batches if batch.first < scored]
     running, more = None, []
     if maxima is None:
         snapshots = candidates.snapshots()
         running = Running(work.inputs.names(), snapshots, work.device)
-        more = _batches(model, samples, max(snapshots), candidates, boundaries, limit)
+        more = plan_batches(model, samples, max(snapshots), candidates, boundaries, limit)
         more = [batch for batch in more if batch.first >= scored]
     else:
         work.calibrate(maxima)
     done = 0
     keep = budget is not None and budget.keeps_records
     with work.run.recorded(keep=keep, tap=running.take if running else None):
-        for wave in _waves(batches, limit):
+        for wave in waves(batches, limit):
             work.wave(wave, running, more)
             done += len(wave)
             progress("score", done, len(batches))
@@ -118,39 +120,6 @@ def run(
         draws=work.draws(),
         experts=work.experts,
     )
-
-
-def calibrates(
-    model: nn.Module,
-    samples: Samples,
-    candidates: Candidates,
-    *,
-    boundaries: Sequence[int],
-    budget: Budget,
-) -> bool:
-    """Say whether a pass can find the maxima itself.
-
-    It can where all that is scored goes forward before anything goes backward: then the samples
-    that are scored and calibrated on run forward once.
-    """
-    if not candidates.snapshots():
-        return False
-    scored = min(max(candidates.scored), len(samples))
-    batches = _batches(model, samples, scored, candidates, boundaries, budget.max_tokens)
-    return len(list(_waves(batches, budget.max_tokens))) == 1
-
-
-def _batches(
-    model: nn.Module,
-    samples: Samples,
-    upto: int,
-    candidates: Candidates,
-    boundaries: Sequence[int],
-    limit: int | None,
-) -> list[Batch]:
-    cuts = [*boundaries, *candidates.scored, *candidates.snapshots()]
-    together = batch_tokens(next(model.parameters()).device)
-    return padded_batches(samples, upto, boundaries=cuts, together=together, max_tokens=limit)
 
 
 class Pass:
@@ -425,19 +394,6 @@ class Pass:
         for candidate in candidates:
             reason = f"{name}: {error}".splitlines()[0]
             self.failures.setdefault((self.group_of[name], candidate), reason)
-
-
-def _waves(batches: Sequence[Batch], max_tokens: int | None) -> Iterator[list[Batch]]:
-    """Cut batches, in order, so that those of a wave stay within ``max_tokens``."""
-    wave: list[Batch] = []
-    for batch in batches:
-        held = sum(other.input_ids.numel() for other in wave)
-        if wave and max_tokens is not None and held + batch.input_ids.numel() > max_tokens:
-            yield wave
-            wave = []
-        wave.append(batch)
-    if wave:
-        yield wave
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,182 +17,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qsens.engine.experts import expert_inputs, is_experts
-from qsens.engine.families import head_of
+from qsens.engine.parts import layers_of, plain_head, weight_of
+from qsens.engine.rows import UNITS, Call, Collector, Flight, Rows
 from qsens.engine.samples import Batch, Unit
-from qsens.errors import UserError
-
-# Rows of the head's output that are held at once in more than the model's own data type.
-HEAD_ROWS = 512
-
-_UNITS: tuple[Unit, ...] = ("tokens", "patches", "visual")
 
 Tap = Callable[[str, torch.Tensor], None]
 """Called with the name of a module's input and the input itself.
 
 The names are those of :func:`qsens.engine.experts.input_names`.
 """
-
-
-@dataclass
-class Rows:
-    """The rows of one module over a wave, in the order of its batches: its real tokens, or those
-    of the pictures.
-
-    Attributes:
-        unit: What the rows are.
-        inputs: ``(tokens, in)``; the very same object where modules read one input.
-        outputs: ``(tokens, out)``.
-        slopes: Gradients at the output, of every loss that goes backward,
-            ``(losses, tokens, out)``.
-        routing: Of experts alone: the experts of each token and the router's weights of them,
-            both ``(tokens, experts of a token)``.
-    """
-
-    unit: Unit
-    inputs: torch.Tensor
-    outputs: torch.Tensor
-    slopes: torch.Tensor
-    routing: tuple[torch.Tensor, ...] = ()
-
-
-@dataclass
-class _Call:
-    """One run of a layer: what went in, what came out, and its record where one was kept."""
-
-    name: str
-    hidden: torch.Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: torch.Tensor
-    record: tuple[torch.Tensor, torch.Tensor] | None
-    slopes: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
-@dataclass
-class Flight:
-    """A batch between its forward and its backward pass.
-
-    Attributes:
-        batch: The batch, on the model's device.
-        real: Indices of the real tokens, padding counted; none where nothing is padded.
-        counts: How many rows a tensor of each unit has.
-        hidden: The head's input, ``(samples, longest, hidden)``.
-    """
-
-    batch: Batch
-    real: torch.Tensor | None
-    counts: dict[Unit, int]
-    hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    calls: list[_Call] = field(default_factory=list)
-
-    def rows(self, tensor: torch.Tensor, into: torch.Tensor) -> None:
-        """Write the rows of ``(samples, longest, channels)`` or ``(rows, channels)``."""
-        flat = tensor.flatten(0, -2)
-        if self.real is None or tensor.ndim == 2:
-            into.copy_(flat)
-        else:
-            torch.index_select(flat, 0, self.real, out=into)
-
-    def unit(self, tensor: torch.Tensor) -> Unit:
-        """Return what the rows of a module's output are.
-
-        Raises:
-            RuntimeError: They are neither tokens nor those of the pictures.
-        """
-        if tensor.ndim > 2:
-            return "tokens"
-        for unit in ("patches", "visual"):
-            if self.counts[unit] == len(tensor):
-                return unit
-        raise RuntimeError(f"{len(tensor)} rows that belong to no sample")
-
-
-class _Collector:
-    """Gathers the rows of a layer's modules, batch after batch.
-
-    Args:
-        totals: Rows of the wave, by unit.
-        losses: Losses that go backward, one after the other.
-
-    Attributes:
-        loss: Index of the loss that goes backward now.
-    """
-
-    def __init__(self, totals: Mapping[Unit, int], losses: int) -> None:
-        self.totals = totals
-        self.losses = losses
-        self.loss = 0
-        self.rows: dict[str, Rows] = {}
-
-    @contextmanager
-    def batch(self, flight: Flight, starts: Mapping[Unit, int]) -> Iterator[None]:
-        """Take the rows of ``flight`` while the context lasts; they begin at ``starts``."""
-        self._flight = flight
-        self._at = {
-            unit: slice(start, start + flight.counts[unit]) for unit, start in starts.items()
-        }
-        self._by_address: dict[int, torch.Tensor] = {}
-        self._filled: set[int] = set()
-        self._missing = set(self.rows)
-        yield
-        for name in self._missing:  # no gradient of this batch reached it
-            rows = self.rows[name]
-            for tensor in (rows.inputs, rows.outputs, *rows.slopes, *rows.routing):
-                tensor[self._at[rows.unit]] = 0
-
-    def take(
-        self,
-        name: str,
-        inputs: torch.Tensor,
-        outputs: torch.Tensor,
-        slopes: torch.Tensor,
-        routing: Sequence[torch.Tensor] = (),
-    ) -> None:
-        """Take what one module read, gave, and got as a gradient; of experts their routing too."""
-        if routing:  # experts see padded batches flat
-            shape = self._flight.batch.input_ids.shape
-            inputs, outputs, slopes, *routing = (
-                tensor.reshape(*shape, -1) for tensor in (inputs, outputs, slopes, *routing)
-            )
-        rows = self.rows.get(name)
-        if rows is None:
-            # q, k and v read one tensor: its rows are taken once and are one object.
-            shared = self._by_address.get(inputs.data_ptr())
-            unit = self._flight.unit(outputs)
-            rows = Rows(
-                unit,
-                self._new(unit, inputs) if shared is None else shared,
-                self._new(unit, outputs),
-                self._new(unit, slopes, self.losses),
-                tuple(self._new(unit, tensor) for tensor in routing),
-            )
-            self.rows[name] = rows
-            self._missing.add(name)
-            self._by_address[inputs.data_ptr()] = rows.inputs
-        at = self._at[rows.unit]
-        if name in self._missing:
-            self._missing.remove(name)
-            if id(rows.inputs) not in self._filled:
-                self._filled.add(id(rows.inputs))
-                self._flight.rows(inputs, rows.inputs[at])
-            self._flight.rows(outputs, rows.outputs[at])
-            for tensor, into in zip(routing, rows.routing, strict=True):
-                self._flight.rows(tensor, into[at])
-        self._flight.rows(slopes, rows.slopes[self.loss, at])
-
-    def _new(self, unit: Unit, like: torch.Tensor, *more: int) -> torch.Tensor:
-        # Earlier batches that did not reach the module count as zeros.
-        make = like.new_zeros if self._at[unit].start else like.new_empty
-        return make(*more, self.totals[unit], like.shape[-1])
 
 
 class ModelPass:
@@ -228,7 +68,7 @@ class ModelPass:
         self.sliding: set[str] = set()
         self._flight: Flight | None = None
         self._batch: Batch | None = None
-        self._collector = _Collector({}, 1)
+        self._collector = Collector({}, 1)
         self._keeps = False
         self._looking = False
         self._inside = False
@@ -306,7 +146,7 @@ class ModelPass:
         """Run a batch forward; keep each layer's input and output."""
         real = batch.real_tokens()
         moved = batch.to(self.device)
-        counts = {unit: sum(batch.lengths(unit)) for unit in _UNITS}
+        counts = {unit: sum(batch.lengths(unit)) for unit in UNITS}
         flight = Flight(moved, None if real is None else real.to(self.device), counts)
         self._flight = flight
         with torch.enable_grad():
@@ -326,10 +166,10 @@ class ModelPass:
         Yields:
             The rows of each module, by its name. A module that no gradient reached is not there.
         """
-        starts: list[dict[Unit, int]] = [dict.fromkeys(_UNITS, 0)]
+        starts: list[dict[Unit, int]] = [dict.fromkeys(UNITS, 0)]
         for flight in flights:
             starts.append({unit: at + flight.counts[unit] for unit, at in starts[-1].items()})
-        self._collector = _Collector(starts[-1], len(slopes[0]))
+        self._collector = Collector(starts[-1], len(slopes[0]))
         for flight, start, given in zip(flights, starts, slopes, strict=False):
             with self._collector.batch(flight, start):
                 for index, slope in enumerate(given):
@@ -339,13 +179,13 @@ class ModelPass:
                     _hand_on(flight, index)
         yield self._collector.rows
         while any(flight.calls for flight in flights):
-            self._collector = _Collector(starts[-1], len(slopes[0]))
+            self._collector = Collector(starts[-1], len(slopes[0]))
             for flight, start in zip(flights, starts, strict=False):
                 with self._collector.batch(flight, start):
                     self._backward_layer(flight, flight.calls.pop())
             yield self._collector.rows
 
-    def _backward_layer(self, flight: Flight, call: _Call) -> None:
+    def _backward_layer(self, flight: Flight, call: Call) -> None:
         if not call.slopes:
             return
         inner, output = call.record or self._record(call.name, call.hidden, call.args, call.kwargs)
@@ -384,7 +224,7 @@ class ModelPass:
                 result = self._forwards[name](hidden, *args, **kwargs)
         output = _first(result).detach().requires_grad_()
         assert self._flight is not None
-        self._flight.calls.append(_Call(name, hidden, args, kwargs, output, record))
+        self._flight.calls.append(Call(name, hidden, args, kwargs, output, record))
         return (output, *result[1:]) if isinstance(result, tuple) else output
 
     def _tap_hook(
@@ -436,41 +276,6 @@ def _hand_on(flight: Flight, loss: int) -> None:
         if found is not None:
             before = call.slopes.get(loss)
             call.slopes[loss] = found if before is None else before + found
-
-
-def plain_head(model: Any) -> nn.Linear:
-    """Return the output embedding of a model whose logits are all that it makes.
-
-    Raises:
-        UserError: What the model does after its head is more than a linear module.
-    """
-    head = head_of(model)
-    config = model.config.get_text_config()
-    bent = getattr(config, "final_logit_softcapping", None) or getattr(
-        config, "logits_scaling", None
-    )
-    if not isinstance(head, nn.Linear) or bent:
-        raise UserError(
-            "its logits are not simply those of a linear head",
-            where=type(model).__name__,
-            remedy="Use autoquant.engine=modelopt for this model.",
-        )
-    return head
-
-
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """Return a linear module's or a convolution's weight, ``(out, ...)``."""
-    weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight
-
-
-def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that transformers can recompute, by name: decoder and vision layers."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer)
-    }
 
 
 def _first(result: Any) -> torch.Tensor:

@@ -24,6 +24,7 @@ from qsens.engine.divergence import diverge
 from qsens.engine.groups import Group
 from qsens.engine.samples import Samples, batch_tokens, equal_length_batches
 from qsens.engine.scores import CellScores, Progress
+from qsens.engine.waves import calibrates
 from qsens.errors import QsensError, UserError
 from qsens.grid import Cell, Plan, calibration_digest
 from qsens.manifest import dump_json
@@ -156,7 +157,7 @@ def _score_pass(
     in_passing = (
         not maxima
         and method != "kl_div"
-        and fused.calibrates(model, samples, candidates, boundaries=sizes, budget=budget)
+        and calibrates(model, samples, candidates, boundaries=sizes, budget=budget)
     )
     if missing and not in_passing:
         maxima |= _calibrate(plan, loaded, groups, cells, missing, progress)

@@ -50,7 +50,8 @@ def test_choices_are_those_of_the_configuration(params: dict[str, Param]) -> Non
     assert params["size"].schema["items"]["enum"] == ["small", "medium", "large"]
     assert params["size"].schema["values_display"]["medium"] == "medium · 128 samples"
     assert set(params["quant_pair"].schema["values_display"]) >= set(PAIRS)
-    assert {"demo", "nightly", "single"} <= set(params["preset"].schema["enum"])
+    presets = {"demo", "nightly", "single", "int8-3phase", "fp8-all-layers"}
+    assert presets <= set(params["preset"].schema["enum"])
     assert None in params["model"].schema["enum"]
     assert params["mode"].schema["enum"] == ["full", "report_only"]
 

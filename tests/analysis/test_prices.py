@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qsens.analysis.options import build_units
 from qsens.analysis.prices import Priced, price
 from qsens.analysis.ranking import Row
 from qsens.manifest import Audit, Judgement, Point, Verdict
@@ -125,6 +126,9 @@ def test_or_is_priced_by_its_measured_truth() -> None:
     assert damages(found) == [2.0, None, None]
     assert found.prices["a"].source == "true divergences"
     assert found.prices["a"].ratio is None
+    # An unknown damage is no option, and the others keep their unit.
+    units = build_units(found.rows)
+    assert [[option.damage for option in unit.options] for unit in units] == [[0, 2.0], [0], [0]]
 
 
 def test_truths_of_the_very_cell_are_better_than_its_estimates() -> None:

@@ -14,6 +14,7 @@ from qsens.engine.checkpoint import load_model, load_tokenizer
 from qsens.engine.families import resolve_parts
 from qsens.engine.groups import find_groups
 from qsens.engine.samples import tokenize
+from qsens.engine.waves import calibrates
 
 SIZES = [4, 16, 24]
 SCORED = 16
@@ -84,7 +85,7 @@ def test_budgets(work, maxima, expected, budget):
 def test_maxima_found_on_the_way(work, maxima, expected):
     model, samples, _, candidates = work
     budget = Budget(limit=0, max_tokens=16384, predicted=0)
-    assert fused.calibrates(model, samples, candidates, boundaries=SIZES, budget=budget)
+    assert calibrates(model, samples, candidates, boundaries=SIZES, budget=budget)
     found = fused.score(*work, None, boundaries=SIZES, budget=budget)
     assert found.maxima.keys() == set(SIZES)
     for count in SIZES:
@@ -92,4 +93,4 @@ def test_maxima_found_on_the_way(work, maxima, expected):
     sums = found.per_sample.sum(-1)
     torch.testing.assert_close(sums, expected.per_sample.sum(-1), rtol=1e-3, atol=0)
     split = Budget(limit=0, max_tokens=70, predicted=0)
-    assert not fused.calibrates(model, samples, candidates, boundaries=SIZES, budget=split)
+    assert not calibrates(model, samples, candidates, boundaries=SIZES, budget=split)

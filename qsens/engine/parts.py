@@ -1,0 +1,50 @@
+"""Parts of a loaded model: its head, its layers, the weight of a module. Needs torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qsens.engine.families import head_of
+from qsens.errors import UserError
+
+# Rows of the head's output that are held at once in more than the model's own data type.
+HEAD_ROWS = 512
+
+
+def plain_head(model: Any) -> nn.Linear:
+    """Return the output embedding of a model whose logits are all that it makes.
+
+    Raises:
+        UserError: What the model does after its head is more than a linear module.
+    """
+    head = head_of(model)
+    config = model.config.get_text_config()
+    bent = getattr(config, "final_logit_softcapping", None) or getattr(
+        config, "logits_scaling", None
+    )
+    if not isinstance(head, nn.Linear) or bent:
+        raise UserError(
+            "its logits are not simply those of a linear head",
+            where=type(model).__name__,
+            remedy="Use autoquant.engine=modelopt for this model.",
+        )
+    return head
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """Return a linear module's or a convolution's weight, ``(out, ...)``."""
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    return weight
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that transformers can recompute, by name: decoder and vision layers."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    }
