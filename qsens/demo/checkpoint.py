@@ -128,13 +128,13 @@ def _write(directory: Path, *, seed: int, digest: str, progress: Progress | None
     start = time.monotonic()
     recipe, size = RECIPE, RECIPE.training.batch_size
     drawn, hidden = training_drawings(recipe), held_out_drawings(recipe)
-    spoken = [drawing.caption for drawing in drawn]
+    spoken = [drawing.caption for drawing in drawn[: recipe.drawings_as_text]]
     sentences = training_captions(recipe)
     tokenizer = _train_tokenizer([*sentences, *spoken], recipe)
     processor = _processor(recipe)
     seen = _token_ids(tokenizer, sentences)
     unseen = _token_ids(tokenizer, held_out_captions(recipe))
-    texts = [*seen, *_token_ids(tokenizer, spoken[: recipe.drawings_as_text])]
+    texts = [*seen, *_token_ids(tokenizer, spoken)]
     lessons = Lessons(
         [[*ids, tokenizer.eos_token_id] for ids in texts], drawn, tokenizer, processor, size
     )

@@ -85,7 +85,7 @@ class Recipe:
         training: How it is trained.
     """
 
-    version: int = 2
+    version: int = 3
     vocab_size: int = 1024
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -98,7 +98,7 @@ class Recipe:
     vision_intermediate_size: int = 256
     vision_patch: int = 16
     initializer_range: float = 0.08
-    train_sentences: int = 7000
+    train_sentences: int = 8000
     held_out_sentences: int = 256
     train_drawings: int = 6000
     drawings_as_text: int = 1000
