@@ -53,13 +53,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     plan = Make.plan()
     manifests, samples, directories = {}, {}, {}
     for seed, cell in enumerate(plan.cells):
-        manifests[cell.cell], samples[cell.cell] = scored(names, seed, cell.cell)
+        manifest, samples[cell.cell] = scored(names, seed, cell.cell)
+        manifests[cell.cell] = manifest.model_copy(update={"audit": Make.audit("gradient")})
         directories[cell.cell] = f"weight/{cell.cell}"
         write_cell(
             manifests[cell.cell],
             root / directories[cell.cell],
             samples[cell.cell],
-            audit=Make.audit("gradient"),
             assets=root / "assets",
         )
     drift = Drift(
@@ -145,7 +145,7 @@ CHARTS = {
     "cell": {"audit", "profile", "first"},
     "model": set(),
     "compare": set(),
-    "single": {"profile", "first"},
+    "single": {"audit", "profile", "first"},
 }
 
 
