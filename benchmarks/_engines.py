@@ -29,7 +29,7 @@ from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches, make_batch, nominal_labels
 from qsens.engine.scores import PassScores
 from qsens.engine.waves import calibrates
-from qsens.manifest import GROUP_SUFFIX
+from qsens.names import GROUP_SUFFIX
 
 Baseline = Literal["longest", "padded512", "padded_left", "reference"]
 Scores = dict[str, dict[str, float]]

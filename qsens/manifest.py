@@ -17,17 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qsens.config.models import Coverage, Modality, Size
 from qsens.errors import UserError
+from qsens.names import FUSED, Kind, depth_of, group_name, kind_of
 
 SCHEMA_VERSION = 1
 AUDIT_VERSION = 1
 MANIFEST_SUFFIX = "_quant_manifest.json"
 STATE_SUFFIX = "_autoquant_state.safetensors"
-GROUP_SUFFIX = ".quant_recipe"
-# Leaves of the modules that servers fuse into one product.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 Status = Literal["scored", "disabled", "no_gradient", "non_finite", "failed"]
-Kind = Literal["qkv", "o", "gate_up", "down", "experts", "head", "vision", "other"]
 Verdict = Literal["trust", "rank only", "do not trust"]
 
 
@@ -399,33 +396,6 @@ def find_manifest(directory: Path) -> Path:
 def dump_json(value: Any) -> str:
     """Return JSON as qsens writes it: keys in their given order, full precision, no NaN."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def group_name(key: str) -> str:
-    """Return a group's name without ModelOpt's suffix."""
-    return key.removesuffix(GROUP_SUFFIX)
-
-
-def kind_of(name: str, vision: bool = False) -> Kind:
-    """Say what a module or group is, from its name."""
-    if vision or re.search(r"(^|\.)(visual|vision_tower|vision_model)\.", name):
-        return "vision"
-    leaf = name.rsplit(".", 1)[-1]
-    table: Mapping[str, Kind] = {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv", "qkv_proj"), "qkv"),
-        **dict.fromkeys(("o_proj", "out_proj"), "o"),
-        **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "gate_up"),
-        "down_proj": "down",
-        "experts": "experts",
-        **dict.fromkeys(("lm_head", "output_layer"), "head"),
-    }
-    return table.get(leaf, "other")
-
-
-def depth_of(name: str) -> int | None:
-    """Return the index of a module's layer, from its name; none outside the layers."""
-    match = re.search(r"\.(?:layers|blocks|h)\.(\d+)\.", name)
-    return int(match.group(1)) if match else None
 
 
 def _complete(key: str, row: GroupSensitivity, layers: Mapping[str, Layer]) -> GroupSensitivity:

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from scipy.stats import binom, spearmanr
 
 from qsens.analysis.ranking import Row
-from qsens.manifest import AUDIT_VERSION, Audit, Judgement, Point, Verdict, kind_of
+from qsens.manifest import AUDIT_VERSION, Audit, Judgement, Point, Verdict
+from qsens.names import kind_of
 
 # Groups that are always audited: those that hurt most.
 TOP = 5

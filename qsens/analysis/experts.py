@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qsens.config.models import Frozen
-from qsens.manifest import Manifest, group_name
+from qsens.manifest import Manifest
+from qsens.names import group_name
 
 # Experts that a report names of each mixture.
 FIRST = 3

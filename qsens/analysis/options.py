@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qsens.analysis.ranking import Row, normalise_name
-from qsens.manifest import FUSED, kind_of
+from qsens.names import FUSED, kind_of
 
 UNQUANTIZED_BITS = 16.0
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from qsens.analysis.stability import Spread, Verdict
 from qsens.config.models import Frozen
-from qsens.manifest import GroupSensitivity, Kind, Manifest, Status, group_name, kind_of
+from qsens.manifest import GroupSensitivity, Manifest, Status
+from qsens.names import Kind, group_name, kind_of
 
 _Key = TypeVar("_Key", bound=Hashable)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from qsens.engine.checkpoint import is_quantizable
 from qsens.engine.experts import expert_weights, is_experts
-from qsens.manifest import Kind, depth_of, kind_of
+from qsens.names import Kind, depth_of, kind_of
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches, nominal_labels
 from qsens.engine.scores import CellScores, GroupScore, Progress, silent
 from qsens.errors import UserError
-from qsens.manifest import GROUP_SUFFIX
+from qsens.names import GROUP_SUFFIX
 
 
 def score_cell(

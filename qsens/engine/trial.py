@@ -23,7 +23,7 @@ from qsens.engine.experts import FIRST, SECOND, is_experts
 from qsens.engine.groups import Group
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches
-from qsens.manifest import group_name
+from qsens.names import group_name
 
 MODELOPT = "ModelOpt"
 _BATCH = 16

@@ -13,7 +13,7 @@ from qsens.analysis.ranking import Row
 from qsens.config import PairConfig
 from qsens.config.models import Frozen, Size
 from qsens.export import filters
-from qsens.manifest import Kind
+from qsens.names import Kind
 
 RECIPE_VERSION = 1
 Method = Literal["gradient", "fisher", "kl_div"]

@@ -10,15 +10,8 @@ from qsens.analysis.ranking import rank
 from qsens.config.models import SIZES
 from qsens.errors import UserError
 from qsens.grid import Cell, Plan
-from qsens.manifest import (
-    Audit,
-    GroupSensitivity,
-    Point,
-    dump_json,
-    group_name,
-    kind_of,
-    read_manifest,
-)
+from qsens.manifest import Audit, GroupSensitivity, Point, dump_json, read_manifest
+from qsens.names import group_name, kind_of
 from qsens.pipeline.cell import Progress
 from qsens.store import Store, write_text
 

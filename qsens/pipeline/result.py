@@ -11,7 +11,6 @@ from qsens.engine.pictures import in_words, too_many
 from qsens.engine.scores import CellScores, GroupScore
 from qsens.grid import Cell, Plan
 from qsens.manifest import (
-    GROUP_SUFFIX,
     SCHEMA_VERSION,
     AutoquantState,
     Dataset,
@@ -25,6 +24,7 @@ from qsens.manifest import (
     Scheme,
     Versions,
 )
+from qsens.names import GROUP_SUFFIX
 
 _NONE = "NONE(effective-bits: 16.0)"
 

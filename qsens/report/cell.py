@@ -15,7 +15,6 @@ from qsens.config.models import Frozen
 from qsens.manifest import (
     Audit,
     Dataset,
-    Kind,
     Manifest,
     Model,
     Quantization,
@@ -24,6 +23,7 @@ from qsens.manifest import (
     Versions,
     dump_json,
 )
+from qsens.names import Kind
 from qsens.report import charts
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data

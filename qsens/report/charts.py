@@ -13,7 +13,8 @@ from qsens.analysis.allocation import ParetoPoint
 from qsens.analysis.audit import Z90
 from qsens.analysis.ranking import Row, normalise_name
 from qsens.grid import unusual
-from qsens.manifest import Audit, Kind
+from qsens.manifest import Audit
+from qsens.names import Kind
 from qsens.report import format as look
 from qsens.report.findings import Drift, largest_cells, series_of
 from qsens.report.views import Heat

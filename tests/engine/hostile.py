@@ -23,7 +23,8 @@ from transformers import (
 from qsens.config import Roots
 from qsens.errors import QsensError
 from qsens.grid import Plan
-from qsens.manifest import GROUP_SUFFIX, GroupSensitivity, Manifest, read_manifest
+from qsens.manifest import GroupSensitivity, Manifest, read_manifest
+from qsens.names import GROUP_SUFFIX
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.sweep import run_sweep
 from qsens.store import Store
