@@ -38,9 +38,7 @@ class Scored:
     def __init__(self, load: Workload, pairs: Sequence[str], parts: Parts) -> None:
         self.load, self.parts = load, parts
         self.count = min(load.score_size, len(load.samples))
-        self.cells = [
-            Cell(pair, str(self.count), self.count, self.count) for pair in pair_configs(pairs)
-        ]
+        self.cells = [load.cell(pair, self.count) for pair in pair_configs(pairs)]
         self.candidates = distinct([_engines.request(cell) for cell in self.cells])
         self.groups = [group for group in find_groups(load.model, load.disabled) if group.covered]
         self._maxima: dict[int, Maxima] | None = None

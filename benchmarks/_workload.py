@@ -21,6 +21,15 @@ from qsens.engine.samples import Samples, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ("wfp8_afp8", "wint8_aint8", "wfp8_afp16", "wint8_afp16")
+NIGHTLY = (
+    "wfp4_afp8",
+    "wfp4_afp16",
+    "wfp8_afp8",
+    "wfp8_afp16",
+    "wint8_afp16",
+    "wint8_afp8",
+    "wint8_aint8",
+)
 _CAPTIONS = (
     ROOT.parent / "shared" / "captions" / "coco2017_captions_large.txt",
     ROOT / "configs" / "dataset" / "demo" / "captions_large.txt",

@@ -27,7 +27,6 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 
 from benchmarks import _engines, _machine, _workload
-from benchmarks._workload import Cell
 from qsens.analysis.audit import choose_groups
 from qsens.analysis.ranking import Row
 from qsens.engine.budget import plan_budget
@@ -38,16 +37,6 @@ from qsens.engine.divergence import diverge
 from qsens.engine.groups import Group, find_groups
 from qsens.pipeline.audit import GROUPS
 
-PAIRS = (
-    "wfp4_afp8",
-    "wfp4_afp16",
-    "wfp8_afp8",
-    "wfp8_afp16",
-    "wint8_afp16",
-    "wint8_afp8",
-    "wint8_aint8",
-)
-SIZES = {"small": 16, "medium": 128, "large": 512}
 SCORED = 128
 _REPEATS = 3
 
@@ -64,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--shape", choices=sorted(_workload.SHAPES), help="random weights")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--pairs", type=lambda text: text.split(","), default=list(PAIRS))
+    parser.add_argument(
+        "--pairs", type=lambda text: text.split(","), default=list(_workload.NIGHTLY)
+    )
     parser.add_argument("--json", type=Path, help="write the numbers there")
     given = parser.parse_args(arguments)
     found = _run(given)
@@ -88,11 +79,7 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         score_size=SCORED,
     )
     pairs = _workload.pair_configs(given.pairs)
-    cells = [
-        Cell(pair, size, min(count, len(load.samples)), min(count, SCORED, len(load.samples)))
-        for pair in pairs
-        for size, count in SIZES.items()
-    ]
+    cells = [load.cell(pair, size) for pair in pairs for size in load.sizes]
     small = [cell for cell in cells if cell.size == "small"]
     groups = find_groups(load.model, load.disabled)
     candidates = distinct([_engines.request(cell) for cell in small])

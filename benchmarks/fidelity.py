@@ -42,6 +42,7 @@ from benchmarks import _tables, _workload
 from benchmarks._chosen import Chosen
 from benchmarks._parts import Parts
 from benchmarks._scored import Scored
+from benchmarks._workload import NIGHTLY
 from qsens.config import choices
 from qsens.demo.recipe import RECIPE, held_out_captions, read_record
 from qsens.engine.checkpoint import resolve_device
@@ -52,15 +53,6 @@ from qsens.grid import Plan
 from qsens.pipeline.check import held_out
 from qsens.store import write_text
 
-NIGHTLY = (
-    "wfp4_afp8",
-    "wfp4_afp16",
-    "wfp8_afp8",
-    "wfp8_afp16",
-    "wint8_afp16",
-    "wint8_afp8",
-    "wint8_aint8",
-)
 DRAWS = (1, 2, 4, 8, 16)
 COST = (1, 4, 8, 16)
 HELD_OUT = 256

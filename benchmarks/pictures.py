@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from benchmarks import _engines, _machine, _workload
-from benchmarks._workload import Cell
 from qsens.engine import fused
 from qsens.engine.budget import GIB, peak, plan_budget, reset_peak
 from qsens.engine.calibrate import calibrate
@@ -32,7 +31,6 @@ from qsens.engine.groups import find_groups
 from qsens.engine.samples import Picture, Samples
 from qsens.engine.waves import calibrates
 
-SIZES = {"small": 16, "medium": 128, "large": 512}
 SCORED = 128
 
 
@@ -74,15 +72,12 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     )
     model: Any = load.model
     samples = _with_pictures(load.samples, model.config, given.side, getattr(torch, given.dtype))
-    cells = [
-        Cell(pair, size, min(count, len(samples)), min(count, SCORED, len(samples)))
-        for pair in _workload.pair_configs(given.pairs)
-        for size, count in SIZES.items()
-    ]
+    pairs = _workload.pair_configs(given.pairs)
+    cells = [load.cell(pair, size) for pair in pairs for size in load.sizes]
     groups = find_groups(model, load.disabled, all_layers=True)
     candidates = distinct([_engines.request(cell) for cell in cells])
     budget = plan_budget(model, groups, candidates, limit_gb=None, samples=samples)
-    sizes = list(SIZES.values())
+    sizes = list(load.sizes.values())
     _machine.synchronize(load.device)
     before = reset_peak(load.device)
     started = time.monotonic()

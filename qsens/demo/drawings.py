@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 from PIL import Image, ImageDraw
 
-from qsens.demo.sentences import SHIPPED_SEED, SIZES, Split, split_of
+from qsens.demo.sentences import SHIPPED_SEED, SIZES, Split, distinct
 
 Relation = Literal["above", "left of"]
 Shape = Literal["circle", "square", "triangle"]
@@ -117,19 +117,10 @@ def drawings(count: int, *, seed: int, split: Split = "calibration") -> list[Dra
     Raises:
         ValueError: If `count` is negative, or more than the grammar has.
     """
-    if count < 0:
-        raise ValueError(f"count is {count}; it must not be negative")
-    found: dict[str, Drawing] = {}
     stream = _stream(Random(seed))
-    for _ in range(_TRIES_PER_DRAWING * count):
-        if len(found) == count:
-            break
-        drawing = next(stream)
-        if split_of(drawing.caption) == split:
-            found.setdefault(drawing.caption, drawing)
-    if len(found) < count:
-        raise ValueError(f"count is {count}; the grammar gave only {len(found)} distinct captions")
-    return list(found.values())
+    return distinct(
+        stream, lambda drawing: drawing.caption, count, split=split, tries=_TRIES_PER_DRAWING
+    )
 
 
 def shipped() -> list[Drawing]:

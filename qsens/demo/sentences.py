@@ -7,7 +7,7 @@ scene, so a model gains by looking further back than one word. No download, no t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Final, Literal, NamedTuple, TypeVar
@@ -59,19 +59,36 @@ def captions(count: int, *, seed: int, split: Split = "calibration") -> list[str
     Raises:
         ValueError: If `count` is negative, or more than the grammar has.
     """
+    return distinct(_stream(seed), str, count, split=split, tries=_TRIES_PER_CAPTION)
+
+
+def distinct(
+    stream: Iterator[_T], caption: Callable[[_T], str], count: int, *, split: Split, tries: int
+) -> list[_T]:
+    """Return the first items of a stream that belong to one split, no caption twice.
+
+    Args:
+        stream: The items, without end.
+        caption: Returns an item's caption.
+        count: How many items.
+        split: Which part of all captions to draw from.
+        tries: Items to look at for each one that is wanted, at most.
+
+    Raises:
+        ValueError: If `count` is negative, or more than the stream gave.
+    """
     if count < 0:
         raise ValueError(f"count is {count}; it must not be negative")
-    found: dict[str, None] = {}
-    stream = _stream(seed)
-    for _ in range(_TRIES_PER_CAPTION * count):
+    found: dict[str, _T] = {}
+    for _ in range(tries * count):
         if len(found) == count:
             break
-        caption = next(stream)
-        if split_of(caption) == split:
-            found[caption] = None
+        item = next(stream)
+        if split_of(caption(item)) == split:
+            found.setdefault(caption(item), item)
     if len(found) < count:
         raise ValueError(f"count is {count}; the grammar gave only {len(found)} distinct captions")
-    return list(found)
+    return list(found.values())
 
 
 def split_of(caption: str) -> Split:

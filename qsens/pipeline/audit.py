@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qsens.analysis.audit import choose_groups, digest_of, judge, read_audit
 from qsens.analysis.ranking import rank
@@ -14,6 +14,9 @@ from qsens.manifest import Audit, GroupSensitivity, Point, dump_json, read_manif
 from qsens.names import group_name, kind_of
 from qsens.pipeline.cell import Progress
 from qsens.store import Store, write_text
+
+if TYPE_CHECKING:
+    from qsens.pipeline.truth import Truth
 
 GROUPS = 12
 
@@ -64,18 +67,12 @@ def audit(
         {"cell": cell.cell, "reason": "has no result"} for cell in cells if not store.is_done(cell)
     ]
     wanted, scores = _to_measure(store, cells, groups, full=full)
-    for modality in dict.fromkeys(plan.cell(name).modality for name in wanted):
-        from qsens.pipeline.truth import true_divergence
-
-        share = {
-            name: layers for name, layers in wanted.items() if plan.cell(name).modality == modality
-        }
-        measured = true_divergence(store, share, progress or (lambda *_: None))
-        for name, layers in share.items():
+    for measured in _truths(store, wanted, progress or (lambda *_: None)):
+        for name in measured.nats:
             cell = plan.cell(name)
             points = [
                 _point(layer, scores[name][layer], measured.nats[name][layer])
-                for layer in layers
+                for layer in wanted[name]
                 if layer in measured.nats[name]
             ]
             found = Audit(
@@ -150,6 +147,16 @@ def _to_measure(
             group_name(key): group for key, group in manifest.layer_sensitivity.items()
         }
     return wanted, scores
+
+
+def _truths(
+    store: Store, wanted: Mapping[str, Sequence[str]], progress: Progress
+) -> Iterator[Truth]:
+    if not wanted:
+        return
+    from qsens.pipeline.truth import true_divergences
+
+    yield from true_divergences(store, wanted, progress)
 
 
 def _point(layer: str, score: GroupSensitivity, truth: float) -> Point:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from qsens.engine.divergence import diverge
 from qsens.engine.scores import Progress
 from qsens.grid import Cell
 from qsens.pipeline.compute import request_of, widest
-from qsens.pipeline.loading import groups_of, load
+from qsens.pipeline.loading import Checkpoint, groups_of, load_checkpoint, with_samples
 from qsens.store import Store
 
 _AMAX = "amax.input."
@@ -42,20 +42,39 @@ class Truth:
 
 
 @torch.inference_mode(False)
-def true_divergence(store: Store, wanted: Mapping[str, Sequence[str]], progress: Progress) -> Truth:
-    """Measure the true KL divergence of some groups of some cells of one size and modality.
+def true_divergences(
+    store: Store, wanted: Mapping[str, Sequence[str]], progress: Progress
+) -> Iterator[Truth]:
+    """Measure the true KL divergence of some groups of some cells of one size.
 
-    Calibration is that of the scores: its maxima lie beside them.
+    Calibration is that of the scores: its maxima lie beside them. The checkpoint is loaded once.
 
     Args:
         store: Where the results of the plan lie.
         wanted: Names of the groups, by cell id.
         progress: Called as work goes on.
+
+    Yields:
+        What was measured of the cells of each modality.
     """
+    checkpoint = load_checkpoint(store.plan, progress)
+    modalities: dict[str, dict[str, Sequence[str]]] = {}
+    for name, layers in wanted.items():
+        modalities.setdefault(store.plan.cell(name).modality, {})[name] = layers
+    for share in modalities.values():
+        yield _measured(store, share, checkpoint, progress)
+
+
+def _measured(
+    store: Store,
+    wanted: Mapping[str, Sequence[str]],
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> Truth:
     plan = store.plan
     config = plan.config
     cells = [plan.cell(name) for name in wanted]
-    loaded = load(plan, cells[0], progress)
+    loaded = with_samples(plan, cells[0], checkpoint)
     groups = groups_of(plan, widest(cells, cells[0]), loaded.model)
     candidates = distinct([request_of(plan, cell) for cell in cells])
     of_cell = candidates.of_cell

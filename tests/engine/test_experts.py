@@ -127,6 +127,14 @@ def test_fused_equals_auto_quantize(
         )
 
 
+def by_modelopt(model: Any, samples: Samples, pair: PairConfig) -> dict[str, float | None]:
+    """Return the scores of the six samples by the reference engine."""
+    theirs = reference.score_cell(
+        model, samples, pair, vision=[], sizes=[6], scored=6, batch_size=BATCH_SIZE
+    )
+    return {entry.group.name: entry.sensitivity for entry in theirs.groups}
+
+
 def test_bfloat16(pairs: dict[str, PairConfig], samples: Samples) -> None:
     """The rounding of outputs, expert by expert, is part of the number."""
     pair = pairs["wfp8_afp8"]
@@ -138,16 +146,7 @@ def test_bfloat16(pairs: dict[str, PairConfig], samples: Samples) -> None:
     maxima = calibrate(model, samples, groups, snapshots=[6], batches=batches)
     ours = fused.score(model, samples, groups, candidates, maxima, batches=batches)
     assert ours.failures == {}
-    theirs = reference.score_cell(
-        mixtures.model().bfloat16(),
-        samples,
-        pair,
-        vision=[],
-        sizes=[6],
-        scored=6,
-        batch_size=BATCH_SIZE,
-    )
-    expected = {entry.group.name: entry.sensitivity for entry in theirs.groups}
+    expected = by_modelopt(mixtures.model().bfloat16(), samples, pair)
     assert of_cell(ours, candidates, "cell-6", 6) == pytest.approx(expected, rel=2e-2)
 
 
@@ -170,16 +169,7 @@ def test_layers_without_experts_beside(pairs: dict[str, PairConfig], samples: Sa
     ]
     batches = equal_length_batches(samples, boundaries=[6], batch_size=BATCH_SIZE)
     ours = fused.score(model, samples, groups, candidates, None, batches=batches)
-    theirs = reference.score_cell(
-        mixtures.model(mlp_only_layers=[0]),
-        samples,
-        pair,
-        vision=[],
-        sizes=[6],
-        scored=6,
-        batch_size=BATCH_SIZE,
-    )
-    expected = {entry.group.name: entry.sensitivity for entry in theirs.groups}
+    expected = by_modelopt(mixtures.model(mlp_only_layers=[0]), samples, pair)
     assert of_cell(ours, candidates, "cell", 6) == pytest.approx(expected, rel=1e-3)
     assert list(ours.experts) == [LAYERS[1]]
 
