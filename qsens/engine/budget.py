@@ -202,6 +202,7 @@ def _footprint(
 ) -> tuple[float, float, float]:
     """Return the bytes of a pass: those that depend on no token, those of a token, its records."""
     head = head_of(model)
+    more = max(0, losses - 1)  # gradients beside those that the record counts
     # A candidate of a small size scores few of the tokens: counted as the share that it does.
     share = [scored / max(candidates.scored) for scored in candidates.scored]
     of_weight: Counter[int] = Counter()
@@ -224,7 +225,7 @@ def _footprint(
                 largest = max(largest, held)
                 inside[layer] = inside.get(layer, 0.0) + kept
                 hidden = expert_weights(module)[0].shape[2]
-                slopes[layer] = slopes.get(layer, 0.0) + (losses - 1) * size * hidden
+                slopes[layer] = slopes.get(layer, 0.0) + more * size * hidden
                 stacked = 2 * sum(of_input.values()) + most
                 widest = max(widest, hidden * size * (3 + stacked + most) + working)
                 continue
@@ -236,7 +237,7 @@ def _footprint(
             out, into = each * weight.shape[0], each * weight[0].numel()
             # One layer at a time: what autograd keeps while it runs again, and the rows taken.
             inside[layer] = inside.get(layer, 0.0) + 1.5 * size * (into + out)
-            slopes[layer] = slopes.get(layer, 0.0) + max(0, losses - 1) * size * out
+            slopes[layer] = slopes.get(layer, 0.0) + more * size * out
             # Quantized inputs, also stacked for two kinds of weights; the rows; one product.
             stacked = 2 * sum(of_input.values()) + most
             widest = max(widest, into * size * (1 + stacked) + out * size * (2 + most))
