@@ -26,7 +26,7 @@ from qsens.engine.calibrate import Maxima, moved
 from qsens.engine.candidates import Candidates
 from qsens.engine.experts import input_names, run_experts
 from qsens.engine.groups import Group
-from qsens.engine.parts import layers_of, plain_head, weight_of
+from qsens.engine.parts import head_input, layers_of, plain_head, weight_of, without_head
 from qsens.engine.quantizer import quantize, quantize_weight
 from qsens.engine.samples import Batch
 
@@ -110,11 +110,10 @@ class Copies:
         runs += [(name, module, self._run_module) for name, module in inner.items()]
         for name, module, run in runs:
             module.forward = functools.partial(run, name, module.forward)
-        self.head.forward = _identity  # type: ignore
         try:
-            yield
+            with without_head(self.head):
+                yield
         finally:
-            del self.head.forward
             for _, module, _ in runs:
                 del module.forward
             self._gave, self._batch = {}, None
@@ -123,7 +122,7 @@ class Copies:
         """Run a batch as it is; return the head's input, ``(samples, longest, hidden)``."""
         self._batch = batch.to(self.device)
         self._gave, self._shapes, self._before, self._changes = {}, {}, {}, ()
-        return self._hidden(self._batch)
+        return head_input(self.model, self._batch)
 
     def in_order(self, changes: Sequence[Change]) -> list[Change]:
         """Return the changes whose groups have run, in the order in which they ran.
@@ -148,7 +147,7 @@ class Copies:
         self._changes = changes
         self._starts = [self._start(change) or 0 for change in changes]
         self._live = 1 + len(changes)
-        hidden = self._hidden(self._batch.repeat(self._live))
+        hidden = head_input(self.model, self._batch.repeat(self._live))
         return hidden.view(self._live, -1, *hidden.shape[1:])
 
     def heads(self, changes: Sequence[Change]) -> Iterator[tuple[list[Change], torch.Tensor]]:
@@ -178,12 +177,6 @@ class Copies:
         """Return how many layers ran before a group; none where nothing of it ran."""
         members = self.groups[change.group].members
         return min((self._before[name] for name in members if name in self._before), default=None)
-
-    def _hidden(self, batch: Batch) -> torch.Tensor:
-        # No mask: padding stands on the right, where no real token looks under causal attention.
-        output = self.model(**batch.inputs(), use_cache=False)
-        hidden: torch.Tensor = output.logits
-        return hidden
 
     def _run_layer(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._changes:
@@ -356,7 +349,3 @@ def _apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Te
         return F.linear(x, weight, bias)
     output: torch.Tensor = module._conv_forward(x, weight, bias)  # type: ignore[operator]
     return output
-
-
-def _identity(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden

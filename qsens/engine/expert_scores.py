@@ -17,7 +17,7 @@ from torch import nn
 
 from qsens.engine.change import Segment
 from qsens.engine.experts import between, contributions, expert_weights, route
-from qsens.engine.layout import Layout, Ledger
+from qsens.engine.layout import Layout, Ledger, row_norms
 from qsens.engine.quantizer import quantize_weight
 from qsens.engine.rows import Rows
 from qsens.engine.stack import Stack
@@ -159,7 +159,7 @@ def score_mixture(
         stack: Its inputs, quantized.
     """
     layout, table = ledger.layout, work.experts[name]
-    ledger.norms[position] = torch.linalg.vector_norm(rows.outputs, dim=-1, dtype=torch.float32)
+    ledger.norms[position] = row_norms(rows.outputs)
     mixture = Mixture(work.linears[name], rows, layout)
     order = list(layout.order)
     table.tokens[:, order] += mixture.tokens.cpu()

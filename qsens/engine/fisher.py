@@ -30,7 +30,7 @@ from qsens.engine.change import Segment, change_products
 from qsens.engine.expert_scores import Mixture
 from qsens.engine.fused import Pass, run
 from qsens.engine.groups import Group
-from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
+from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out, row_norms
 from qsens.engine.rows import Flight, Rows
 from qsens.engine.samples import Batch, Samples
 from qsens.engine.scores import PassScores, Progress, silent
@@ -161,7 +161,7 @@ class _FisherPass(Pass):
                     # The gradient of log p(y) at the input: the label's weight, less the mean one.
                     mean = p.to(rows.dtype) @ head.weight
                     back[:, at] = (head.weight[drawn] - mean[:, None]).movedim(1, 0)
-                    ledger.norms[0, at] = _norms(logits)
+                    ledger.norms[0, at] = row_norms(logits)
                 for weight, slots in weights:
                     if weight is None:
                         continue
@@ -173,7 +173,7 @@ class _FisherPass(Pass):
                         given = stack.rows[first : first + length]
                         change = F.linear(given, weight, head.bias).sub_(logits[:length])
                         into = slice(slot.start + start, slot.start + start + length)
-                        ledger.errors[0, into] = _norms(change)
+                        ledger.errors[0, into] = row_norms(change)
                         ledger.scores[0, into] = _half_variance(change.double(), p[:length]).sqrt()
         self.loss[list(layout.order)] = F.pad(losses, (0, 1))[layout.own].sum(dim=-1).cpu()
         gradients = []
@@ -236,8 +236,3 @@ def _labels(batch: Batch) -> torch.Tensor:
     labels = torch.full_like(batch.input_ids, -1)
     labels[:, :-1] = batch.input_ids[:, 1:].masked_fill(~batch.label_mask(), -1)
     return labels
-
-
-def _norms(tensor: torch.Tensor) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32)
-    return norms

@@ -26,7 +26,7 @@ from qsens.engine.change import Segment, change_norms
 from qsens.engine.expert_scores import Mixture, score_mixture
 from qsens.engine.experts import expert_weights, input_names, is_experts
 from qsens.engine.groups import Group
-from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out
+from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out, row_norms
 from qsens.engine.model_pass import ModelPass
 from qsens.engine.parts import HEAD_ROWS, weight_of
 from qsens.engine.quantizer import quantize_weight
@@ -252,7 +252,7 @@ class Pass:
             score_mixture(self, name, rows, ledger, position, stack)
             return
         bias: torch.Tensor | None = self.linears[name].bias  # type: ignore[assignment]
-        ledger.norms[position] = _row_norms(rows.outputs)
+        ledger.norms[position] = row_norms(rows.outputs)
         for index, slots in ledger.layout.slots.items():
             weight = self.weight(name, index, slots)
             if weight is None:
@@ -320,7 +320,7 @@ class Pass:
                 if turn == 0:
                     losses[at] = lost
                     back[at] = slopes @ head.weight
-                    ledger.norms[0, at] = _row_norms(logits)
+                    ledger.norms[0, at] = row_norms(logits)
                 for weight, slots in weights:
                     if weight is not None:
                         self._head_chunk(weight, slots, stack, at, logits, slopes, ledger)
@@ -404,11 +404,6 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Te
     slopes = log_p.exp_()
     slopes.scatter_add_(1, picked, slopes.new_full(picked.shape, -1.0))
     return slopes.to(logits.dtype), losses
-
-
-def _row_norms(tensor: torch.Tensor) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32)
-    return norms
 
 
 def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -143,6 +143,12 @@ class Ledger:
         )
 
 
+def row_norms(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each row of ``(..., rows, channels)``, float32."""
+    norms: torch.Tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=torch.float32)
+    return norms
+
+
 def _square_sums(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Return sums of squares of ``(modules, rows)`` over the last dimension of ``places``."""
     return _sums(values.square_(), places)

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from qsens.engine.experts import expert_inputs, is_experts
-from qsens.engine.parts import layers_of, plain_head, weight_of
+from qsens.engine.parts import head_input, layers_of, plain_head, weight_of, without_head
 from qsens.engine.rows import UNITS, Call, Collector, Flight, Rows
 from qsens.engine.samples import Batch, Unit
 
@@ -114,24 +114,17 @@ class ModelPass:
     @contextmanager
     def _without_head(self, handles: Sequence[RemovableHandle]) -> Iterator[None]:
         """Keep the head out while the context lasts; then take the hooks away as well."""
-        self.head.forward = _identity  # type: ignore
         try:
-            yield
+            with without_head(self.head):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            del self.head.forward
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """Return the head's input, ``(samples, longest, hidden)``.
-
-        No mask is handed over: padding stands on the right, where no real token looks under causal
-        attention, and attention kernels are several times faster without one.
-        """
+        """Return the head's input, ``(samples, longest, hidden)``."""
         self._batch = batch
-        output = self.model(**batch.to(self.device).inputs(), use_cache=False)
-        hidden: torch.Tensor = output.logits
-        return hidden
+        return head_input(self.model, batch.to(self.device))
 
     @torch.no_grad()
     def look(self, batch: Batch) -> torch.Tensor:
@@ -281,7 +274,3 @@ def _hand_on(flight: Flight, loss: int) -> None:
 def _first(result: Any) -> torch.Tensor:
     tensor: torch.Tensor = result[0] if isinstance(result, tuple) else result
     return tensor
-
-
-def _identity(hidden: torch.Tensor) -> torch.Tensor:
-    return hidden

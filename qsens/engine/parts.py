@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qsens.engine.families import head_of
+from qsens.engine.samples import Batch
 from qsens.errors import UserError
 
 # Rows of the head's output that are held at once in more than the model's own data type.
@@ -35,6 +38,31 @@ def plain_head(model: Any) -> nn.Linear:
     return head
 
 
+@contextmanager
+def without_head(head: nn.Linear) -> Iterator[None]:
+    """Make a model give what its head reads, in place of logits, while the context lasts."""
+    head.forward = _identity  # type: ignore
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def head_input(model: Any, batch: Batch) -> torch.Tensor:
+    """Return what the head reads, ``(samples, longest, hidden)``, of a model without its head.
+
+    No mask is handed over: padding stands on the right, where no real token looks under causal
+    attention, and attention kernels are several times faster without one.
+
+    Args:
+        model: The model, within :func:`without_head`.
+        batch: The batch, on the model's device.
+    """
+    output = model(**batch.inputs(), use_cache=False)
+    hidden: torch.Tensor = output.logits
+    return hidden
+
+
 def weight_of(module: nn.Module) -> torch.Tensor:
     """Return a linear module's or a convolution's weight, ``(out, ...)``."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
@@ -48,3 +76,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, GradientCheckpointingLayer)
     }
+
+
+def _identity(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden
