@@ -293,6 +293,9 @@ class Audit(Section):
     """What they say."""
     failures: dict[str, str] = {}
     """Groups whose truth could not be measured, with the reason."""
+    floor: float | None = None
+    """KL divergence of the model in its own data type from itself in float32, nats a token: what
+    rounding costs a whole model, no property of a format; null where it rounds nothing."""
     seconds: float
     """What the measurement took, for all pairs that were audited with this one."""
     device: str
@@ -340,6 +343,9 @@ class Manifest(Section):
     """Groups by ModelOpt's name, with the suffix ``.quant_recipe``."""
     sensitivity_ranking: list[RankedGroup]
     """All groups, least sensitive first."""
+    floor: float | None = None
+    """``kl_div``: KL divergence of the model in its own data type from itself in float32, nats a
+    token; null where it rounds nothing, and for other methods."""
     audit: Audit | None = None
     """How far the scores can be trusted; publishing adds it, once the pair has been audited."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qsens.analysis.audit import choose_groups, digest_of, judge, read_audit
 from qsens.analysis.ranking import rank
 from qsens.config.models import SIZES
-from qsens.errors import UserError
+from qsens.errors import Fault, UserError
 from qsens.grid import Cell, Plan
 from qsens.manifest import Audit, GroupSensitivity, Point, dump_json, read_manifest
 from qsens.names import group_name, kind_of
@@ -47,6 +47,7 @@ def audit(
 
     Raises:
         UserError: The plan has no such pair, or its scores are the truth already.
+        Fault: Something went wrong in a pair; the audits of the others are there.
     """
     store = Store(plan)
     if plan.config.autoquant.method == "kl_div":
@@ -67,7 +68,9 @@ def audit(
         {"cell": cell.cell, "reason": "has no result"} for cell in cells if not store.is_done(cell)
     ]
     wanted, scores = _to_measure(store, cells, groups, full=full)
+    faults: list[Fault] = []
     for measured in _truths(store, wanted, progress or (lambda *_: None)):
+        faults += measured.faults.values()
         for name in measured.nats:
             cell = plan.cell(name)
             points = [
@@ -89,11 +92,14 @@ def audit(
                 points=tuple(points),
                 judgement=judge(points, in_nats=plan.config.autoquant.method == "fisher"),
                 failures=measured.failures[name],
+                floor=measured.floor,
                 seconds=round(measured.seconds, 3),
                 device=measured.device,
             )
             found = found.model_copy(update={"digest": digest_of(found)})
             write_text(store.audit(cell), dump_json(found.model_dump(mode="json")))
+    if faults:
+        raise faults[0]
     audits = []
     for cell in cells:
         stored = read_audit(store.audit(cell))

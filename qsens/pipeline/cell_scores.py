@@ -67,8 +67,8 @@ def cell_scores(
             entries.append(GroupScore(group, "disabled", "outside the coverage"))
             continue
         position = at[group.name]
-        if (position, index) in found.failures:
-            entries.append(GroupScore(group, "failed", found.failures[position, index]))
+        if (position, index) in found.failures.refused:
+            entries.append(GroupScore(group, "failed", found.failures.refused[position, index]))
         elif not found.reached[position]:
             entries.append(GroupScore(group, "no_gradient", unreached))
         elif not bool(per_sample[position].isfinite().all()):
@@ -119,6 +119,7 @@ def cell_scores(
         timings={},
         padding_share=found.padding_share,
         notices=tuple(notices),
+        floor=None if found.floor is None else float(found.floor[:scored].sum()) / predictions,
     )
 
 

@@ -46,9 +46,10 @@ def check_recipe(
         captions: File of samples to measure on; unused ones of the data set when not given.
 
     Returns:
-        ``{captions, scored, measured: [{name, bits, loss, divergence, scored, predicted}], better:
-        [...]}``, the recipe first: how many captions were measured on and scored, increase of the
-        loss and KL divergence on the former, KL divergence on the latter; ``better`` names what
+        ``{captions, scored, floor, measured: [{name, bits, loss, divergence, scored, predicted}],
+        better: [...]}``, the recipe first: how many captions were measured on and scored, increase
+        of the loss and KL divergence on the former, KL divergence on the latter; ``floor`` is what
+        rounding to the model's own data type costs by itself, on the former; ``better`` names what
         fits the target and has a lower KL divergence.
 
     Raises:
@@ -75,6 +76,7 @@ def check_recipe(
     return {
         "captions": len(trial.held_out),
         "scored": trial.scored,
+        "floor": trial.floor(),
         "measured": [entry.numbers() for entry in measured],
         "better": [
             entry.name

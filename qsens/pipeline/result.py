@@ -109,6 +109,7 @@ def build_manifest(
         notices=[*_skipped(plan, cell), *scores.notices],
         timings={phase: round(seconds, 3) for phase, seconds in timings.items()},
         memory={name: round(value, 4) for name, value in memory.items()},
+        floor=scores.floor,
         num_quantized_layers=len(scores.module_types),
         layers={
             name: Layer(quantized=quantized.get(name, False), module_type=kind)

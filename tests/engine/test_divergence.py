@@ -114,7 +114,7 @@ def test_every_group_alone(sees: bool, tokens: int) -> None:
     maxima = calibrate(model, samples, groups, snapshots=[4])
     budget = Budget(limit=0, max_tokens=tokens, predicted=0)
     found = diverge(model, samples, groups, CANDIDATES, maxima, boundaries=[2], budget=budget)
-    assert found.failures == {}
+    assert found.failures.refused == {}
     assert len(found.groups) == (19 + 13 if sees else 13)
     for at, group in enumerate(found.groups):
         for candidate, amax in ((0, None), (1, maxima[4].__getitem__)):
