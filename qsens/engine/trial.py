@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import glob
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -104,10 +105,15 @@ class Trial:
     scored: int = 0
 
     def uniform(self, pair: PairConfig) -> dict[str, Any]:
-        """Return the configuration of one pair everywhere but in what stays at 16 bits."""
+        """Return the configuration of one pair everywhere but in what stays at 16 bits.
+
+        Embeddings do: no score and no bits are of them, and a preset's patterns match them.
+        """
+        modules = self.model.named_modules()
+        tables = [glob.escape(name) for name, each in modules if isinstance(each, nn.Embedding)]
         off = [
             {"quantizer_name": suffixed, "enable": False}
-            for pattern in (*self.excluded, *self.kept)
+            for pattern in (*self.excluded, *self.kept, *tables)
             for suffixed in (pattern, f"{pattern}.*")
         ]
         return {**pair.modelopt(), "quant_cfg": [*pair.quant_cfg(), *off]}
