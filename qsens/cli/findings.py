@@ -239,6 +239,13 @@ def _print_check(found: dict[str, Any]) -> None:
             ratio,
         )
     stderr.print(table)
+    if found["floor"] is not None:
+        stderr.print(
+            f"rounding activations costs the unquantized model {found['floor']:.1e} nats a token "
+            f"by itself; the recipe {found['measured'][0]['divergence'] / found['floor']:.1f} times "
+            "that",
+            markup=False,
+        )
     for name in found["better"]:
         stderr.print(f"better than the recipe: {name}", style="yellow", markup=False)
 
@@ -261,6 +268,13 @@ def _print_audits(found: dict[str, Any]) -> None:
             judged["reason"],
         )
     stdout.print(table)
+    floors = [entry["floor"] for entry in found["audits"] if entry["floor"] is not None]
+    if floors:
+        stdout.print(
+            f"true KL divergence is measured in float32; rounding activations alone costs a whole "
+            f"model {max(floors):.1e} nats a token, in any format",
+            markup=False,
+        )
     for entry in found["missing"]:
         stdout.print(f"not audited: {entry['cell']}: {entry['reason']}", markup=False)
 

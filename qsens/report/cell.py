@@ -94,6 +94,9 @@ class CellReport(Frozen):
     """How sure the ranking is; none without scores of every sample."""
     audit: Audit | None = None
     """The scores of its pair against the true divergence of some groups; none without an audit."""
+    floor: float | None = None
+    """What rounding activations costs the unquantized model, nats a token, where its divergence was
+    measured; no property of a format."""
     mixtures: tuple[Mixture, ...] = ()
     """The experts of each mixture, in model order; empty where there are none."""
     rows: tuple[Row, ...]
@@ -224,6 +227,7 @@ def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellR
         by_depth=by_depth(ranking.rows),
         stability=_stability(samples, spreads) if samples is not None and spreads else None,
         audit=manifest.audit,
+        floor=manifest.audit.floor if manifest.audit else manifest.floor,
         mixtures=mixtures(manifest),
         rows=ranking.rows,
     )
@@ -272,6 +276,8 @@ def facts(report: CellReport) -> list[tuple[str, str]]:
     ]
     if report.audit is not None:
         known.append(("Audit", audit_words(report.audit)))
+    if (floor := report.floor) is not None:
+        known.append(("Rounding activations alone", f"{look.scientific(floor)} nats a token"))
     if (versions := report.versions) is not None:
         stated = f"qsens {versions.qsens}, torch {versions.torch}"
         stated += f", transformers {versions.transformers}"
