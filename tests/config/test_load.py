@@ -140,7 +140,7 @@ def test_a_path_that_ends_in_a_name_gives_it_as_it_is(name: str, roots: Roots) -
 
 
 def test_no_two_directories_share_a_name(roots: Roots) -> None:
-    """Neither those that are the same without what no name may hold, nor those with nothing else."""
+    """Neither those that differ in what no name may hold, nor those of nothing else."""
     parts = ["a b", "a_b", "a  b", "a\tb", "a+b", "ä b", "a_b_", "-a_b", "_a_b"]
     parts += ["模型", "Модель", "模型2", "...", "---", "_", "x.y", "x.y ", " x.y", "é", "e"]
     parts += ["A" * 120, "A" * 121, "A" * 122]

@@ -98,7 +98,8 @@ def write_as(file: Path, captions: list[str]) -> None:
     else:
         with closing(sqlite3.connect(file)) as opened, opened:
             opened.execute(
-                "CREATE TABLE vlm_calib_samples (split, image_relpath, image_id, caption_id, caption)"
+                "CREATE TABLE vlm_calib_samples "
+                "(split, image_relpath, image_id, caption_id, caption)"
             )
             rows = [("small", "", 0, at, one) for at, one in enumerate(captions)]
             opened.executemany("INSERT INTO vlm_calib_samples VALUES (?, ?, ?, ?, ?)", rows)
