@@ -194,7 +194,7 @@ def find_weights(path: Path) -> Weights:
                     f"two weight files hold {name}: {_relative(tensors[name].file, path)} and "
                     f"{_relative(file, path)}",
                     where=str(path),
-                    remedy=AGAIN,
+                    remedy="Only one can be meant: save it again with save_pretrained().",
                 )
             tensors[name] = tensor
     beside = {

@@ -22,7 +22,8 @@ _SMALL_FLOAT = re.compile(r"F[468](_|$)")
 _WEIGHT = re.compile(r"(^|[._])q?weight($|[._:])")
 # Integers that count or point: no module multiplies with them. Masks were bytes once.
 _BUFFER = re.compile(
-    r"position|mask|index|bucket|tracked|_ids$|(^|\.)(attn|attention)\.bias$", re.IGNORECASE
+    r"position|coord|mask|index|idx|bucket|tracked|_ids$|(^|\.)(attn|attention)\.bias$",
+    re.IGNORECASE,
 )
 # Those that torch gives to indices and truth values.
 _BUFFER_DTYPES = ("I64", "BOOL")

@@ -44,7 +44,7 @@ def has_tied_head(
     said = is_said_to_be_tied(config)
     name = _head(tensors, (*heads, *_HEADS))
     if said is False or name is None:
-        return said is not False
+        return said is not False  # what lacks a head without a tie is not loaded
     head = tensors[name]
     alike = [
         tensor for other, tensor in tensors.items() if other != name and tensor.shape == head.shape

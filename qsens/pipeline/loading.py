@@ -83,6 +83,8 @@ def load_checkpoint(plan: Plan, progress: Progress) -> Checkpoint:
     _check_identity(plan, model)
     unused = unused_notices(model, find_weights(config.model.path).tensors)
     progress("load", 1, 1)
+    for notice in unused:
+        log.warning(notice)
     if device.type == "cpu" and config.model.dtype == "bfloat16":
         log.warning("bfloat16 on a CPU is slow: set model.dtype=float32 for work on a CPU")
     seconds = time.monotonic() - started
@@ -91,8 +93,9 @@ def load_checkpoint(plan: Plan, progress: Progress) -> Checkpoint:
 
 def _check_identity(plan: Plan, model: nn.Module) -> None:
     """Refuse a model whose files are not those of the plan, or whose head the plan got wrong."""
-    config = plan.config.model
-    there, planned = identify_checkpoint(config, plan.results), plan.checkpoint
+    config, planned = plan.config.model, plan.checkpoint
+    # A plan may outlive the results that it was made for.
+    there = identify_checkpoint(config, plan.results if plan.results.is_dir() else None)
     if (there.digest, there.tokenizer_digest) != (planned.digest, planned.tokenizer_digest):
         raise UserError(
             "the checkpoint is not that of the plan: its files were changed, added or removed",

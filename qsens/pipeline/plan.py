@@ -77,19 +77,19 @@ def plan_sweep(
     return plan
 
 
-def identify_checkpoint(config: ModelConfig, results: Path) -> CheckpointIdentity:
+def identify_checkpoint(config: ModelConfig, results: Path | None) -> CheckpointIdentity:
     """Read what the checkpoint of a sweep is; of a file that did not change, the digest is known.
 
     Args:
         config: The checkpoint, with its patterns resolved.
-        results: Results root, where digests are kept.
+        results: Results root, where digests are kept, if anywhere.
 
     Raises:
         UserError: Its files are not whole, or leave open which of them count.
     """
     return identify(
         config.path,
-        cache=results / ".cells" / "digests.json",
+        cache=results / ".cells" / "digests.json" if results else None,
         trust_remote_code=config.trust_remote_code,
         heads=config.head_patterns,
     )
