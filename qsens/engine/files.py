@@ -340,7 +340,7 @@ def _relative(file: Path, path: Path) -> str:
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"is broken: {error}", where=str(file), remedy=AGAIN) from error
 
 

@@ -59,7 +59,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             )
             for name, entry in header.items()
         }
-    except (KeyError, IndexError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         raise _broken(file, error) from error
 
 
@@ -76,7 +76,14 @@ def _read(file: Path) -> tuple[dict[str, Any], int]:
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if 8 + length + end != size:
             raise ValueError(f"it has {size} bytes where its header says {8 + length + end}")
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (
+        struct.error,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise _broken(file, error) from error
     assert isinstance(header, dict)
     return header, 8 + length

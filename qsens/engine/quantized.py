@@ -15,10 +15,9 @@ from qsens.engine.files import find_weights, read_config
 from qsens.engine.headers import Tensor
 from qsens.errors import UserError
 
-# Data types that modules compute in; complex numbers are those of rotary tables.
-_COMPUTED = ("F64", "F32", "F16", "BF16", "C64")
-# Floats of eight bits and less.
+# Data types that no module computes in: floats of eight bits and less, and integers.
 _SMALL_FLOAT = re.compile(r"F[468](_|$)")
+_INTEGER = re.compile(r"[IU]\d+$|BOOL$")
 _WEIGHT = re.compile(r"(^|[._])q?weight($|[._:])")
 # Integers that count or point: no module multiplies with them. Masks were bytes once.
 _BUFFER = re.compile(
@@ -75,11 +74,10 @@ def refuse_quantized(path: Path) -> None:
 def _codes(tensors: Mapping[str, Tensor]) -> str | None:
     """Return in words the first tensor of codes."""
     for name, tensor in tensors.items():
-        if tensor.dtype in _COMPUTED:
-            continue
         matrix = sum(size > 1 for size in tensor.shape) > 1
         pointing = tensor.dtype in _BUFFER_DTYPES or _BUFFER.search(name)
-        if _SMALL_FLOAT.match(tensor.dtype) or _WEIGHT.search(name) or (matrix and not pointing):
+        multiplied = _WEIGHT.search(name) or (matrix and not pointing)
+        if _SMALL_FLOAT.match(tensor.dtype) or (_INTEGER.match(tensor.dtype) and multiplied):
             return f"{name} is {tensor.dtype}"
     return None
 
