@@ -32,6 +32,8 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# What a tokenizer is made from where there is no tokenizer.json.
+_VOCABULARIES = ("*.model", "*.tiktoken", "vocab*", "merges*", "tekken.json")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 # Key of config.json by which transformers is told to read another file than it would.
 _NAMED = "transformers_weights"
@@ -86,7 +88,7 @@ def identify(
     known = _read_cache(cache)
     code, notices = _code(path, trusted=trust_remote_code)
     files = [path / "config.json", *weights.files, *code]
-    tokenizer = [path / name for name in _TOKENIZER if (path / name).is_file()]
+    tokenizer = _tokenizer_files(path)
     processor = [path / name for name in PROCESSOR if (path / name).is_file()]
     if not tokenizer:
         raise UserError(
@@ -290,6 +292,13 @@ def _inside(name: str, source: Path) -> str:
     if pure.is_absolute() or ".." in pure.parts:
         raise UserError(f"names {name}, outside the checkpoint", where=str(source), remedy=AGAIN)
     return pure.as_posix()
+
+
+def _tokenizer_files(path: Path) -> list[Path]:
+    files = {path / name for name in _TOKENIZER if (path / name).is_file()}
+    if not (path / _TOKENIZER[0]).is_file():
+        files |= set(_matching(path, _VOCABULARIES))
+    return sorted(files)
 
 
 def _code(path: Path, *, trusted: bool) -> tuple[list[Path], list[str]]:

@@ -316,6 +316,18 @@ def test_code_of_another_repository_is_refused(checkpoint: Path) -> None:
         identify(checkpoint, trust_remote_code=True)
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "qwen.tiktoken", "tekken.json"])
+def test_digests_cover_what_a_tokenizer_is_made_from(name: str, checkpoint: Path) -> None:
+    """Beside a tokenizer.json, nobody reads it."""
+    plain = identify(checkpoint).tokenizer_digest
+    (checkpoint / name).write_text("one")
+    assert identify(checkpoint).tokenizer_digest == plain
+    (checkpoint / "tokenizer.json").rename(checkpoint / "tokenizer_config.json")
+    one = identify(checkpoint).tokenizer_digest
+    (checkpoint / name).write_text("two")
+    assert identify(checkpoint).tokenizer_digest != one
+
+
 def test_links_count_as_what_they_lead_to(checkpoint: Path, tmp_path: Path) -> None:
     """As caches of the hub keep files."""
     plain = identify(checkpoint)
