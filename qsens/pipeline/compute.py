@@ -337,6 +337,7 @@ def _write(
         device=device_name(loaded.device),
         timings={"load": loaded.seconds, **scores.timings, **(timings or {})},
         memory=memory or {},
+        notices=loaded.notices,
     )
     names = [entry.group.name for entry in scores.groups if entry.group.covered]
     with write_directory(store.result_dir(cell), last=MANIFEST) as directory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -38,6 +38,7 @@ def build_manifest(
     device: str,
     timings: Mapping[str, float],
     memory: Mapping[str, float],
+    notices: Sequence[str] = (),
 ) -> Manifest:
     """Return the manifest of ``cell``.
 
@@ -49,6 +50,7 @@ def build_manifest(
         device: The device in words.
         timings: Seconds by phase, the engine's own included.
         memory: GiB above the weights, predicted and taken.
+        notices: What a reader should know about the checkpoint.
     """
     config, pair = plan.config, plan.pair(cell)
     covered = [score for score in scores.groups if score.group.covered]
@@ -106,7 +108,7 @@ def build_manifest(
             device=device,
         ),
         partial=_partial(plan, cell, dataset, covered),
-        notices=[*_skipped(plan, cell), *scores.notices],
+        notices=[*notices, *_skipped(plan, cell), *scores.notices],
         timings={phase: round(seconds, 3) for phase, seconds in timings.items()},
         memory={name: round(value, 4) for name, value in memory.items()},
         floor=scores.floor,
