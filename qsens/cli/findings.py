@@ -239,11 +239,11 @@ def _print_check(found: dict[str, Any]) -> None:
             ratio,
         )
     stderr.print(table)
-    if found["floor"] is not None:
+    floor = found["floor"]
+    if floor is not None:
         stderr.print(
-            f"rounding activations costs the unquantized model {found['floor']:.1e} nats a token "
-            f"by itself; the recipe {found['measured'][0]['divergence'] / found['floor']:.1f} times "
-            "that",
+            f"rounding activations costs the unquantized model {floor:.1e} nats a token by itself; "
+            f"the recipe {found['measured'][0]['divergence'] / floor:.1f} times that",
             markup=False,
         )
     for name in found["better"]:
