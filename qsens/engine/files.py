@@ -68,6 +68,7 @@ def identify(
     cache: Path | None = None,
     trust_remote_code: bool = False,
     heads: Sequence[str] = (),
+    dtype: str = "float32",
 ) -> CheckpointIdentity:
     """Read what a checkpoint is, and hash its content.
 
@@ -77,6 +78,7 @@ def identify(
             gigabytes are not read again every night; nothing is kept when not given.
         trust_remote_code: Whether the checkpoint's own code runs: it is hashed then.
         heads: Patterns (fnmatch) of the head's module name.
+        dtype: Data type that the weights are loaded in.
 
     Raises:
         UserError: The directory is missing, its weight files are not whole or leave open which
@@ -102,7 +104,7 @@ def identify(
                 strict=True,
             )
         )
-    tied = has_tied_head(config, weights.tensors, heads, partial(_equal, known=known))
+    tied = has_tied_head(config, weights.tensors, heads, dtype, partial(_equal, known=known))
     if cache is not None:
         text = json.dumps(dict(sorted(known.items())), indent=1)
         if not cache.is_file() or cache.read_text(encoding="utf-8") != text:

@@ -92,6 +92,7 @@ def identify_checkpoint(config: ModelConfig, results: Path | None) -> Checkpoint
         cache=results / ".cells" / "digests.json" if results else None,
         trust_remote_code=config.trust_remote_code,
         heads=config.head_patterns,
+        dtype=config.dtype,
     )
 
 

@@ -204,6 +204,25 @@ def test_a_tied_head_is_planned_as_it_is_loaded(
     )
 
 
+def test_heads_are_compared_as_they_are_loaded(tmp_path: Path) -> None:
+    """In fewer bits, two that differ in the files may be one; of two data types as well."""
+    path = save(configuration("Llama", tied=True), tmp_path / "c")
+    tensors = load_file(path / WEIGHTS)
+    embedding = tensors["model.embed_tokens.weight"]
+    heads = {
+        "bfloat16": embedding.bfloat16(),
+        "float16": embedding.half().float(),
+        "float32": embedding.double(),
+    }
+    for near, head in heads.items():
+        save_file(tensors | {"lm_head.weight": head}, path / WEIGHTS)
+        for dtype in heads:
+            model = load_model(ModelConfig(path=path, dtype=dtype), torch.device("cpu"))  # type: ignore[arg-type]
+            tied = has_tied_head(model)
+            assert tied is (dtype == near or near == "float32")
+            assert identify(path, dtype=dtype).tied_head is tied
+
+
 def test_defaults_of_tied_heads_are_those_of_transformers() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
