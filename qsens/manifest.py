@@ -47,6 +47,9 @@ class Scheme(Section):
     """The score: ``gradient``."""
     auto_quantize_score_size: int
     """Samples scored at most."""
+    auto_quantize_batch_size: int | None = None
+    """Samples of a nominal batch, consecutive ones in file order: ``T_b`` counts the label tokens
+    of one. Null in results older than this key."""
     coverage_mode: str
     """Part of the model that may be quantized: ``lm_only``, ``all_layers``."""
     coverage_fraction: float
@@ -234,7 +237,8 @@ class Point(Section):
     kind: Kind
     """What the group is in a decoder layer."""
     estimate: float
-    """Its sensitivity per token; nats with ``fisher``, a proxy with ``gradient``."""
+    """Its score, in the audit's statistic; nats a token with ``fisher``, a proxy with
+    ``gradient``."""
     standard_error: float | None
     """Of the estimate, from its draws; null where it has none."""
     truth: float
@@ -287,6 +291,9 @@ class Audit(Section):
     """Whether some groups were measured or all."""
     samples: int
     """Samples that estimates and truths are over."""
+    statistic: Literal["sensitivity", "sensitivity_per_token"] = "sensitivity_per_token"
+    """Which score the estimates are: the one that places groups. Audits older than this key have
+    the score per token, with ``gradient`` as well."""
     points: tuple[Point, ...]
     """The groups measured, most sensitive first."""
     judgement: Judgement

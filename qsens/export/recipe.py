@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from qsens.analysis.allocation import allocate
-from qsens.analysis.options import build_units, has_per_token
+from qsens.analysis.options import build_units
 from qsens.analysis.prices import Price
 from qsens.analysis.ranking import Row
+from qsens.analysis.statistic import Statistic, statistic_of
 from qsens.config import PairConfig
 from qsens.config.models import Frozen, Size
 from qsens.export import filters
@@ -17,7 +18,7 @@ from qsens.names import Kind
 
 RECIPE_VERSION = 1
 Method = Literal["gradient", "fisher", "kl_div"]
-DamageUnit = Literal["nats a token", "gradient score a token", "gradient score"]
+DamageUnit = Literal["nats a token", "gradient score", "score of the method"]
 
 
 class Choice(Frozen):
@@ -123,7 +124,8 @@ def choose(
     Raises:
         AnswerIsNo: The target is out of reach.
     """
-    units = build_units(cells, keep=keep, keep_head=keep_head)
+    statistic = statistic_of(method, (row for rows in cells.values() for row in rows))
+    units = build_units(cells, statistic, keep=keep, keep_head=keep_head)
     found = allocate(units, target_bits)
     rows = {row.layer: row for rows in cells.values() for row in rows}
     choices = [
@@ -140,7 +142,6 @@ def choose(
         for unit, option in zip(units, found.options, strict=True)
     ]
     outside = {name for row in rows.values() if row.status == "disabled" for name in row.members}
-    proxy: DamageUnit = "gradient score a token" if has_per_token(cells) else "gradient score"
     used = {choice.format for choice in choices}
     return Recipe(
         sweep_id=sweep_id,
@@ -148,7 +149,7 @@ def choose(
         checkpoint_digest=checkpoint_digest,
         size=size,
         method=method,
-        damage_unit=proxy if method == "gradient" else "nats a token",
+        damage_unit=_unit(method, statistic),
         bits_asked=target_bits,
         bits=found.bits,
         damage=found.damage,
@@ -172,6 +173,13 @@ def choose(
             ),
         ),
     )
+
+
+def _unit(method: Method, statistic: Statistic) -> DamageUnit:
+    """Return the unit of damages; ModelOpt's own ``kl_div`` does not say its tokens."""
+    if method == "gradient":
+        return "gradient score"
+    return "nats a token" if statistic == "sensitivity_per_token" else "score of the method"
 
 
 def header(recipe: Recipe, tool: str) -> str:

@@ -78,6 +78,7 @@ def build_manifest(
             auto_quantize_bits=config.autoquant.effective_bits,
             auto_quantize_method=config.autoquant.method,
             auto_quantize_score_size=config.autoquant.score_size,
+            auto_quantize_batch_size=config.autoquant.batch_size,
             coverage_mode=cell.coverage,
             coverage_fraction=scored / len(covered) if covered else 0.0,
             quant_formats=[pair.format],
