@@ -191,8 +191,9 @@ class GroupSensitivity(Section):
     """ModelOpt's size of the group in each format, in 16-bit words."""
     importance: float | None
     """The score of the format searched."""
-    rank: int
-    """ModelOpt's rank: 1 is the *least* sensitive."""
+    rank: int | None
+    """ModelOpt's rank among the scored groups: 1 is the *least* sensitive. Null without a score, of
+    ``disabled`` groups too, where ModelOpt counts a 0: what is not known is not harmless."""
     members: list[str] | None = None
     """Names of the modules in the group."""
     kind: Kind | None = None
@@ -346,7 +347,7 @@ class Manifest(Section):
     layer_sensitivity: dict[str, GroupSensitivity] = Field(min_length=1)
     """Groups by ModelOpt's name, with the suffix ``.quant_recipe``."""
     sensitivity_ranking: list[RankedGroup]
-    """All groups, least sensitive first."""
+    """The scored groups, least sensitive first."""
     audit: Audit | None = None
     """How far the scores can be trusted; publishing adds it, once the pair has been audited."""
 

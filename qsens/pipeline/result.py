@@ -123,16 +123,15 @@ def build_manifest(
         ),
         layer_sensitivity=rows,
         sensitivity_ranking=[
-            RankedGroup(name=name, importance=row.importance)
-            for name, row in sorted(rows.items(), key=lambda item: item[1].rank)
+            RankedGroup(name=score.group.name + GROUP_SUFFIX, importance=score.sensitivity)
+            for score in _ranked(scores.groups)
         ],
     )
 
 
 def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, GroupSensitivity]:
-    """Return a row a group in model order, with ModelOpt's rank: 1 is the least sensitive."""
-    order = sorted(groups, key=lambda score: (score.sensitivity or 0.0, score.group.name))
-    ranks = {score.group.name: rank for rank, score in enumerate(order, start=1)}
+    """Return a row a group in model order."""
+    ranks = {score.group.name: rank for rank, score in enumerate(_ranked(groups), start=1)}
     rows = {}
     for score in groups:
         group = score.group
@@ -144,7 +143,7 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
             scores=[measured, 0.0] if group.covered else [0.0],
             costs=[cost, whole] if group.covered else [whole],
             importance=measured,
-            rank=ranks[group.name],
+            rank=ranks.get(group.name),
             members=list(group.members),
             kind=group.kind,
             depth=group.depth,
@@ -159,6 +158,12 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
             experts=_experts(score),
         )
     return rows
+
+
+def _ranked(groups: tuple[GroupScore, ...]) -> list[GroupScore]:
+    """Return the scored groups, least sensitive first, ties by name: ModelOpt's order."""
+    scored = [score for score in groups if score.sensitivity is not None]
+    return sorted(scored, key=lambda score: (score.sensitivity or 0.0, score.group.name))
 
 
 def _experts(score: GroupScore) -> Experts | None:
@@ -196,9 +201,13 @@ def _partial(plan: Plan, cell: Cell, dataset: Dataset, covered: list[GroupScore]
         ("no_gradient", "no gradient"),
         ("failed", "no score"),
     ):
-        names = [score.group.name for score in covered if score.status == status]
-        if names:
-            reasons.append(f"{len(names)} of {len(covered)} groups got {words}, first {names[0]}")
+        found = [score for score in covered if score.status == status]
+        if found:
+            first = found[0]
+            reasons.append(
+                f"{len(found)} of {len(covered)} groups got {words}, first {first.group.name}"
+                + (f": {first.reason}" if first.reason else "")
+            )
     return reasons
 
 
