@@ -53,6 +53,7 @@ def build_units(
     keep: Iterable[str] = (),
     keep_head: bool = False,
     together: Iterable[Collection[str]] = (),
+    refused: Mapping[str, Collection[str]] | None = None,
 ) -> list[Unit]:
     """Return the units of a sweep, in the order of the first format's rows.
 
@@ -66,6 +67,7 @@ def build_units(
         keep: Patterns (fnmatch) of groups or members that stay at 16 bits.
         keep_head: Whether the head stays at 16 bits, as one that is tied to the embedding does.
         together: Names of groups that share one format.
+        refused: Names of groups that a format is no option for, by the format's name.
 
     Raises:
         ValueError: The weights of a group differ between formats.
@@ -86,6 +88,8 @@ def build_units(
             members.setdefault(row.layer, row.members)
             known = options.setdefault(row.layer, {})
             damage = value_of(row, statistic)
+            if row.layer in (refused or {}).get(name, ()):
+                continue
             if damage is not None and row.num_bits is not None:
                 known[name] = Option(name, row.num_bits, damage)
     kept = {layer for layer in weights if matches(layer, members[layer], patterns)}

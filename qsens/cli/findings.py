@@ -204,11 +204,11 @@ def _say_recipe(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
+    from qsens.export.recipe import LeftOut
+
     say_notices(found["notices"])
     for entry in found["left_out"]:
-        stderr.print(
-            f"left out: {entry['format']}: {entry['reason']}", style="yellow", markup=False
-        )
+        stderr.print(f"left out: {LeftOut(**entry).words}", style="yellow", markup=False)
     if "check" in found:
         _print_check(found["check"])
     if found["path"] is None:
