@@ -192,8 +192,9 @@ class GroupSensitivity(Section):
     importance: float | None
     """The score of the format searched."""
     rank: int | None
-    """ModelOpt's rank among the scored groups: 1 is the *least* sensitive. Null without a score, of
-    ``disabled`` groups too, where ModelOpt counts a 0: what is not known is not harmless."""
+    """ModelOpt's rank: 1 is the *least* sensitive. Disabled groups come first, as there: their one
+    format is no quantization, with a score of 0. Null where the score is not known (``failed``,
+    ``non_finite``, ``no_gradient``)."""
     members: list[str] | None = None
     """Names of the modules in the group."""
     kind: Kind | None = None
@@ -347,7 +348,7 @@ class Manifest(Section):
     layer_sensitivity: dict[str, GroupSensitivity] = Field(min_length=1)
     """Groups by ModelOpt's name, with the suffix ``.quant_recipe``."""
     sensitivity_ranking: list[RankedGroup]
-    """The scored groups, least sensitive first."""
+    """The groups with a rank, least sensitive first."""
     audit: Audit | None = None
     """How far the scores can be trusted; publishing adds it, once the pair has been audited."""
 

@@ -47,7 +47,7 @@ def scheme(pair: PairConfig) -> dict[str, Any]:
     Raises:
         UserError: compressed-tensors cannot express the pair; it is named.
     """
-    reason = _inexpressible(pair)
+    reason = refusal(pair)
     if reason is not None:
         raise UserError(
             f"llm-compressor cannot express it: {reason}",
@@ -61,12 +61,36 @@ def scheme(pair: PairConfig) -> dict[str, Any]:
 
 
 def refusal(pair: PairConfig) -> str | None:
-    """Return why ``pair`` is no option; none where it is.
+    """Return why compressed-tensors cannot express ``pair``; none where it can."""
+    for what, quantizer, convert in (
+        ("weights", pair.weight_quantizer, _weights),
+        ("activations", pair.input_quantizer, _inputs),
+    ):
+        if quantizer is None:
+            continue
+        try:
+            convert(quantizer)
+        except ValueError as error:
+            return f"its {what} are {error}"
+    return None
 
-    It is none where compressed-tensors cannot express it, or where vLLM, which loads what
-    llm-compressor writes, reads it as something else.
+
+def misread(pair: PairConfig) -> str | None:
+    """Return how vLLM, which loads what llm-compressor writes, reads ``pair`` as another format.
+
+    None where it does not. Its test for weights and activations of 8 bits compares bits, not types.
     """
-    return _inexpressible(pair) or _misread(pair)
+    weight, inputs = pair.weight_quantizer, pair.input_quantizer
+    if inputs is None or {weight.bits(), inputs.bits()} != {8}:
+        return None
+    if weight.has_block_format() or inputs.has_block_format():
+        return None
+    if isinstance(weight.num_bits, int) == isinstance(inputs.num_bits, int):
+        return None
+    return (
+        "vLLM compares bits, not types, and serves 8-bit weights and activations of two types "
+        "wrongly: it takes amax / 448 of an FP8 activation for an INT8 scale"
+    )
 
 
 def unfit(pair: PairConfig, shape: tuple[int, ...]) -> str | None:
@@ -112,39 +136,6 @@ def served(pair: PairConfig) -> str | None:
         return "vLLM loads it on Arm and XPU alone"
     same = weight.num_bits == inputs.num_bits and weight.bits() == 8
     return None if same and not parts else "no server is known to load it"
-
-
-def _misread(pair: PairConfig) -> str | None:
-    """Return how vLLM reads 8 bits of two types; none where weights and inputs are of one.
-
-    Its test for weights and inputs of 8 bits compares bits, not types.
-    """
-    weight, inputs = pair.weight_quantizer, pair.input_quantizer
-    if inputs is None or {weight.bits(), inputs.bits()} != {8}:
-        return None
-    if weight.has_block_format() or inputs.has_block_format():
-        return None
-    if isinstance(weight.num_bits, int) == isinstance(inputs.num_bits, int):
-        return None
-    return (
-        "vLLM compares bits, not types, and serves 8-bit weights and activations of two types "
-        "wrongly: it takes amax / 448 of an FP8 activation for an INT8 scale"
-    )
-
-
-def _inexpressible(pair: PairConfig) -> str | None:
-    """Return why compressed-tensors cannot express ``pair``; none where it can."""
-    for what, quantizer, convert in (
-        ("weights", pair.weight_quantizer, _weights),
-        ("activations", pair.input_quantizer, _inputs),
-    ):
-        if quantizer is None:
-            continue
-        try:
-            convert(quantizer)
-        except ValueError as error:
-            return f"its {what} are {error}"
-    return None
 
 
 def _targets(recipe: Recipe, name: str | None) -> list[str]:

@@ -175,7 +175,7 @@ def recipe_of(
     ]
     packs = target == "llm-compressor"
     for name, pair in list(formats.items()):
-        reason = llm_compressor.refusal(pair) if packs else None
+        reason = (llm_compressor.refusal(pair) or llm_compressor.misread(pair)) if packs else None
         if reason is not None:
             del formats[name]
             left_out.append(LeftOut(format=name, reason=reason))

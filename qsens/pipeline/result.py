@@ -123,8 +123,8 @@ def build_manifest(
         ),
         layer_sensitivity=rows,
         sensitivity_ranking=[
-            RankedGroup(name=score.group.name + GROUP_SUFFIX, importance=score.sensitivity)
-            for score in _ranked(scores.groups)
+            RankedGroup(name=name, importance=rows[name].importance)
+            for name in (score.group.name + GROUP_SUFFIX for score in _ranked(scores.groups))
         ],
     )
 
@@ -161,9 +161,13 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
 
 
 def _ranked(groups: tuple[GroupScore, ...]) -> list[GroupScore]:
-    """Return the scored groups, least sensitive first, ties by name: ModelOpt's order."""
-    scored = [score for score in groups if score.sensitivity is not None]
-    return sorted(scored, key=lambda score: (score.sensitivity or 0.0, score.group.name))
+    """Return the groups that have a rank, least sensitive first, ties by name: ModelOpt's order.
+
+    A disabled group has one format, no quantization, whose score is 0 as in ModelOpt. A group whose
+    score is not known has no rank: it would come first, as if least sensitive.
+    """
+    known = [score for score in groups if score.status in ("scored", "disabled")]
+    return sorted(known, key=lambda score: (score.sensitivity or 0.0, score.group.name))
 
 
 def _experts(score: GroupScore) -> Experts | None:
