@@ -10,7 +10,7 @@ from qsens.analysis.options import UNQUANTIZED_BITS, matches
 from qsens.analysis.prices import price
 from qsens.config import Roots
 from qsens.config.models import SIZES, Coverage, Size
-from qsens.errors import UserError
+from qsens.errors import AnswerIsNo, UserError
 from qsens.export import llm_compressor, modelopt
 from qsens.export.recipe import LeftOut, Recipe, choose, tally
 from qsens.grid import Plan, read_plan
@@ -220,22 +220,27 @@ def recipe_of(
     packing = pack(rows, formats, plan.checkpoint.path) if packs else Packing(rows)
     left_out += packing.left_out
     notices += packing.notices
-    recipe = choose(
-        packing.rows,
-        {name: formats[name] for name in rows},
-        bits,
-        prices=priced.prices,
-        sweep_id=summary.sweep_id,
-        model=summary.model,
-        checkpoint_digest=summary.checkpoint_digest,
-        size=chosen_size,
-        method=plan.config.autoquant.method,
-        keep=keep,
-        keep_head=keep_head,
-        refused=packing.refused,
-        left_out=left_out,
-        notices=notices,
-    )
+    try:
+        recipe = choose(
+            packing.rows,
+            {name: formats[name] for name in rows},
+            bits,
+            prices=priced.prices,
+            sweep_id=summary.sweep_id,
+            model=summary.model,
+            checkpoint_digest=summary.checkpoint_digest,
+            size=chosen_size,
+            method=plan.config.autoquant.method,
+            keep=keep,
+            keep_head=keep_head,
+            refused=packing.refused,
+            left_out=left_out,
+            notices=notices,
+        )
+    except AnswerIsNo as error:
+        if left_out:
+            error.remedy += f" Left out: {_listed(left_out)}."
+        raise
     if not packs:
         return recipe
     said = [
