@@ -44,11 +44,10 @@ def test_what_modelopt_has_no_code_for_is_refused_before_anything_is_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = Place(tmp_path)
-    plan = place.plan("quant_pair=wnvfp4_anvfp4,wnvfp4_afp16", "dataset.size=small")
-    cells = {cell.pair: cell.cell for cell in plan.cells}
+    plan = place.plan("quant_pair=wnvfp4_anvfp4", "dataset.size=small", "coverage=all_layers")
     monkeypatch.setattr(compute.fused, "score", lambda *_, **__: pytest.fail("scored"))
     with pytest.raises(UserError, match=r"model\.visual\.patch_embed\.proj") as caught:
-        verify(plan, cells["wnvfp4_anvfp4"])
+        verify(plan, plan.cells[0].cell)
     assert "on a GPU alone" in caught.value.what
     assert "coverage=lm_only" in caught.value.remedy
 
@@ -56,6 +55,6 @@ def test_what_modelopt_has_no_code_for_is_refused_before_anything_is_scored(
 @pytest.mark.parametrize("given", ["quant_pair=wnvfp4_afp16", "coverage=lm_only"])
 def test_what_modelopt_has_code_for_is_verified(tmp_path: Path, given: str) -> None:
     place = Place(tmp_path)
-    words = {"quant_pair": "wnvfp4_anvfp4"} | dict([given.split("=")])
+    words = {"quant_pair": "wnvfp4_anvfp4", "coverage": "all_layers"} | dict([given.split("=")])
     plan = place.plan(*(f"{key}={value}" for key, value in words.items()), "dataset.size=small")
     assert verify(plan, plan.cells[0].cell)["agrees"] is True
