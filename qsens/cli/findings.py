@@ -90,12 +90,16 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a cell by both engines on the same batches; exit code 3 if they disagree."""
+    """Score a cell by both engines on the same batches; exit code 3 if they disagree.
+
+    Both score by method gradient, whatever the plan's method: it is the one that ModelOpt defines.
+    """
     from qsens.pipeline.verify import verify as step
 
+    read = read_plan(plan)
     with ProgressLine(stderr, cells=[cell]) as line:
         result = step(
-            read_plan(plan),
+            read,
             cell,
             tolerance=tolerance,
             progress=lambda *steps: line.update(cell, *steps),
@@ -103,7 +107,7 @@ def verify(
     if as_json:
         print_json(result)
     else:
-        _print_verified(result)
+        _print_verified(result, read.config.autoquant.method)
     if not result["agrees"]:
         sys.exit(AnswerIsNo.exit_code)
 
@@ -204,11 +208,11 @@ def _say_recipe(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
+    from qsens.export.recipe import LeftOut
+
     say_notices(found["notices"])
     for entry in found["left_out"]:
-        stderr.print(
-            f"left out: {entry['format']}: {entry['reason']}", style="yellow", markup=False
-        )
+        stderr.print(f"left out: {LeftOut(**entry).words}", style="yellow", markup=False)
     if "check" in found:
         _print_check(found["check"])
     if found["path"] is None:
@@ -300,7 +304,13 @@ def _print_recipe(found: dict[str, Any]) -> None:
     stdout.print(found["path"], markup=False)
 
 
-def _print_verified(result: dict[str, Any]) -> None:
+def _print_verified(result: dict[str, Any], method: str) -> None:
+    if method != result["method"]:
+        stdout.print(
+            f"both scored by {result['method']}, not by the plan's {method}: it is the score that "
+            "ModelOpt defines",
+            markup=False,
+        )
     verdict = "agree" if result["agrees"] else "DISAGREE"
     rho = "" if result["spearman"] is None else f", Spearman's rho {result['spearman']:.6f}"
     stdout.print(

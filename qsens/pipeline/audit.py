@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qsens.analysis.audit import choose_groups, digest_of, judge, read_audit
 from qsens.analysis.ranking import rank
+from qsens.analysis.statistic import Statistic, statistic_of, value_of
 from qsens.config.models import SIZES
 from qsens.errors import Fault, UserError
 from qsens.grid import Cell, Plan
@@ -67,14 +68,21 @@ def audit(
     missing = [
         {"cell": cell.cell, "reason": "has no result"} for cell in cells if not store.is_done(cell)
     ]
-    wanted, scores = _to_measure(store, cells, groups, full=full)
+    wanted = _to_measure(store, cells, groups, full=full)
     faults: list[Fault] = []
     for measured in _truths(store, wanted, progress or (lambda *_: None)):
         faults += measured.faults.values()
         for name in measured.nats:
             cell = plan.cell(name)
+            statistic, scores = _scores(store, cell)
             points = [
-                _point(layer, scores[name][layer], measured.nats[name][layer])
+                Point(
+                    layer=layer,
+                    kind=scores[layer].kind or kind_of(layer),
+                    estimate=value_of(scores[layer], statistic),
+                    standard_error=scores[layer].standard_error,
+                    truth=measured.nats[name][layer],
+                )
                 for layer in wanted[name]
                 if layer in measured.nats[name]
             ]
@@ -89,6 +97,7 @@ def audit(
                 method=plan.config.autoquant.method,
                 mode="full" if full else "sample",
                 samples=plan.samples_scored(cell),
+                statistic=statistic,
                 points=tuple(points),
                 judgement=judge(points, in_nats=plan.config.autoquant.method == "fisher"),
                 failures=measured.failures[name],
@@ -102,7 +111,7 @@ def audit(
         raise faults[0]
     audits = []
     for cell in cells:
-        stored = read_audit(store.audit(cell))
+        stored = _stored(store, cell)
         if stored is not None:
             audits.append({**stored.model_dump(mode="json"), "path": str(store.audit(cell))})
     return {"audits": audits, "missing": missing}
@@ -115,7 +124,7 @@ def is_audited(plan: Plan) -> bool:
     """
     mode = plan.config.autoquant.audit
     cells = audited_cells(plan)
-    return mode == "none" or not _to_measure(Store(plan), cells, GROUPS, full=mode == "full")[0]
+    return mode == "none" or not _to_measure(Store(plan), cells, GROUPS, full=mode == "full")
 
 
 def audited_cells(plan: Plan) -> list[Cell]:
@@ -126,22 +135,48 @@ def audited_cells(plan: Plan) -> list[Cell]:
 
 def find_audits(store: Store) -> list[Audit]:
     """Return the audits of a plan that are there, in its order."""
-    found = [read_audit(store.audit(cell)) for cell in audited_cells(store.plan)]
+    found = [_stored(store, cell) for cell in audited_cells(store.plan)]
     return [audit for audit in found if audit is not None]
+
+
+def _stored(store: Store, cell: Cell) -> Audit | None:
+    """Return the audit of a cell, judged by the statistic that places its groups.
+
+    Audits of ``gradient`` once took the score per token for their estimates; what they measured
+    stands, and the estimates are read off the cell's result again.
+    """
+    found = read_audit(store.audit(cell))
+    if found is None or not store.is_done(cell):
+        return found
+    statistic, scores = _scores(store, cell)
+    if found.statistic == statistic:
+        return found
+    points = tuple(
+        point.model_copy(update={"estimate": value_of(scores[point.layer], statistic)})
+        for point in found.points
+    )
+    judged = judge(points, in_nats=found.method == "fisher")
+    found = found.model_copy(update={"statistic": statistic, "points": points, "judgement": judged})
+    return found.model_copy(update={"digest": digest_of(found)})
+
+
+def _scores(store: Store, cell: Cell) -> tuple[Statistic, dict[str, GroupSensitivity]]:
+    """Return which score places the groups of a cell, and the groups by name."""
+    manifest = read_manifest(store.manifest(cell))
+    groups = {group_name(key): group for key, group in manifest.layer_sensitivity.items()}
+    return statistic_of(manifest.scheme.auto_quantize_method, groups.values()), groups
 
 
 def _to_measure(
     store: Store, cells: Sequence[Cell], groups: int, *, full: bool
-) -> tuple[dict[str, list[str]], dict[str, dict[str, GroupSensitivity]]]:
-    """Return the groups to measure and the scores of all groups, of cells not audited so far."""
+) -> dict[str, list[str]]:
+    """Return the groups to measure, of cells not audited so far."""
     wanted: dict[str, list[str]] = {}
-    scores: dict[str, dict[str, GroupSensitivity]] = {}
     shared: set[str] = set()
     for cell in cells:
         if not store.is_done(cell):
             continue
-        manifest = read_manifest(store.manifest(cell))
-        ranked = rank(manifest).rows
+        ranked = rank(read_manifest(store.manifest(cell))).rows
         scored = [row.layer for row in ranked if row.position is not None]
         chosen = scored if full else choose_groups(ranked, groups, shared)
         shared |= set(chosen)
@@ -149,10 +184,7 @@ def _to_measure(
         if known is not None and len(known.points) + len(known.failures) >= len(chosen):
             continue
         wanted[cell.cell] = chosen
-        scores[cell.cell] = {
-            group_name(key): group for key, group in manifest.layer_sensitivity.items()
-        }
-    return wanted, scores
+    return wanted
 
 
 def _truths(
@@ -163,14 +195,3 @@ def _truths(
     from qsens.pipeline.truth import true_divergences
 
     yield from true_divergences(store, wanted, progress)
-
-
-def _point(layer: str, score: GroupSensitivity, truth: float) -> Point:
-    assert score.sensitivity_per_token is not None
-    return Point(
-        layer=layer,
-        kind=score.kind or kind_of(layer),
-        estimate=score.sensitivity_per_token,
-        standard_error=score.standard_error,
-        truth=truth,
-    )

@@ -62,6 +62,7 @@ def check_recipe(
         or any(matches(group, choice.members, keep) for group in choice.groups)
         for member in choice.members
     ]
+    kept += recipe.outside
     trial = trial_of(plan, cell, held_out(plan, cell.modality, captions), kept)
     predicted = recipe.damage if recipe.damage_unit == "nats a token" else None
     measured = [trial.measure(RECIPE, modelopt.config(recipe), predicted)]

@@ -225,6 +225,10 @@ def both_engines(
     loaded = load(plan, cell, progress)
     model, samples = loaded.model, loaded.samples
     groups = groups_of(plan, cell, model)
+    reference.check_device(model, groups, plan.pair(cell))
+    refused = _without_labels(plan, cell, samples)
+    if refused is not None:
+        raise refused
     scored, batch_size = plan.samples_scored(cell), config.autoquant.batch_size
     sizes = plan.boundaries(cell)
     request = request_of(plan, cell)

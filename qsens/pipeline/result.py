@@ -80,6 +80,7 @@ def build_manifest(
             auto_quantize_bits=config.autoquant.effective_bits,
             auto_quantize_method=config.autoquant.method,
             auto_quantize_score_size=config.autoquant.score_size,
+            auto_quantize_batch_size=config.autoquant.batch_size,
             coverage_mode=cell.coverage,
             coverage_fraction=scored / len(covered) if covered else 0.0,
             quant_formats=[pair.format],
@@ -125,16 +126,15 @@ def build_manifest(
         ),
         layer_sensitivity=rows,
         sensitivity_ranking=[
-            RankedGroup(name=name, importance=row.importance)
-            for name, row in sorted(rows.items(), key=lambda item: item[1].rank)
+            RankedGroup(name=name, importance=rows[name].importance)
+            for name in (score.group.name + GROUP_SUFFIX for score in _ranked(scores.groups))
         ],
     )
 
 
 def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, GroupSensitivity]:
-    """Return a row a group in model order, with ModelOpt's rank: 1 is the least sensitive."""
-    order = sorted(groups, key=lambda score: (score.sensitivity or 0.0, score.group.name))
-    ranks = {score.group.name: rank for rank, score in enumerate(order, start=1)}
+    """Return a row a group in model order."""
+    ranks = {score.group.name: rank for rank, score in enumerate(_ranked(groups), start=1)}
     rows = {}
     for score in groups:
         group = score.group
@@ -146,7 +146,7 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
             scores=[measured, 0.0] if group.covered else [0.0],
             costs=[cost, whole] if group.covered else [whole],
             importance=measured,
-            rank=ranks[group.name],
+            rank=ranks.get(group.name),
             members=list(group.members),
             kind=group.kind,
             depth=group.depth,
@@ -161,6 +161,16 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
             experts=_experts(score),
         )
     return rows
+
+
+def _ranked(groups: tuple[GroupScore, ...]) -> list[GroupScore]:
+    """Return the groups that have a rank, least sensitive first, ties by name: ModelOpt's order.
+
+    A disabled group has one format, no quantization, whose score is 0 as in ModelOpt. A group whose
+    score is not known has no rank: it would come first, as if least sensitive.
+    """
+    known = [score for score in groups if score.status in ("scored", "disabled")]
+    return sorted(known, key=lambda score: (score.sensitivity or 0.0, score.group.name))
 
 
 def _experts(score: GroupScore) -> Experts | None:
@@ -198,9 +208,13 @@ def _partial(plan: Plan, cell: Cell, dataset: Dataset, covered: list[GroupScore]
         ("no_gradient", "no gradient"),
         ("failed", "no score"),
     ):
-        names = [score.group.name for score in covered if score.status == status]
-        if names:
-            reasons.append(f"{len(names)} of {len(covered)} groups got {words}, first {names[0]}")
+        found = [score for score in covered if score.status == status]
+        if found:
+            first = found[0]
+            reasons.append(
+                f"{len(found)} of {len(covered)} groups got {words}, first {first.group.name}"
+                + (f": {first.reason}" if first.reason else "")
+            )
     return reasons
 
 
