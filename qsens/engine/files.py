@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from qsens.checksums import digest_file as digest_file
 from qsens.errors import UserError
 from qsens.grid import CheckpointIdentity, digest_of
 from qsens.store import write_text
@@ -220,15 +220,6 @@ def _has_tied_head(config: dict[str, Any], weights: list[Path]) -> bool:
     if config.get("tie_word_embeddings", inner) is True:
         return True
     return not any(name.endswith(_HEADS) for file in weights for name in read_header(file))
-
-
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as opened:
-        while block := opened.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest(path: Path, known: dict[str, str]) -> str:

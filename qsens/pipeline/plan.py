@@ -16,9 +16,10 @@ from typing import Any
 from qsens.config import Roots, SweepConfig, load_sweep
 from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
-from qsens.engine.files import check_chat_template, identify, shapes
+from qsens.engine.files import check_chat_template, identify, read_config, shapes
 from qsens.engine.pictures import PictureReader, cache_of, read_resolution
 from qsens.grid import Plan, calibration_digest, make_plan
+from qsens.identity import identify_patterns
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
 from qsens.store import Store, write_text
 
@@ -48,8 +49,8 @@ def plan_sweep(
     """
     roots = roots or Roots.from_environment()
     loaded = load_sweep(preset, overrides, roots=roots)
-    config = loaded.config
-    config = config.model_copy(update={"model": resolve_parts(config.model)})
+    given = loaded.config.model
+    config = loaded.config.model_copy(update={"model": resolve_parts(given)})
     checkpoint = identify(config.model.path, cache=roots.results / ".cells" / "digests.json")
     reader = picture_reader(config, roots)
     samples, notices = identify_samples(config.dataset, config.dataset.size, reader)
@@ -61,6 +62,12 @@ def plan_sweep(
         checkpoint=checkpoint,
         samples=samples,
         versions={name: installed_version(name) for name in _DISTRIBUTIONS},
+        patterns=identify_patterns(
+            given,
+            config.model,
+            str(read_config(config.model.path).get("model_type")),
+            weights,
+        ),
         lanes=lanes or config.dag.lanes or 1,
         notices=(*loaded.notices, *notices),
     )
