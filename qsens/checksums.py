@@ -34,7 +34,8 @@ def digest_file(path: Path) -> str:
 def sealed(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON data with the checksum of all its other keys, last."""
     others = {key: value for key, value in data.items() if key != CHECKSUM}
-    return {**others, CHECKSUM: digest_of(others)}
+    # As it is read again: a number that is a key is text there, which sorts otherwise.
+    return {**others, CHECKSUM: digest_of(json.loads(json.dumps(others)))}
 
 
 def is_sealed(data: Mapping[str, Any]) -> bool:
@@ -61,24 +62,47 @@ def check_tensors(path: Path, digest: str) -> str | None:
     """
     try:
         header, tensors = _split(path)
-        known = header.get(_METADATA, {})
-        if CHECKSUM not in known and DIGEST not in known:
-            return None
-        if known.get(CHECKSUM) != _digest_of_tensors(header, tensors):
-            return "its content does not match its checksum"
-        return None if known.get(DIGEST) == digest else "it is stored under another's digest"
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
-    except (ValueError, struct.error, AttributeError, RecursionError):
-        return "it is no whole safetensors file"
+    except ValueError as error:
+        return str(error)
+    known = header.get(_METADATA, {})
+    if CHECKSUM not in known and DIGEST not in known:
+        return None
+    if known.get(CHECKSUM) != _digest_of_tensors(header, tensors):
+        return "its content does not match its checksum"
+    return None if known.get(DIGEST) == digest else "it is stored under another's digest"
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no whole safetensors file.
+    """
+    found: dict[str, str] = _split(path)[0].get(_METADATA, {})
+    return found
 
 
 def _split(path: Path) -> tuple[dict[str, Any], bytes]:
     """Return the header of a safetensors file and the bytes of its tensors."""
     data = path.read_bytes()
-    (length,) = _LENGTH.unpack_from(data)
-    header = json.loads(data[_LENGTH.size : _LENGTH.size + length])
-    return header, data[_LENGTH.size + length :]
+    try:
+        (length,) = _LENGTH.unpack_from(data)
+        header = json.loads(data[_LENGTH.size : _LENGTH.size + length])
+        tensors = data[_LENGTH.size + length :]
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != _METADATA]
+        whole = max(ends, default=0) == len(tensors) and _is_text(header.get(_METADATA, {}))
+    except (ValueError, struct.error, AttributeError, LookupError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ValueError("it is no whole safetensors file")
+    return header, tensors
+
+
+def _is_text(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
 
 
 def _digest_of_tensors(header: Mapping[str, Any], tensors: bytes) -> str:

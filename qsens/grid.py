@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,13 +14,15 @@ from pydantic import Field
 
 from qsens.checksums import digest_of as digest_of
 from qsens.config import PairConfig, Roots, SweepConfig
-from qsens.config.base import read_json
 from qsens.config.models import Coverage, Frozen, Modality, Size
 from qsens.config.pairs import DEFAULT_GRANULARITY
-from qsens.errors import UserError
+from qsens.documents import read_document
+from qsens.errors import Damaged, UserError
 from qsens.identity import CALIBRATION_VERSION, PatternsIdentity, cell_identity
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+# The time in it is when the plan was made, in UTC.
+SWEEP_ID = re.compile(r"(\d{8}T\d{9})Z-[0-9a-f]{8}")
 
 
 class CheckpointIdentity(Frozen):
@@ -130,6 +133,10 @@ class Plan(Frozen):
     """What a reader should know."""
     cells: list[Cell] = Field(min_length=1)
     """The grid, round-robin over lanes."""
+    published: int | None = None
+    """Which of its model's sweeps it is, from 1, in the order of their publication."""
+    checksum: str | None = None
+    """SHA-256 over the canonical JSON of all other keys; null in plans older than this key."""
 
     def cell(self, cell_id: str) -> Cell:
         """Return the cell of that id.
@@ -296,15 +303,34 @@ def read_plan(path: Path) -> Plan:
     """Read ``plan.json``.
 
     Raises:
-        UserError: The file is no plan of this version.
+        Damaged: The file is no plan, or not as it was written.
+        UserError: A newer qsens wrote it.
     """
-    return read_json(
+    plan = read_document(
         Plan,
         path,
         what="plan",
+        version=PLAN_VERSION,
         name="Name a plan.json that `qsens plan --out` wrote.",
         again="Make the plan again with `qsens plan --out`.",
     )
+    refuse_another_sweep(path, plan.sweep_id)
+    return plan
+
+
+def refuse_another_sweep(path: Path, sweep_id: str) -> None:
+    """Refuse a file of a sweep in the directory that is named after another one.
+
+    Raises:
+        Damaged: It is in another sweep's directory.
+    """
+    name = path.parent.name
+    if SWEEP_ID.fullmatch(name) and name != sweep_id:
+        raise Damaged(
+            f"is damaged: it is that of another sweep, {sweep_id}",
+            where=str(path),
+            remedy="Publish the sweep again with `qsens publish`.",
+        )
 
 
 def cell_id(pair: str, granularity: str, coverage: Coverage, modality: Modality, size: str) -> str:

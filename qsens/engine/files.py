@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from qsens.checksums import CHECKSUM, is_sealed, sealed
 from qsens.checksums import digest_file as digest_file
+from qsens.documents import dump_json
 from qsens.errors import UserError
 from qsens.grid import CheckpointIdentity, digest_of
-from qsens.store import write_text
+from qsens.store import set_aside, write_text
 
 INDEX = "model.safetensors.index.json"
 _TOKENIZER = (
@@ -27,6 +30,7 @@ _TOKENIZER = (
 )
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 _HEADS = ("lm_head.weight", "output_layer.weight")
+log = logging.getLogger(__name__)
 _REMEDY = "Download the checkpoint again, or set model.path to a whole one."
 
 
@@ -60,7 +64,7 @@ def identify(path: Path, *, cache: Path | None = None) -> CheckpointIdentity:
             )
         )
     if cache is not None:
-        text = json.dumps(dict(sorted(known.items())), indent=1)
+        text = dump_json(sealed(dict(sorted(known.items()))))
         if not cache.is_file() or cache.read_text(encoding="utf-8") != text:
             write_text(cache, text)
     return CheckpointIdentity(
@@ -234,7 +238,13 @@ def _read_cache(cache: Path | None) -> dict[str, str]:
     if cache is None or not cache.is_file():
         return {}
     try:
-        data = json.loads(cache.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        data = json.loads(cache.read_bytes())
+    except ValueError:
+        data = None
+    if isinstance(data, dict) and CHECKSUM not in data:  # from before caches had one
         return {}
-    return data if isinstance(data, dict) else {}
+    if not isinstance(data, dict) or not is_sealed(data):
+        kept = set_aside(cache, "digests")
+        log.warning("%s: is damaged; set aside as %s, all files are hashed again", cache, kept)
+        return {}
+    return {key: value for key, value in data.items() if key != CHECKSUM}

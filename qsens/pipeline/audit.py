@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qsens.analysis.audit import choose_groups, digest_of, judge, read_audit
 from qsens.analysis.ranking import rank
 from qsens.config.models import SIZES
-from qsens.errors import UserError
+from qsens.documents import dump_document
+from qsens.errors import Damaged, UserError
 from qsens.grid import Cell, Plan
-from qsens.manifest import Audit, GroupSensitivity, Point, dump_json, read_manifest
+from qsens.identity import measured_kl_version
+from qsens.manifest import Audit, GroupSensitivity, Manifest, Point
 from qsens.names import group_name, kind_of
 from qsens.pipeline.cell import Progress
 from qsens.store import Store, write_text
@@ -63,10 +66,15 @@ def audit(
             remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in plan.cells))}.",
         )
     cells = [cell for cell in audited_cells(plan) if not pairs or cell.pair in pairs]
+    manifests = _manifests(store, cells)
     missing = [
-        {"cell": cell.cell, "reason": "has no result"} for cell in cells if not store.is_done(cell)
+        {"cell": cell.cell, "reason": "has no result"}
+        for cell in cells
+        if cell.cell not in manifests
     ]
-    wanted, scores = _to_measure(store, cells, groups, full=full)
+    wanted, scores = _to_measure(store, cells, manifests, groups, full=full)
+    for name in wanted:
+        _set_aside(store, plan.cell(name))
     for measured in _truths(store, wanted, progress or (lambda *_: None)):
         for name in measured.nats:
             cell = plan.cell(name)
@@ -91,12 +99,13 @@ def audit(
                 failures=measured.failures[name],
                 seconds=round(measured.seconds, 3),
                 device=measured.device,
+                measured_kl=measured_kl_version(plan.config.model.dtype),
             )
             found = found.model_copy(update={"digest": digest_of(found)})
-            write_text(store.audit(cell), dump_json(found.model_dump(mode="json")))
+            write_text(store.audit(cell), dump_document(found))
     audits = []
     for cell in cells:
-        stored = read_audit(store.audit(cell))
+        stored = _stored(store, cell)
         if stored is not None:
             audits.append({**stored.model_dump(mode="json"), "path": str(store.audit(cell))})
     return {"audits": audits, "missing": missing}
@@ -108,8 +117,11 @@ def is_audited(plan: Plan) -> bool:
     Without torch, unlike what would make them.
     """
     mode = plan.config.autoquant.audit
-    cells = audited_cells(plan)
-    return mode == "none" or not _to_measure(Store(plan), cells, GROUPS, full=mode == "full")[0]
+    if mode == "none":
+        return True
+    store, cells = Store(plan), audited_cells(plan)
+    manifests = _manifests(store, cells)
+    return not _to_measure(store, cells, manifests, GROUPS, full=mode == "full")[0]
 
 
 def audited_cells(plan: Plan) -> list[Cell]:
@@ -120,26 +132,60 @@ def audited_cells(plan: Plan) -> list[Cell]:
 
 def find_audits(store: Store) -> list[Audit]:
     """Return the audits of a plan that are there, in its order."""
-    found = [read_audit(store.audit(cell)) for cell in audited_cells(store.plan)]
+    found = [_stored(store, cell) for cell in audited_cells(store.plan)]
     return [audit for audit in found if audit is not None]
 
 
+def _manifests(store: Store, cells: Sequence[Cell]) -> dict[str, Manifest]:
+    """Return the manifests of the cells that have a result, by cell id."""
+    found = {}
+    for cell in cells:
+        with contextlib.suppress(Damaged):
+            manifest = store.result(cell)
+            if manifest is not None:
+                found[cell.cell] = manifest
+    return found
+
+
+def _stored(store: Store, cell: Cell) -> Audit | None:
+    """Return the audit of ``cell``; none where it is damaged, or was measured another way."""
+    audit = read_audit(store.audit(cell))
+    now = measured_kl_version(store.plan.config.model.dtype)
+    if audit is None or audit.cell_digest != cell.digest or audit.measured_kl != now:
+        return None
+    return audit
+
+
+def _set_aside(store: Store, cell: Cell) -> None:
+    """Set the audit of ``cell`` aside where it is damaged."""
+    path = store.audit(cell)
+    if path.is_file():
+        audit = read_audit(path)
+        if audit is None or audit.cell_digest != cell.digest:
+            store.set_aside(path, f"the audit of {cell.cell}", "is not what was written")
+
+
 def _to_measure(
-    store: Store, cells: Sequence[Cell], groups: int, *, full: bool
+    store: Store,
+    cells: Sequence[Cell],
+    manifests: Mapping[str, Manifest],
+    groups: int,
+    *,
+    full: bool,
 ) -> tuple[dict[str, list[str]], dict[str, dict[str, GroupSensitivity]]]:
     """Return the groups to measure and the scores of all groups, of cells not audited so far."""
     wanted: dict[str, list[str]] = {}
     scores: dict[str, dict[str, GroupSensitivity]] = {}
     shared: set[str] = set()
     for cell in cells:
-        if not store.is_done(cell):
+        manifest = manifests.get(cell.cell)
+        if manifest is None:
             continue
-        manifest = read_manifest(store.manifest(cell))
         ranked = rank(manifest).rows
         scored = [row.layer for row in ranked if row.position is not None]
         chosen = scored if full else choose_groups(ranked, groups, shared)
         shared |= set(chosen)
-        known = read_audit(store.audit(cell))
+        known = _stored(store, cell)
         if known is not None and len(known.points) + len(known.failures) >= len(chosen):
             continue
         wanted[cell.cell] = chosen

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qsens.config import Roots, SweepConfig, load_sweep
+from qsens.documents import dump_document
 from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
 from qsens.engine.files import check_chat_template, identify, read_config, shapes
@@ -112,7 +113,7 @@ def _mark_used(plan: Plan) -> None:
 
 def plan_json(plan: Plan) -> str:
     """Return ``plan.json`` as text."""
-    return plan.model_dump_json(indent=2) + "\n"
+    return dump_document(plan)
 
 
 def describe(plan: Plan, path: Path | None) -> dict[str, Any]:

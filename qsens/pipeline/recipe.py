@@ -13,14 +13,14 @@ from qsens.config.models import SIZES, Coverage, Size
 from qsens.errors import UserError
 from qsens.export import llm_compressor, modelopt
 from qsens.export.recipe import LeftOut, Recipe, choose, tally
-from qsens.grid import Plan, read_plan
+from qsens.grid import Plan
 from qsens.manifest import dump_json
+from qsens.pipeline.stored import read_sweep
 from qsens.report.findings import of_coverage, series_of
-from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell, read_summary
+from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell
 from qsens.store import write_text
 
 Target = Literal["modelopt", "llm-compressor", "json"]
-PLAN = "plan.json"
 
 
 def write_recipe(
@@ -70,7 +70,7 @@ def write_recipe(
         )
     directory = find_sweep(where, roots or Roots.from_environment())
     refusal = llm_compressor.refusal if target == "llm-compressor" else None
-    summary, plan = read_summary(directory / SUMMARY), read_plan(directory / PLAN)
+    summary, plan = read_sweep(directory)
     recipe = recipe_of(
         summary,
         plan,

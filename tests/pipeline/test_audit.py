@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from qsens.documents import dump_document
+from qsens.manifest import read_manifest
+
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult
 
@@ -160,7 +163,11 @@ def test_published_with_the_sweep(place: Place, audited: Any) -> None:
         assert len(found["digest"]) == 64
         result = place.root / "results/.cells" / digests[cell["cell"]] / "manifest.json"
         assert result.read_bytes() == scored[cell["cell"]]
-        assert json.loads(scored[cell["cell"]]) == manifest | {"audit": None}
+        # Each has a checksum of its own, which reading checks.
+        assert read_manifest(Path(cell["manifest"])).verified
+        kept = json.loads(scored[cell["cell"]])
+        assert kept.pop("checksum") != manifest.pop("checksum")
+        assert kept == manifest | {"audit": None}
         folder = Path(cell["manifest"]).parent
         reports = {
             path: path.read_bytes() for path in sorted(folder.glob("per-layer-sensitivity.*"))
@@ -208,7 +215,7 @@ def test_a_recipe_divides_estimates_that_are_off_by_their_ratio(
     off = {"wfp4_afp16": 0.9}
     sweep = tmp_path / "sweep"
     sweep.mkdir()
-    (sweep / "summary.json").write_text(json.dumps(summary))
+    (sweep / "summary.json").write_text(dump_document(summary))
     (sweep / "plan.json").write_bytes((Path(published["index"]).parent / "plan.json").read_bytes())
     (tmp_path / "some.txt").write_text("A red cube on a table.\nTwo green balls in a box.\n")
     answer = _recipe(
