@@ -4,6 +4,7 @@
 QsensError
 ├── Fault              1   something else went wrong in one of many cells; it may pass
 ├── UserError          2   the user must mend it: configuration, paths, the checkpoint
+│   └── Damaged        2   a file that qsens wrote cannot be read, or is not what was written
 ├── AnswerIsNo         3   it ran, and the answer is no: verify, audit, an infeasible recipe
 ├── OutOfMemory       74   the device or the host has no memory left for this budget
 └── TryAgain          75   it may pass: a lock held elsewhere
@@ -63,6 +64,10 @@ class UserError(QsensError):
     """Something that the user must mend before a retry makes sense."""
 
     exit_code = 2
+
+
+class Damaged(UserError):
+    """A file that qsens wrote cannot be read, or its content is not what was written."""
 
 
 class AnswerIsNo(QsensError):

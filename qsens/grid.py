@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,15 +12,17 @@ from typing import Any
 
 from pydantic import Field
 
+from qsens.checksums import digest_of as digest_of
 from qsens.config import PairConfig, Roots, SweepConfig
-from qsens.config.base import read_json
 from qsens.config.models import Coverage, Frozen, Modality, Size
 from qsens.config.pairs import DEFAULT_GRANULARITY
-from qsens.errors import UserError
+from qsens.documents import read_document
+from qsens.errors import Damaged, UserError
+from qsens.identity import CALIBRATION_VERSION, PatternsIdentity, cell_identity
 
-PLAN_VERSION = 1
-# Raised whenever an engine gives other numbers for the same input.
-ENGINE_VERSIONS = {"fused": 2, "modelopt": 2}
+PLAN_VERSION = 2
+# The time in it is when the plan was made, in UTC.
+SWEEP_ID = re.compile(r"(\d{8}T\d{9})Z-[0-9a-f]{8}")
 
 
 class CheckpointIdentity(Frozen):
@@ -129,10 +130,16 @@ class Plan(Frozen):
     """The sample file of each size in the grid."""
     versions: dict[str, str]
     """Installed versions of ``qsens``, ``torch``, ``transformers``, ``nvidia-modelopt``."""
+    patterns: PatternsIdentity | None = None
+    """Patterns of the model's parts as digests spell them; none where the configuration's are."""
     notices: list[str] = []
     """What a reader should know."""
     cells: list[Cell] = Field(min_length=1)
     """The grid, round-robin over lanes."""
+    published: int | None = None
+    """Which of its model's sweeps it is, from 1, in the order of their publication."""
+    checksum: str | None = None
+    """SHA-256 over the canonical JSON of all other keys; null in plans older than this key."""
 
     def cell(self, cell_id: str) -> Cell:
         """Return the cell of that id.
@@ -217,6 +224,7 @@ def make_plan(
     checkpoint: CheckpointIdentity,
     samples: Mapping[Size, SamplesIdentity],
     versions: Mapping[str, str],
+    patterns: PatternsIdentity | None = None,
     lanes: int = 1,
     notices: tuple[str, ...] = (),
     now: datetime | None = None,
@@ -231,6 +239,8 @@ def make_plan(
         checkpoint: What the checkpoint is.
         samples: The sample file of each size in the grid.
         versions: Installed versions, by distribution name.
+        patterns: Those of the model's parts as digests spell them; as the configuration has them
+            when not given.
         lanes: Shares to split the grid into, by weight format; in no digest.
         notices: What a reader should know.
         now: When the plan is made; the current time when not given.
@@ -247,9 +257,9 @@ def make_plan(
             continue
         pair = own.with_granularity(granularity)
         modality = config.modality(coverage)
-        identity = _identity(config, pair, coverage, size, checkpoint, versions)
+        identity = cell_identity(config, pair, coverage, size, versions)
         identity["granularity"] = granularity.name
-        identity |= _samples_identity(config, modality, checkpoint, samples[size])
+        identity |= _inputs_identity(config, patterns, modality, checkpoint, samples[size])
         pictures = samples[size].pictures if modality == "image_text" else None
         if pictures is not None and pictures.skipped:  # it says whether the result is PARTIAL
             identity["max_skipped"] = config.dataset.max_skipped
@@ -286,6 +296,7 @@ def make_plan(
         checkpoint=checkpoint,
         samples=dict(samples),
         versions=dict(versions),
+        patterns=patterns,
         notices=list(notices),
         cells=_into_lanes(cells, weights, lanes),
     )
@@ -295,15 +306,34 @@ def read_plan(path: Path) -> Plan:
     """Read ``plan.json``.
 
     Raises:
-        UserError: The file is no plan of this version.
+        Damaged: The file is no plan, or not as it was written.
+        UserError: A newer qsens wrote it.
     """
-    return read_json(
+    plan = read_document(
         Plan,
         path,
         what="plan",
+        version=PLAN_VERSION,
         name="Name a plan.json that `qsens plan --out` wrote.",
         again="Make the plan again with `qsens plan --out`.",
     )
+    refuse_another_sweep(path, plan.sweep_id)
+    return plan
+
+
+def refuse_another_sweep(path: Path, sweep_id: str) -> None:
+    """Refuse a file of a sweep in the directory that is named after another one.
+
+    Raises:
+        Damaged: It is in another sweep's directory.
+    """
+    name = path.parent.name
+    if SWEEP_ID.fullmatch(name) and name != sweep_id:
+        raise Damaged(
+            f"is damaged: it is that of another sweep, {sweep_id}",
+            where=str(path),
+            remedy="Publish the sweep again with `qsens publish`.",
+        )
 
 
 def cell_id(pair: str, granularity: str, coverage: Coverage, modality: Modality, size: str) -> str:
@@ -318,73 +348,42 @@ def calibration_digest(plan: Plan, cell: Cell) -> str:
 
     Cells of one modality and size read the same, of the tower as well where one of them covers it.
     """
-    config = plan.config
     tower = any(
         other.coverage == "all_layers" and other.modality == cell.modality for other in plan.cells
+    )
+    identity = _inputs_identity(
+        plan.config, plan.patterns, cell.modality, plan.checkpoint, plan.samples[cell.size]
     )
     return digest_of(
         {
             **({"tower": True} if tower else {}),
-            **_samples_identity(config, cell.modality, plan.checkpoint, plan.samples[cell.size]),
-            "checkpoint": plan.checkpoint.digest,
-            "tokenizer": plan.checkpoint.tokenizer_digest,
-            "dtype": config.model.dtype,
-            "trust_remote_code": config.model.trust_remote_code,
-            "vision_patterns": config.model.vision_patterns,
-            "head_patterns": config.model.head_patterns,
+            **identity,
             "count": plan.samples_used(cell),
-            "sizes": dict(sorted(config.dataset.sizes.items())),
-            "calib_seq_len": config.dataset.calib_seq_len,
-            "engine": ENGINE_VERSIONS["fused"],
+            "engine": CALIBRATION_VERSION,
             "versions": {name: plan.versions.get(name) for name in ("torch", "transformers")},
         }
     )
 
 
-def digest_of(value: Any) -> str:
-    """Return the SHA-256 of ``value`` as canonical JSON, in hex."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _identity(
+def _inputs_identity(
     config: SweepConfig,
-    pair: PairConfig,
-    coverage: Coverage,
-    size: Size,
+    patterns: PatternsIdentity | None,
+    modality: Modality,
     checkpoint: CheckpointIdentity,
-    versions: Mapping[str, str],
+    samples: SamplesIdentity,
 ) -> dict[str, Any]:
-    """Return all that changes the numbers or the names of a cell's result."""
-    autoquant, dataset = config.autoquant, config.dataset
-    other_names = {"all_layers_scheme", "all_layers_run_dir"}
-    if coverage == "all_layers":
-        other_names = {"scheme", "run_dir"}
-    computing = ["torch", "transformers"]
-    if autoquant.engine == "modelopt":
-        computing.append("nvidia-modelopt")
+    """Return all that decides what a pass runs on: the model, its parts, and the samples."""
+    model = config.model
     return {
         "checkpoint": checkpoint.digest,
         "tokenizer": checkpoint.tokenizer_digest,
-        "dtype": config.model.dtype,
-        "trust_remote_code": config.model.trust_remote_code,
-        "vision_patterns": config.model.vision_patterns,
-        "head_patterns": config.model.head_patterns,
-        "names": [config.model.name, config.model.short_name, dataset.name],
-        "size": size,
-        "sizes": dict(sorted(dataset.sizes.items())),
-        "max_calib_samples": dataset.max_calib_samples,
-        "calib_seq_len": dataset.calib_seq_len,
-        "pair": pair.model_dump(mode="json", exclude=other_names),
-        "coverage": coverage,
-        "method": autoquant.method,
-        "draws": autoquant.draws if autoquant.method == "fisher" else None,
-        "effective_bits": autoquant.effective_bits,
-        "score_size": autoquant.score_size,
-        "batch_size": autoquant.batch_size,
-        "seed": autoquant.seed,
-        "engine": [autoquant.engine, ENGINE_VERSIONS[autoquant.engine]],
-        "versions": {name: versions.get(name, "none") for name in computing},
+        "dtype": model.dtype,
+        "trust_remote_code": model.trust_remote_code,
+        "vision_patterns": patterns.vision if patterns else model.vision_patterns,
+        "head_patterns": patterns.head if patterns else model.head_patterns,
+        "sizes": dict(sorted(config.dataset.sizes.items())),
+        "calib_seq_len": config.dataset.calib_seq_len,
+        **_samples_identity(config, modality, checkpoint, samples),
     }
 
 

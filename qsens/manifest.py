@@ -7,20 +7,22 @@ optional here, so that manifests of the older layout load as well.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from qsens.config.models import Coverage, Modality, Size
+from qsens.documents import dump_document as dump_document
+from qsens.documents import dump_json as dump_json
+from qsens.documents import read_document, refuse_newer
 from qsens.errors import UserError
 from qsens.names import FUSED, Kind, depth_of, group_name, kind_of
 
-SCHEMA_VERSION = 1
-AUDIT_VERSION = 1
+SCHEMA_VERSION = 2
+AUDIT_VERSION = 2
 MANIFEST_SUFFIX = "_quant_manifest.json"
 STATE_SUFFIX = "_autoquant_state.safetensors"
 
@@ -309,6 +311,16 @@ class Audit(Section):
     """What the measurement took, for all pairs that were audited with this one."""
     device: str
     """The device, in words."""
+    measured_kl: int = 1
+    """Version of what measured the divergences; audits older than this key are of the first."""
+    checksum: str | None = None
+    """SHA-256 over the canonical JSON of all other keys; null in audits older than this key."""
+
+    @field_validator("schema_version")
+    @classmethod
+    def _is_known(cls, version: int) -> int:
+        refuse_newer("audit", version, AUDIT_VERSION)
+        return version
 
 
 class Manifest(Section):
@@ -357,30 +369,33 @@ class Manifest(Section):
     token; null where it rounds nothing, and for other methods."""
     audit: Audit | None = None
     """How far the scores can be trusted; publishing adds it, once the pair has been audited."""
+    state_digest: str | None = None
+    """SHA-256 over the bytes of the state file beside it; null in results older than this key."""
+    checksum: str | None = None
+    """SHA-256 over the canonical JSON of all other keys; null in results older than this key."""
+
+    @property
+    def verified(self) -> bool:
+        """Return whether reading has found its content to be what was written."""
+        return self.checksum is not None
 
 
 def read_manifest(path: Path) -> Manifest:
     """Read a manifest of this or of the older layout; older rows get status and bits.
 
     Raises:
-        UserError: The file is no manifest; the message names the first key that is wrong.
+        Damaged: The file is no manifest, or not as it was written.
+        UserError: A newer qsens wrote it.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        manifest = Manifest.model_validate(data)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"cannot be read: {error}", where=str(path), remedy="Name a whole manifest."
-        ) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"is no manifest: {key or 'top level'}: {first['msg']}",
-            where=str(path),
-            remedy="Name a manifest that ends in " + MANIFEST_SUFFIX + ".",
-        ) from error
-    if manifest.schema_version >= SCHEMA_VERSION:
+    manifest = read_document(
+        Manifest,
+        path,
+        what="manifest",
+        version=SCHEMA_VERSION,
+        name="Name a whole manifest.",
+        again=f"Name a manifest that ends in {MANIFEST_SUFFIX}, or publish its sweep again.",
+    )
+    if manifest.schema_version > 0:
         return manifest
     rows = {
         key: _complete(key, row, manifest.layers) for key, row in manifest.layer_sensitivity.items()
@@ -406,11 +421,6 @@ def find_manifest(directory: Path) -> Path:
         where=str(directory),
         remedy=f"Name a directory with one *{MANIFEST_SUFFIX}, or the file itself.",
     )
-
-
-def dump_json(value: Any) -> str:
-    """Return JSON as qsens writes it: keys in their given order, full precision, no NaN."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _complete(key: str, row: GroupSensitivity, layers: Mapping[str, Layer]) -> GroupSensitivity:

@@ -1,28 +1,34 @@
 """Where results lie, atomic writes, locks, and what is done already.
 
 A result lives once at ``<results>/.cells/<cell digest>/`` and is never overwritten; publishing
-copies it into the layout. The manifest is written last: a directory without one is no result.
+copies it into the layout. The manifest is written last: a directory without one is no result. What
+cannot be read, or is not what was written, is none either: it is set aside and computed again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qsens.errors import DiskFull, TryAgain, UserError
+from qsens.checksums import check_tensors, digest_file
+from qsens.documents import dump_document
+from qsens.errors import Damaged, DiskFull, TryAgain, UserError
 from qsens.grid import Cell, Plan
-from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX
+from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest
+from qsens.results import MANIFEST as MANIFEST
+from qsens.results import STATE as STATE
+from qsens.results import read_result
 
-MANIFEST = "manifest.json"
-STATE = "state.safetensors"
 # Errors of a directory that somebody must mend; others may be the disk's or the network's.
 _REFUSALS = (
     errno.EACCES,
@@ -34,8 +40,12 @@ _REFUSALS = (
     errno.EPERM,
     errno.EROFS,
 )
-# Which sweep a cell's directory shows: an older sweep, published again, must not replace it.
-SHOWN = ".sweep"
+# Where damaged files are set aside, by who found them; `prune` takes them away in time.
+ASIDE = ".damaged"
+FAILED = ".failed.json"
+_STORED = {"cells": "result", "calibrations": "calibration", "audits": "audit"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,15 +76,94 @@ class Store:
 
     def failure(self, cell: Cell) -> Path:
         """Return where the reason is kept why ``cell`` could not be computed."""
-        return self.plan.results / ".cells" / f"{cell.digest}.failed.json"
+        return self.plan.results / ".cells" / f"{cell.digest}{FAILED}"
 
     def audit(self, cell: Cell) -> Path:
         """Return where the audit of the scores of ``cell`` lives, whether it is there or not."""
         return self.plan.results / ".audits" / f"{cell.digest}.json"
 
+    def result(self, cell: Cell) -> Manifest | None:
+        """Return the manifest of the result of ``cell``, checked; none where there is none.
+
+        Raises:
+            Damaged: The result is not what was written, or that of another cell.
+            UserError: A newer qsens wrote it.
+        """
+        directory = self.result_dir(cell)
+        return read_result(directory) if (directory / MANIFEST).is_file() else None
+
     def is_done(self, cell: Cell) -> bool:
-        """Return whether the result of ``cell`` is there."""
-        return self.manifest(cell).is_file()
+        """Return whether the result of ``cell`` is there, as it was written.
+
+        Raises:
+            UserError: A newer qsens wrote it.
+        """
+        try:
+            return self.result(cell) is not None
+        except Damaged:
+            return False
+
+    def is_calibrated(self, digest: str) -> bool:
+        """Return whether the calibrated maxima of that digest are there, as they were written."""
+        path = self.calibration(digest)
+        return path.is_file() and check_tensors(path, digest) is None
+
+    def write_result(
+        self, cell: Cell, manifest: Manifest, save_state: Callable[[Path], None]
+    ) -> None:
+        """Write the result of ``cell``, whole or not at all; one that is there is kept.
+
+        Args:
+            cell: The cell.
+            manifest: Its manifest; the digest of its state is filled in.
+            save_state: Writes its tensors to the path that it is given.
+        """
+        path = self.result_dir(cell)
+        with write_directory(
+            path, last=MANIFEST, keep=lambda: not self.set_aside_result(cell)
+        ) as directory:
+            save_state(directory / STATE)
+            digest = digest_file(directory / STATE)
+            text = dump_document(manifest.model_copy(update={"state_digest": digest}))
+            (directory / MANIFEST).write_text(text, encoding="utf-8")
+        self.failure(cell).unlink(missing_ok=True)
+
+    def set_aside_result(self, cell: Cell) -> bool:
+        """Set the result of ``cell`` aside where it is damaged, its lock held; say whether it was.
+
+        Raises:
+            UserError: A newer qsens wrote it.
+        """
+        try:
+            self.result(cell)
+        except Damaged as error:
+            self.set_aside(self.result_dir(cell), f"the result of {cell.cell}", error.what)
+            return True
+        return False
+
+    def set_aside_calibration(self, digest: str) -> None:
+        """Set calibrated maxima aside where they are damaged, their lock held."""
+        path = self.calibration(digest)
+        reason = check_tensors(path, digest) if path.is_file() else None
+        if reason is not None:
+            self.set_aside(path, "calibrated maxima", f"are damaged: {reason}")
+
+    def set_aside(self, path: Path, what: str, reason: str) -> None:
+        """Move a damaged file or directory away, so that it counts as not there, and say so."""
+        kept = set_aside(path, self.plan.sweep_id)
+        log.warning("%s: %s; set aside as %s", what, reason, kept)
+
+    def damages(self) -> list[str]:
+        """Return in words what this sweep has set aside."""
+        cells = {cell.digest: f" of {cell.cell}" for cell in self.plan.cells}
+        found: dict[str, None] = {}
+        for path in sorted((self.plan.results / ASIDE / self.plan.sweep_id).glob("*")):
+            kind, _, name = path.name.partition("-")
+            of = cells.get(name.partition(".")[0], "") if kind != "calibrations" else ""
+            what = "failure" if name.endswith(FAILED) else _STORED.get(kind, "file")
+            words = f"the stored {what}{of} was damaged: it was set aside"
+            found[words if what == "failure" else f"{words} and computed again"] = None
+        return list(found)
 
     def model_dir(self) -> Path:
         """Return the directory of all that is published for the model."""
@@ -123,13 +212,28 @@ class Store:
         return _lock(self.plan.results / ".calibrations" / f"{digest}.lock")
 
 
-def shown_sweeps(model_dir: Path) -> set[str]:
-    """Return the ids of the sweeps whose results the cells' directories of a model show."""
-    marks = model_dir.glob(f"weight-*/**/{SHOWN}")
-    return {mark.read_text(encoding="utf-8").strip() for mark in marks}
+def set_aside(path: Path, by: str) -> Path:
+    """Move a damaged file or directory away, so that it counts as not there.
+
+    Args:
+        path: What is damaged, two levels below the results root.
+        by: Who has found it.
+
+    Returns:
+        Where it is now.
+    """
+    directory = path.parent.parent / ASIDE / by
+    make_directory(directory)
+    stem = f"{path.parent.name.lstrip('.')}-{path.name}"
+    names = (f"{stem}{f'.{count}' if count else ''}" for count in itertools.count())
+    kept = next(one for one in map(directory.joinpath, names) if not one.exists())
+    # Somebody else may have done it.
+    with _refusal_is_said(directory), contextlib.suppress(FileNotFoundError):
+        path.rename(kept)
+    return kept
 
 
-@contextmanager
+@contextlib.contextmanager
 def held(lock: FileLock, *, where: str, wait: bool) -> Iterator[None]:
     """Hold ``lock`` while the context lasts.
 
@@ -191,7 +295,7 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-@contextmanager
+@contextlib.contextmanager
 def write_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is fsynced and renamed to ``path``.
 
@@ -218,12 +322,20 @@ def write_file(path: Path) -> Iterator[Path]:
         _fsync_directory(path.parent)
 
 
-@contextmanager
-def write_directory(path: Path, *, last: str) -> Iterator[Path]:
+@contextlib.contextmanager
+def write_directory(
+    path: Path, *, last: str, keep: Callable[[], bool] = lambda: True
+) -> Iterator[Path]:
     """Yield a temporary directory; on success it becomes ``path``, the file ``last`` renamed last.
 
     A ``path`` that holds ``last`` already is kept and the new content dropped: results are never
     overwritten.
+
+    Args:
+        path: The directory.
+        last: Name of the file that makes it whole.
+        keep: Asked of a ``path`` that holds ``last`` already; where it returns false, it has moved
+            that away.
 
     Raises:
         DiskFull: The disk is full; nothing is left behind.
@@ -237,7 +349,7 @@ def write_directory(path: Path, *, last: str) -> Iterator[Path]:
             )
         try:
             yield temporary
-            if (path / last).is_file():
+            if (path / last).is_file() and keep():
                 return
             path.mkdir(exist_ok=True)
             files = sorted(temporary.iterdir(), key=lambda file: file.name == last)
@@ -252,7 +364,7 @@ def write_directory(path: Path, *, last: str) -> Iterator[Path]:
         _fsync_directory(path.parent)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _full_disk_is_said(path: Path) -> Iterator[None]:
     try:
         yield
@@ -266,7 +378,7 @@ def _full_disk_is_said(path: Path) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _refusal_is_said(directory: Path) -> Iterator[None]:
     try:
         yield

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from qsens.errors import TryAgain, UserError
-from qsens.store import copy_file, make_directory, write_directory, write_file, write_text
+from qsens.store import (
+    copy_file,
+    make_directory,
+    set_aside,
+    write_directory,
+    write_file,
+    write_text,
+)
 
 
 def test_write_text_replaces_whole(tmp_path: Path) -> None:
@@ -103,3 +110,22 @@ def test_copy_leaves_equal_content_alone(tmp_path: Path) -> None:
     source.write_text("y")
     copy_file(source, target)
     assert target.read_text() == "y"
+
+
+def test_what_is_not_to_be_kept_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "cell"
+    for text in ("damaged", "second"):
+
+        def keep() -> bool:
+            set_aside(path, "sweep")
+            return False
+
+        with write_directory(path, last="manifest.json", keep=keep) as directory:
+            (directory / "manifest.json").write_text(text)
+    assert (path / "manifest.json").read_text() == "second"
+    aside = tmp_path / ".damaged" / "sweep" / "results-cell"
+    assert (aside / "manifest.json").read_text() == "damaged"
+    # What is set aside is never overwritten either.
+    set_aside(path, "sweep")
+    assert (aside.with_name("results-cell.1") / "manifest.json").read_text() == "second"
+    assert (aside / "manifest.json").read_text() == "damaged"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from qsens.config import Roots, SweepConfig
 from qsens.errors import UserError
-from qsens.store import shown_sweeps
+from qsens.published import SWEEPS, Published, published_sweeps, shown_sweeps
 
 
 def plan_of_run(roots: Roots, run_id: str) -> Path:
@@ -26,34 +27,45 @@ def plan_of_run(roots: Roots, run_id: str) -> Path:
 def plans_to_publish(config: SweepConfig, roots: Roots, sweep_id: str | None) -> list[Path]:
     """Return the plans of published sweeps whose reports a report-only run makes again.
 
+    Only sweeps of the model that ``config`` names, in every layout.
+
     Args:
         config: Says which model, and which layout.
         roots: Where results lie.
         sweep_id: One sweep. When not given: every sweep that the directory of a published cell
-            shows, and the newest one, oldest first; in the layout ``tmp``, the newest alone.
+            shows, and the newest one, in the order of their publication; in the layout ``tmp``, the
+            newest alone.
 
     Raises:
-        UserError: There is no such sweep.
+        UserError: There is no such sweep of that model.
     """
+    model = config.model.name
+    shown: set[str] = set()
     if config.runner.output_dir is not None:
-        found = [config.runner.output_dir / "plan.json"]
+        where = f"{config.runner.output_dir}"
+        found = [Published.read(config.runner.output_dir)]
         sweep_id = None
     elif config.output_layout == "tmp":
-        found = sorted((roots.results / "tmp").glob("*/plan.json"))
-        found = found if sweep_id else found[-1:]
+        where = f"{roots.results / 'tmp'}"
+        found = published_sweeps(roots.results / "tmp")
     else:
-        analysis = roots.results / "models" / config.model.name / "layer-analysis"
-        found = sorted((analysis / "sweeps").glob("*/plan.json"))
-        if not sweep_id:
-            shown = shown_sweeps(analysis) | {plan.parent.name for plan in found[-1:]}
-            found = [plan for plan in found if plan.parent.name in shown]
+        analysis = roots.results / "models" / model / "layer-analysis"
+        where = f"{analysis / SWEEPS}"
+        # All that lies below a model's directory is that model's, unless it says otherwise.
+        found = [
+            replace(sweep, model=sweep.model or model)
+            for sweep in published_sweeps(analysis / SWEEPS)
+        ]
+        shown = shown_sweeps(analysis)
+    found = [sweep for sweep in found if sweep.model == model]
     if sweep_id:
-        found = [plan for plan in found if plan.parent.name == sweep_id]
-    found = [plan for plan in found if plan.is_file()]
+        found = [sweep for sweep in found if sweep.directory.name == sweep_id]
+    else:
+        found = [sweep for sweep in found if sweep is found[-1] or sweep.directory.name in shown]
     if found:
-        return found
+        return [sweep.plan for sweep in found]
     raise UserError(
-        f"no sweep {sweep_id or 'at all'} has been published",
-        where=f"model {config.model.name}, layout {config.output_layout}",
-        remedy="Check model and sweep, or run once with mode=full.",
+        f"no sweep {sweep_id or 'at all'} of the model '{model}' has been published there",
+        where=where,
+        remedy="Check model, layout and sweep, or run once with mode=full.",
     )

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from scipy.stats import binom, spearmanr
 
 from qsens.analysis.ranking import Row
+from qsens.documents import read_document
+from qsens.errors import Damaged
 from qsens.manifest import AUDIT_VERSION, Audit, Judgement, Point, Verdict
 from qsens.names import kind_of
 
@@ -34,12 +35,22 @@ _LEAST = 5
 
 
 def read_audit(path: Path) -> Audit | None:
-    """Read an audit; none where there is none of this version."""
+    """Read an audit; none where there is none, or it is not what was written.
+
+    Raises:
+        UserError: A newer qsens wrote it.
+    """
     try:
-        audit = Audit.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        return read_document(
+            Audit,
+            path,
+            what="audit",
+            version=AUDIT_VERSION,
+            name="Audit again with `qsens audit`.",
+            again="Audit again with `qsens audit`.",
+        )
+    except Damaged:
         return None
-    return audit if audit.schema_version == AUDIT_VERSION else None
 
 
 def digest_of(audit: Audit) -> str:

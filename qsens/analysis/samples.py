@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from qsens.errors import UserError
+from qsens.errors import Damaged
 
 Floats = npt.NDArray[np.float64]
 
@@ -55,7 +55,7 @@ def read_samples(path: Path, method: str) -> SampleScores | None:
         method: The score's method: it says what a token is.
 
     Raises:
-        UserError: The file cannot be read, or contradicts itself.
+        Damaged: The file cannot be read, or contradicts itself.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -65,18 +65,18 @@ def read_samples(path: Path, method: str) -> SampleScores | None:
             scores = np.asarray(file.get_tensor("per_sample"), dtype=np.float64)
             labels = np.asarray(file.get_tensor("label_tokens"), dtype=np.float64)
     except (OSError, SafetensorError) as error:
-        raise UserError(
+        raise Damaged(
             f"cannot be read: {error}",
             where=str(path),
-            remedy="Compute the cell again, with runner.force=true.",
+            remedy="Run its sweep again.",
         ) from error
     groups = metadata.get("groups", "").split("\n")
     if scores.shape != (len(groups), labels.shape[0]):
-        raise UserError(
+        raise Damaged(
             f"holds scores of shape {scores.shape} for {len(groups)} groups "
             f"and {labels.shape[0]} samples",
             where=str(path),
-            remedy="Compute the cell again, with runner.force=true.",
+            remedy="Run its sweep again.",
         )
     # Of text, a label is a real token predicted from a real token: one fewer than real tokens.
     of_labels = method == "gradient" or metadata.get("modality") == "image_text"

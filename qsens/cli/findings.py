@@ -46,6 +46,7 @@ def report(
     from qsens.pipeline.publish import report as step
 
     written = step(directory, single_file=single_file)
+    say_notices(written["notices"])
     if as_json:
         print_json(written)
         return

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from qsens.checksums import digest_file
 from qsens.config import DatasetConfig
 from qsens.config.models import JSONL, SIZES, SQLITE, TEXT, Size, has_suffix
-from qsens.engine.files import digest_file
 from qsens.engine.pictures import PictureReader, identify_pictures
 from qsens.engine.records import Record, read_records
 from qsens.errors import UserError

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qsens.checksums import CHECKSUM, digest_file, is_sealed, sealed
+from qsens.documents import dump_json
 from qsens.engine.headers import AGAIN, Tensor, read_tensors
 from qsens.engine.headers import read_header as read_header
 from qsens.engine.tied import has_tied_head, is_said_to_be_tied
 from qsens.errors import UserError
 from qsens.grid import CheckpointIdentity, digest_of
-from qsens.store import write_text
+from qsens.store import set_aside, write_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,6 +37,7 @@ _TOKENIZER = (
 # What a tokenizer is made from where there is no tokenizer.json.
 _VOCABULARIES = ("*.model", "*.tiktoken", "vocab*", "merges*", "tekken.json")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+log = logging.getLogger(__name__)
 # Key of config.json by which transformers is told to read another file than it would.
 _NAMED = "transformers_weights"
 # Names of weight files, in any case, whoever reads them.
@@ -106,7 +109,7 @@ def identify(
         )
     tied = has_tied_head(config, weights.tensors, heads, dtype, partial(_equal, known=known))
     if cache is not None:
-        text = json.dumps(dict(sorted(known.items())), indent=1)
+        text = dump_json(sealed(dict(sorted(known.items()))))
         if not cache.is_file() or cache.read_text(encoding="utf-8") != text:
             write_text(cache, text)
     if is_said_to_be_tied(config) and not tied:
@@ -355,20 +358,6 @@ def _read_json(file: Path) -> Any:
         raise UserError(f"is broken: {error}", where=str(file), remedy=AGAIN) from error
 
 
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hex."""
-    return _digest_range(path, 0, path.stat().st_size)
-
-
-def _digest_range(path: Path, begin: int, end: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as opened:
-        opened.seek(begin)
-        while block := opened.read(min(1 << 22, end - opened.tell())):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _equal(one: Tensor, other: Tensor, known: dict[str, str]) -> bool:
     """Return whether two tensors hold the same bytes."""
     a, b = (_digest(tensor.file, known, (tensor.begin, tensor.end)) for tensor in (one, other))
@@ -379,11 +368,10 @@ def _digest(path: Path, known: dict[str, str], part: tuple[int, int] | None = No
     """Return the digest of a file or of some of its bytes, from ``known`` where it is there."""
     stat = path.stat()
     key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-    begin, end = part or (0, stat.st_size)
     if part is not None:
-        key = f"{key}|{begin}-{end}"
+        key = f"{key}|{part[0]}-{part[1]}"
     if key not in known:
-        known[key] = _digest_range(path, begin, end)
+        known[key] = digest_file(path, part)
     return known[key]
 
 
@@ -391,7 +379,13 @@ def _read_cache(cache: Path | None) -> dict[str, str]:
     if cache is None or not cache.is_file():
         return {}
     try:
-        data = json.loads(cache.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        data = json.loads(cache.read_bytes())
+    except ValueError:
+        data = None
+    if isinstance(data, dict) and CHECKSUM not in data:  # from before caches had one
         return {}
-    return data if isinstance(data, dict) else {}
+    if not isinstance(data, dict) or not is_sealed(data):
+        kept = set_aside(cache, "digests")
+        log.warning("%s: is damaged; set aside as %s, all files are hashed again", cache, kept)
+        return {}
+    return {key: value for key, value in data.items() if key != CHECKSUM}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,11 @@ from qsens.analysis.audit import choose_groups, digest_of, judge, read_audit
 from qsens.analysis.ranking import rank
 from qsens.analysis.statistic import Statistic, statistic_of, value_of
 from qsens.config.models import SIZES
-from qsens.errors import Fault, UserError
+from qsens.documents import dump_document
+from qsens.errors import Damaged, Fault, UserError
 from qsens.grid import Cell, Plan
-from qsens.manifest import Audit, GroupSensitivity, Point, dump_json, read_manifest
+from qsens.identity import measured_kl_version
+from qsens.manifest import Audit, GroupSensitivity, Manifest, Point
 from qsens.names import group_name, kind_of
 from qsens.pipeline.cell import Progress
 from qsens.store import Store, write_text
@@ -65,16 +68,21 @@ def audit(
             remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in plan.cells))}.",
         )
     cells = [cell for cell in audited_cells(plan) if not pairs or cell.pair in pairs]
+    manifests = _manifests(store, cells)
     missing = [
-        {"cell": cell.cell, "reason": "has no result"} for cell in cells if not store.is_done(cell)
+        {"cell": cell.cell, "reason": "has no result"}
+        for cell in cells
+        if cell.cell not in manifests
     ]
-    wanted = _to_measure(store, cells, groups, full=full)
+    wanted = _to_measure(store, cells, manifests, groups, full=full)
+    for name in wanted:
+        _set_aside(store, plan.cell(name))
     faults: list[Fault] = []
     for measured in _truths(store, wanted, progress or (lambda *_: None)):
         faults += measured.faults.values()
         for name in measured.nats:
             cell = plan.cell(name)
-            statistic, scores = _scores(store, cell)
+            statistic, scores = _scores(manifests[name])
             points = [
                 Point(
                     layer=layer,
@@ -104,14 +112,15 @@ def audit(
                 floor=measured.floor,
                 seconds=round(measured.seconds, 3),
                 device=measured.device,
+                measured_kl=measured_kl_version(plan.config.model.dtype),
             )
             found = found.model_copy(update={"digest": digest_of(found)})
-            write_text(store.audit(cell), dump_json(found.model_dump(mode="json")))
+            write_text(store.audit(cell), dump_document(found))
     if faults:
         raise faults[0]
     audits = []
     for cell in cells:
-        stored = _stored(store, cell)
+        stored = _stored(store, cell, manifests.get(cell.cell))
         if stored is not None:
             audits.append({**stored.model_dump(mode="json"), "path": str(store.audit(cell))})
     return {"audits": audits, "missing": missing}
@@ -123,8 +132,11 @@ def is_audited(plan: Plan) -> bool:
     Without torch, unlike what would make them.
     """
     mode = plan.config.autoquant.audit
-    cells = audited_cells(plan)
-    return mode == "none" or not _to_measure(Store(plan), cells, GROUPS, full=mode == "full")
+    if mode == "none":
+        return True
+    store, cells = Store(plan), audited_cells(plan)
+    manifests = _manifests(store, cells)
+    return not _to_measure(store, cells, manifests, GROUPS, full=mode == "full")
 
 
 def audited_cells(plan: Plan) -> list[Cell]:
@@ -135,20 +147,42 @@ def audited_cells(plan: Plan) -> list[Cell]:
 
 def find_audits(store: Store) -> list[Audit]:
     """Return the audits of a plan that are there, in its order."""
-    found = [_stored(store, cell) for cell in audited_cells(store.plan)]
+    cells = audited_cells(store.plan)
+    manifests = _manifests(store, cells)
+    found = [_stored(store, cell, manifests.get(cell.cell)) for cell in cells]
     return [audit for audit in found if audit is not None]
 
 
-def _stored(store: Store, cell: Cell) -> Audit | None:
+def _manifests(store: Store, cells: Sequence[Cell]) -> dict[str, Manifest]:
+    """Return the manifests of the cells that have a result, by cell id."""
+    found = {}
+    for cell in cells:
+        with contextlib.suppress(Damaged):
+            manifest = store.result(cell)
+            if manifest is not None:
+                found[cell.cell] = manifest
+    return found
+
+
+def _stored(store: Store, cell: Cell, manifest: Manifest | None) -> Audit | None:
     """Return the audit of a cell, judged by the statistic that places its groups.
 
-    Audits of ``gradient`` once took the score per token for their estimates; what they measured
-    stands, and the estimates are read off the cell's result again.
+    None where it is damaged, or was measured another way. Audits of ``gradient`` once took the
+    score per token for their estimates; what they measured stands, and the estimates are read off
+    the cell's result again.
+
+    Args:
+        store: Where it lies.
+        cell: The cell.
+        manifest: The cell's result, where it is there.
     """
     found = read_audit(store.audit(cell))
-    if found is None or not store.is_done(cell):
+    now = measured_kl_version(store.plan.config.model.dtype)
+    if found is None or found.cell_digest != cell.digest or found.measured_kl != now:
+        return None
+    if manifest is None:
         return found
-    statistic, scores = _scores(store, cell)
+    statistic, scores = _scores(manifest)
     if found.statistic == statistic:
         return found
     points = tuple(
@@ -160,27 +194,41 @@ def _stored(store: Store, cell: Cell) -> Audit | None:
     return found.model_copy(update={"digest": digest_of(found)})
 
 
-def _scores(store: Store, cell: Cell) -> tuple[Statistic, dict[str, GroupSensitivity]]:
+def _scores(manifest: Manifest) -> tuple[Statistic, dict[str, GroupSensitivity]]:
     """Return which score places the groups of a cell, and the groups by name."""
-    manifest = read_manifest(store.manifest(cell))
     groups = {group_name(key): group for key, group in manifest.layer_sensitivity.items()}
     return statistic_of(manifest.scheme.auto_quantize_method, groups.values()), groups
 
 
+def _set_aside(store: Store, cell: Cell) -> None:
+    """Set the audit of ``cell`` aside where it is damaged."""
+    path = store.audit(cell)
+    if path.is_file():
+        audit = read_audit(path)
+        if audit is None or audit.cell_digest != cell.digest:
+            store.set_aside(path, f"the audit of {cell.cell}", "is not what was written")
+
+
 def _to_measure(
-    store: Store, cells: Sequence[Cell], groups: int, *, full: bool
+    store: Store,
+    cells: Sequence[Cell],
+    manifests: Mapping[str, Manifest],
+    groups: int,
+    *,
+    full: bool,
 ) -> dict[str, list[str]]:
     """Return the groups to measure, of cells not audited so far."""
     wanted: dict[str, list[str]] = {}
     shared: set[str] = set()
     for cell in cells:
-        if not store.is_done(cell):
+        manifest = manifests.get(cell.cell)
+        if manifest is None:
             continue
-        ranked = rank(read_manifest(store.manifest(cell))).rows
+        ranked = rank(manifest).rows
         scored = [row.layer for row in ranked if row.position is not None]
         chosen = scored if full else choose_groups(ranked, groups, shared)
         shared |= set(chosen)
-        known = read_audit(store.audit(cell))
+        known = _stored(store, cell, manifest)
         if known is not None and len(known.points) + len(known.failures) >= len(chosen):
             continue
         wanted[cell.cell] = chosen

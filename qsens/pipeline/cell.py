@@ -6,19 +6,18 @@ and the others find theirs. A step that finds what it needs imports no torch.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 from filelock import FileLock
 
-from qsens.errors import OutOfMemory, QsensError
+from qsens.errors import OutOfMemory
 from qsens.grid import Cell, Plan, calibration_digest
-from qsens.manifest import dump_json
-from qsens.store import Store, held, try_lock, write_text
+from qsens.pipeline.failures import failure_to_tell, keep_failure, mark_told, tell
+from qsens.store import Store, held, try_lock
 
 Progress = Callable[[str, int, int], None]
 
@@ -53,13 +52,24 @@ def calibrate(
     lock, where = store.calibration_lock(digest), f"calibration of {cell.cell}"
     with ExitStack() as locks:
         locks.enter_context(held(lock, where=where, wait=wait))
-        computed = not store.calibration(digest).is_file()
+        computed = not store.is_calibrated(digest)
         if computed:
             # Before the heavy import: whoever comes meanwhile must find the locks taken.
             sizes = [cell, *_lock_other_sizes(store, cell, locks)]
+            digests = {calibration_digest(plan, each) for each in sizes}
+            for each in digests:
+                store.set_aside_calibration(each)
+            # Those that read the same maxima would fail alike.
+            others = [
+                other
+                for other in plan.cells
+                if other != cell
+                and _needs_calibration(plan, other)
+                and calibration_digest(plan, other) in digests
+            ]
             from qsens.pipeline.compute import calibrate_sizes
 
-            with _failure_is_kept(store, [cell]):
+            with _failure_is_kept(store, [cell, *others]):
                 calibrate_sizes(store, sizes, progress or _silent)
     return _outcome(store, cell, "done", computed=computed, started=started)
 
@@ -89,7 +99,9 @@ def score(
         locks.enter_context(held(store.lock(cell), where=cell.cell, wait=wait))
         if store.is_done(cell):
             return _outcome(store, cell, "done", started=started)
+        tell(store, cell)
         if plan.config.autoquant.engine == "modelopt":
+            store.set_aside_result(cell)
             from qsens.pipeline.compute import score_reference
 
             with _failure_is_kept(store, [cell]):
@@ -97,11 +109,14 @@ def score(
         else:
             # Before the heavy import: whoever comes meanwhile must find the locks taken.
             together = [cell, *_lock_others(store, cell, locks)]
+            for each in together:
+                store.set_aside_result(each)
             from qsens.pipeline.compute import score_fused
 
             with _failure_is_kept(store, together):
                 failed = score_fused(store, together, progress or _silent)
             if cell.cell in failed:
+                mark_told(store, cell)
                 raise failed[cell.cell]
     return _outcome(store, cell, "done", computed=True, started=started)
 
@@ -111,18 +126,7 @@ def is_there(plan: Plan, cell: Cell, step: Literal["calibrate", "score"]) -> boo
     store = Store(plan)
     if step == "calibrate":
         return _calibration_status(store, cell) is not None
-    return store.is_done(cell)
-
-
-def failure_reason(store: Store, cell: Cell) -> str:
-    """Return in words why ``cell`` has no result."""
-    path = store.failure(cell)
-    if not path.is_file():
-        return "not computed"
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["what"])
-    except (ValueError, KeyError, OSError):
-        return "failed; its reason cannot be read"
+    return store.is_done(cell) or failure_to_tell(store, cell) is not None
 
 
 def _calibration_status(store: Store, cell: Cell) -> str | None:
@@ -133,8 +137,10 @@ def _calibration_status(store: Store, cell: Cell) -> str | None:
         return "with_score"
     if not _needs_calibration(store.plan, cell):
         return "not_needed"
-    there = store.calibration(calibration_digest(store.plan, cell)).is_file()
-    return "done" if there else None
+    if store.is_calibrated(calibration_digest(store.plan, cell)):
+        return "done"
+    # Its score says why.
+    return "failed" if failure_to_tell(store, cell) is not None else None
 
 
 def _needs_calibration(plan: Plan, cell: Cell) -> bool:
@@ -147,7 +153,7 @@ def _lock_others(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
     return [
         other
         for other in store.plan.lane_of(cell)
-        if other != cell and _take(store.lock(other), store.manifest(other), locks)
+        if other != cell and _take(store.lock(other), partial(store.is_done, other), locks)
     ]
 
 
@@ -159,43 +165,36 @@ def _lock_other_sizes(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
             continue
         digest = calibration_digest(store.plan, other)
         if digest not in taken and _take(
-            store.calibration_lock(digest), store.calibration(digest), locks
+            store.calibration_lock(digest), partial(store.is_calibrated, digest), locks
         ):
             taken[digest] = other
     return [other for other in taken.values() if other is not cell]
 
 
-def _take(lock: FileLock, result: Path, locks: ExitStack) -> bool:
-    """Take ``lock`` if ``result`` is not there and nobody else computes it."""
-    if result.is_file() or not try_lock(lock):
+def _take(lock: FileLock, is_there: Callable[[], bool], locks: ExitStack) -> bool:
+    """Take ``lock`` if what it protects is not there and nobody else computes it."""
+    if is_there() or not try_lock(lock):
         return False
     locks.callback(lock.release)
-    return not result.is_file()
+    return not is_there()
 
 
 @contextmanager
 def _failure_is_kept(store: Store, cells: Sequence[Cell]) -> Iterator[None]:
-    """Keep the reason of a failure for the reports; a later success takes it away."""
+    """Keep the reason of a failure for the reports; a later success takes it away.
+
+    The first of ``cells`` is the one whose step this is.
+    """
     try:
         yield
     except Exception as error:
         failure = _out_of_memory(error, cells[0]) or error
         for cell in cells:
             if not store.is_done(cell):
-                keep_failure(store, cell, failure)
+                keep_failure(store, cell, failure, told=cell is cells[0])
         if failure is not error:
             raise failure from error
         raise
-
-
-def keep_failure(store: Store, cell: Cell, error: Exception) -> None:
-    """Write down why ``cell`` has no result."""
-    described = (
-        error.as_dict()
-        if isinstance(error, QsensError)
-        else {"error": type(error).__name__, "what": f"{type(error).__name__}: {error}"}
-    )
-    write_text(store.failure(cell), dump_json(described))
 
 
 def _out_of_memory(error: Exception, cell: Cell) -> OutOfMemory | None:

@@ -10,24 +10,17 @@ from pathlib import Path
 from qsens.analysis.drift import Change, changes, moved
 from qsens.analysis.ranking import Row, normalise_name, rank
 from qsens.analysis.reasons import Difference, differences, inputs
-from qsens.analysis.samples import SampleScores, read_samples
 from qsens.analysis.stability import compare_sizes
 from qsens.analysis.statistic import compared_by
 from qsens.config import Roots
 from qsens.errors import UserError
-from qsens.grid import read_plan
-from qsens.manifest import (
-    MANIFEST_SUFFIX,
-    STATE_SUFFIX,
-    Manifest,
-    find_manifest,
-    read_manifest,
-)
-from qsens.pipeline.drift import Result, comparable, distinct, normalised
+from qsens.manifest import find_manifest
+from qsens.pipeline.drift import comparable, distinct, normalised
+from qsens.pipeline.stored import Result, read_sweep
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
 from qsens.report.findings import scores
-from qsens.report.sweep import SUMMARY, read_summary
-from qsens.store import MANIFEST, STATE
+from qsens.report.sweep import SUMMARY
+from qsens.store import MANIFEST
 
 
 @dataclass(frozen=True)
@@ -196,30 +189,20 @@ def _find(name: str, roots: Roots) -> _Side:
 
 
 def _sweep(directory: Path) -> _Side:
-    summary = read_summary(directory / SUMMARY)
-    results = read_plan(directory / "plan.json").results
+    summary, plan = read_sweep(directory)
     cells = {}
     for cell in summary.done:
-        place = results / ".cells" / cell.digest
+        place = plan.results / ".cells" / cell.digest
         result = Result.read(place) if (place / MANIFEST).is_file() else None
         cells[cell.cell] = _Cell(cell.cell, cell.rows, result)
     return _Side(summary.sweep_id, sweep=True, cells=cells)
 
 
 def _cell(path: Path) -> _Side:
-    manifest = read_manifest(path)
-    state = (
-        path.with_name(STATE)
-        if path.name == MANIFEST
-        else path.with_name(path.name.removesuffix(MANIFEST_SUFFIX) + STATE_SUFFIX)
-    )
-    samples = read_samples(state, manifest.scheme.auto_quantize_method) if state.is_file() else None
-    name = manifest.cell or path.stem
-    return _Side(name, sweep=False, cells={name: _as_cell(name, manifest, samples)})
-
-
-def _as_cell(name: str, manifest: Manifest, samples: SampleScores | None) -> _Cell:
-    return _Cell(name, rank(manifest).rows, Result(manifest, samples))
+    found = Result.at(path)
+    name = found.manifest.cell or path.stem
+    cell = _Cell(name, rank(found.manifest).rows, found)
+    return _Side(name, sweep=False, cells={name: cell})
 
 
 def _escaped(name: str) -> str:

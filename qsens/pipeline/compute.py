@@ -14,6 +14,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from safetensors.torch import load_file, save_file
 
+from qsens.checksums import DIGEST, seal_tensors
 from qsens.engine import fisher, fused, reference
 from qsens.engine.budget import GIB, memory_share, peak, plan_budget, reset_peak
 from qsens.engine.calibrate import Maxima
@@ -27,9 +28,8 @@ from qsens.engine.scores import CellScores, Progress
 from qsens.engine.waves import calibrates
 from qsens.errors import QsensError, UserError
 from qsens.grid import Cell, Plan, calibration_digest
-from qsens.manifest import dump_json
-from qsens.pipeline.cell import keep_failure
 from qsens.pipeline.cell_scores import cell_scores
+from qsens.pipeline.failures import keep_failure
 from qsens.pipeline.loading import (
     Loaded,
     dataset_of,
@@ -39,7 +39,7 @@ from qsens.pipeline.loading import (
     with_samples,
 )
 from qsens.pipeline.result import build_manifest
-from qsens.store import MANIFEST, STATE, Store, write_directory, write_file
+from qsens.store import Store, write_file
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,11 @@ def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> 
         found = _calibrate(plan, loaded, groups, share, counts, progress)
         for cell in share:
             count = plan.samples_used(cell)
-            with write_file(store.calibration(calibration_digest(plan, cell))) as temporary:
-                save_file(found[count], temporary, metadata={"samples": str(count)})
+            digest = calibration_digest(plan, cell)
+            with write_file(store.calibration(digest)) as temporary:
+                known = {"samples": str(count), DIGEST: digest}
+                save_file(found[count], temporary, metadata=known)
+                seal_tensors(temporary)
 
 
 @torch.inference_mode(False)
@@ -298,9 +301,9 @@ def _stored_maxima(
     found: dict[int, Maxima] = {}
     by_count = {store.plan.samples_used(cell): cell for cell in cells}
     for count in candidates.snapshots():
-        path = store.calibration(calibration_digest(store.plan, by_count[count]))
-        if path.is_file():
-            found[count] = load_file(path)
+        digest = calibration_digest(store.plan, by_count[count])
+        if store.is_calibrated(digest):
+            found[count] = load_file(store.calibration(digest))
     return found
 
 
@@ -344,16 +347,7 @@ def _write(
         notices=loaded.notices,
     )
     names = [entry.group.name for entry in scores.groups if entry.group.covered]
-    with write_directory(store.result_dir(cell), last=MANIFEST) as directory:
-        save_file(
-            dict(scores.tensors),
-            directory / STATE,
-            metadata={
-                "cell": cell.cell,
-                "groups": "\n".join(names),
-                "modality": cell.modality,
-            },
-        )
-        text = dump_json(manifest.model_dump(mode="json"))
-        (directory / MANIFEST).write_text(text, encoding="utf-8")
-    store.failure(cell).unlink(missing_ok=True)
+    known = {"cell": cell.cell, "groups": "\n".join(names), "modality": cell.modality}
+    store.write_result(
+        cell, manifest, lambda path: save_file(dict(scores.tensors), path, metadata=known)
+    )

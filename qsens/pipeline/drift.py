@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from qsens.analysis.drift import RATE, Change, changes, moved
 from qsens.analysis.ranking import normalise_name
 from qsens.analysis.reasons import Difference, differences, inputs, settings
-from qsens.analysis.samples import SampleScores, read_samples
+from qsens.analysis.samples import SampleScores
 from qsens.errors import UserError
 from qsens.grid import Plan, read_plan
-from qsens.manifest import Manifest, read_manifest
+from qsens.pipeline.stored import Result
 from qsens.report.findings import Drift, Moved, NotCompared, largest_cells, series_of
-from qsens.report.sweep import SUMMARY, Summary, SummaryCell
-from qsens.store import MANIFEST, STATE
+from qsens.report.sweep import SUMMARY, Summary, SummaryCell, read_summary
 
 
-@dataclass(frozen=True)
-class Result:
-    """The result of one cell, as it lives under its digest.
-
-    Attributes:
-        manifest: Its manifest.
-        samples: Scores of every sample, where its engine kept them.
-    """
-
-    manifest: Manifest
-    samples: SampleScores | None
-
-    @classmethod
-    def read(cls, directory: Path) -> Result:
-        """Read a result.
-
-        Raises:
-            UserError: It is not there, or cannot be read.
-        """
-        manifest = read_manifest(directory / MANIFEST)
-        state = directory / STATE
-        method = manifest.scheme.auto_quantize_method
-        return cls(manifest, read_samples(state, method) if state.is_file() else None)
-
-
-def find_drift(plan: Plan, summary: Summary, sweeps: Path) -> Drift | None:
+def find_drift(
+    plan: Plan, summary: Summary, sweeps: Path, results: Mapping[str, Result]
+) -> Drift | None:
     """Compare a sweep with the one before it; none where there is none, or it cannot be read.
 
     Pairs are compared at the largest size that both sweeps have, so that no sample is tested
@@ -55,13 +28,14 @@ def find_drift(plan: Plan, summary: Summary, sweeps: Path) -> Drift | None:
         plan: The sweep's plan.
         summary: The sweep, without its drift.
         sweeps: The directory that holds both sweeps.
+        results: The results of the sweep, by cell id.
     """
     if summary.previous is None:
         return None
     directory = sweeps / summary.previous
     try:
-        earlier = Summary.model_validate_json((directory / SUMMARY).read_bytes())
-    except (OSError, ValidationError):
+        earlier = read_summary(directory / SUMMARY)
+    except UserError:
         return None
     before = {cell.cell: cell for cell in earlier.done}
     common = largest_cells(cell for cell in summary.done if cell.cell in before)
@@ -75,13 +49,11 @@ def find_drift(plan: Plan, summary: Summary, sweeps: Path) -> Drift | None:
             identical += 1
             continue
         try:
-            pair = [
-                Result.read(plan.results / ".cells" / entry.digest)
-                for entry in (before[cell.cell], cell)
-            ]
+            then = Result.read(plan.results / ".cells" / before[cell.cell].digest)
         except UserError as error:
             refused.append(NotCompared(cell=cell.cell, reason=f"a result {error.what}"))
             continue
+        pair = (then, results[cell.cell])
         causes += differences(*(inputs(result.manifest) for result in pair))
         reason, paired = comparable(*pair)
         if reason is not None:

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from qsens.config import ModelConfig, Roots, SweepConfig, load_sweep
+from qsens.documents import dump_document
 from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
-from qsens.engine.files import identify, shapes
+from qsens.engine.files import identify, read_config, shapes
 from qsens.engine.pictures import PictureReader, cache_of, read_resolution
 from qsens.engine.quantized import refuse_quantized
 from qsens.engine.templates import check_chat_template
 from qsens.grid import CheckpointIdentity, Plan, calibration_digest, make_plan
+from qsens.identity import identify_patterns
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
 from qsens.store import Store, write_text
 
@@ -50,9 +52,9 @@ def plan_sweep(
     """
     roots = roots or Roots.from_environment()
     loaded = load_sweep(preset, overrides, roots=roots)
-    config = loaded.config
-    refuse_quantized(config.model.path)
-    config = config.model_copy(update={"model": resolve_parts(config.model)})
+    given = loaded.config.model
+    refuse_quantized(given.path)
+    config = loaded.config.model_copy(update={"model": resolve_parts(given)})
     checkpoint = identify_checkpoint(config.model, roots.results)
     reader = picture_reader(config, roots)
     samples, notices = identify_samples(config.dataset, config.dataset.size, reader)
@@ -64,6 +66,12 @@ def plan_sweep(
         checkpoint=checkpoint,
         samples=samples,
         versions={name: installed_version(name) for name in _DISTRIBUTIONS},
+        patterns=identify_patterns(
+            given,
+            config.model,
+            str(read_config(config.model.path).get("model_type")),
+            weights,
+        ),
         lanes=lanes or config.dag.lanes or 1,
         notices=(*loaded.notices, *checkpoint.notices, *notices),
     )
@@ -127,7 +135,7 @@ def _mark_used(plan: Plan) -> None:
 
 def plan_json(plan: Plan) -> str:
     """Return ``plan.json`` as text."""
-    return plan.model_dump_json(indent=2) + "\n"
+    return dump_document(plan)
 
 
 def describe(plan: Plan, path: Path | None) -> dict[str, Any]:

@@ -23,12 +23,11 @@ from filelock import FileLock
 
 from qsens.engine.pictures import cache_of
 from qsens.errors import UserError
-from qsens.grid import calibration_digest, read_plan
+from qsens.grid import SWEEP_ID, calibration_digest, read_plan
+from qsens.published import SHOWN, SUMMARY, SWEEPS, Place, Published, Shown
 from qsens.report.model_index import write_model_index
-from qsens.report.sweep import SUMMARY, SWEEPS
-from qsens.store import MANIFEST, try_lock
+from qsens.store import ASIDE, MANIFEST, try_lock
 
-_SWEEP_ID = re.compile(r"(\d{8}T\d{9})Z-[0-9a-f]{8}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _REMOVED = ".removed"
 _HALF_WRITTEN_SECONDS = 86_400
@@ -40,12 +39,14 @@ class Sweep:
 
     Attributes:
         directory: Holds its plan and its reports.
+        place: Its place among its model's sweeps.
         created: When its plan was made.
         model: Name of its model; none where it cannot be read.
         previous: Id of the sweep that its reports compare it with.
     """
 
     directory: Path
+    place: Place
     created: datetime
     model: str | None
     previous: str | None
@@ -65,7 +66,7 @@ class Pruned:
         cells: Directories of published cells, which showed one of those sweeps.
         results: Digests of results.
         files: Other files: calibrations, decoded pictures, plans of runs, reasons of failures,
-            half-written files.
+            half-written files, what was damaged.
         bytes: Size of all that.
         notes: What was left alone, and why.
     """
@@ -113,6 +114,7 @@ def prune(
     job.remove_results(_references(kept, job.pruned.notes))
     job.remove_plans({sweep.id for sweep in kept})
     job.remove_half_written()
+    job.remove_set_aside()
     return job.pruned
 
 
@@ -193,6 +195,12 @@ class _Job:
                     if not self.dry_run:
                         _delete(path)
 
+    def remove_set_aside(self) -> None:
+        """Remove what was damaged, once nobody can want to look at it any more."""
+        for directory in _entries(self.results / ASIDE):
+            if self._is_old(directory):
+                self._remove_file(directory)
+
     @contextlib.contextmanager
     def _publishing(self, directory: Path, sweeps: list[Sweep]) -> Iterator[bool]:
         """Yield whether nobody publishes to ``directory``, and see that nobody begins to."""
@@ -214,18 +222,19 @@ class _Job:
     def _remove_cells(self, model: Path, removed: set[str]) -> None:
         """Remove the directories of cells that show an old sweep that is not there any more."""
         there = {path.name for path in _entries(model / SWEEPS)} - removed
-        for shown in sorted(model.glob("weight-*/**/.sweep")):
+        for mark in sorted(model.glob(f"weight-*/**/{SHOWN}")):
             with contextlib.suppress(OSError):
-                sweep = shown.read_text(encoding="utf-8").strip()
+                shown = Shown.read(mark.parent)
+                sweep = shown.place.sweep_id if shown else ""
                 created = _created(sweep)
                 # A publish that was broken off may come back to a young one.
                 if sweep in there or created is None or created.timestamp() >= self.before:
                     continue
-                self.pruned.cells.append(shown.parent.relative_to(model).as_posix())
-                self._remove_directory(shown.parent)
+                self.pruned.cells.append(mark.parent.relative_to(model).as_posix())
+                self._remove_directory(mark.parent)
                 # The pair's directory, once it is empty.
                 if not self.dry_run:
-                    for parent in shown.parent.parents:
+                    for parent in mark.parent.parents:
                         if parent == model:
                             break
                         parent.rmdir()
@@ -260,7 +269,7 @@ class _Job:
         self.pruned.files.append(str(path))
         self._count(path)
         if not self.dry_run:
-            path.unlink(missing_ok=True)
+            _delete(path)
 
     def _remove_directory(self, path: Path) -> None:
         """Remove a directory, which disappears at once or not at all."""
@@ -290,7 +299,7 @@ def _old(sweeps: list[Sweep], keep_sweeps: int, before: datetime) -> list[Sweep]
         kinds[sweep.directory.parent, sweep.model].append(sweep)
     old: list[Sweep] = []
     for members in kinds.values():
-        members.sort(key=lambda sweep: sweep.id, reverse=True)
+        members.sort(key=lambda sweep: sweep.place, reverse=True)
         kept = [
             sweep
             for position, sweep in enumerate(members)
@@ -314,10 +323,11 @@ def _sweeps(results: Path) -> Iterator[Sweep]:
             created = _created(directory.name)
             if created is None or not directory.is_dir():
                 continue
-            model = _json(directory / "plan.json").get("config", {}).get("model", {}).get("name")
+            known = Published.read(directory)
             # All below one model's directory are that model's.
-            model = None if parent.name == SWEEPS else model
-            yield Sweep(directory, created, model, _json(directory / SUMMARY).get("previous"))
+            model = None if parent.name == SWEEPS else known.model
+            previous = _json(directory / SUMMARY).get("previous")
+            yield Sweep(directory, known.place, created, model, previous)
 
 
 def _references(kept: list[Sweep], notes: list[str]) -> tuple[set[str], set[str]] | None:
@@ -337,7 +347,7 @@ def _references(kept: list[Sweep], notes: list[str]) -> tuple[set[str], set[str]
 
 def _created(sweep_id: str) -> datetime | None:
     """Return when the plan of a sweep was made; none if that is no sweep's id."""
-    match = _SWEEP_ID.fullmatch(sweep_id)
+    match = SWEEP_ID.fullmatch(sweep_id)
     return match and datetime.strptime(match[1], "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC)
 
 

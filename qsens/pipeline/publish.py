@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from qsens.analysis.samples import SampleScores, read_samples
+from qsens.documents import dump_document, dump_json
+from qsens.errors import Damaged
 from qsens.grid import Cell, Plan
-from qsens.manifest import (
-    MANIFEST_SUFFIX,
-    STATE_SUFFIX,
-    Audit,
-    Manifest,
-    dump_json,
-    find_manifest,
-    read_manifest,
-)
+from qsens.manifest import Audit, Manifest, find_manifest
 from qsens.pipeline.audit import find_audits
-from qsens.pipeline.cell import failure_reason
 from qsens.pipeline.drift import find_drift
+from qsens.pipeline.failures import failure_reason
 from qsens.pipeline.plan import plan_json
+from qsens.pipeline.stored import Result
+from qsens.published import PLAN, SWEEPS, Place, Shown, may_show, place_of, sweep_before
 from qsens.report.assets import ASSETS
 from qsens.report.cell import write_cell
 from qsens.report.findings import Drift, series_of
 from qsens.report.model_index import write_model_index
 from qsens.report.sweep import PAGE, SUMMARY, Summary, build_summary, read_summary, write_sweep
 from qsens.report.views import protected
-from qsens.store import SHOWN, Store, copy_file, make_directory, write_text
+from qsens.store import Store, copy_file, make_directory, write_text
 
 _TOP = 5
+_UNVERIFIED_SWEEP = (
+    "this summary was written before summaries had checksums: that it is as it was written is not "
+    "verified"
+)
+
+log = logging.getLogger(__name__)
 
 
 def publish(plan: Plan) -> dict[str, Any]:
@@ -48,27 +50,26 @@ def publish(plan: Plan) -> dict[str, Any]:
         DiskFull: Nothing is half-written, and the next run completes it.
     """
     store = Store(plan)
-    manifests: dict[str, Manifest] = {}
-    samples: dict[str, SampleScores] = {}
+    results: dict[str, Result] = {}
     missing: dict[str, str] = {}
     model_dir = store.model_dir()
     make_directory(model_dir)
     with FileLock(model_dir / ".publish.lock"):
         audits = find_audits(store)
+        place = place_of(store)
         for cell in plan.cells:
-            if store.is_done(cell):
-                manifest = read_manifest(store.manifest(cell))
-                manifest = manifest.model_copy(update={"audit": _audit_of(cell, audits)})
-                manifests[cell.cell] = manifest
-                found = _samples(store.state(cell), manifest)
-                if found is not None:
-                    samples[cell.cell] = found
-                _publish_cell(store, cell, manifest, found)
-            else:
-                missing[cell.cell] = failure_reason(store, cell)
+            found = _result(store, cell)
+            if isinstance(found, str):
+                missing[cell.cell] = found
+                continue
+            audited = found.manifest.model_copy(update={"audit": _audit_of(cell, audits)})
+            results[cell.cell] = Result(audited, found.samples)
+            if may_show(store, cell, place):
+                _publish_cell(store, cell, results[cell.cell], place)
         sweep_dir = store.sweep_dir()
-        write_text(sweep_dir / "plan.json", plan_json(plan))
+        write_text(sweep_dir / PLAN, plan_json(plan.model_copy(update={"published": place.number})))
         said = _said(store)
+        manifests = {cell: result.manifest for cell, result in results.items()}
         summary = build_summary(
             plan,
             manifests,
@@ -77,14 +78,29 @@ def publish(plan: Plan) -> dict[str, Any]:
                 cell.cell: store.cell_dir(cell).relative_to(model_dir).as_posix()
                 for cell in plan.cells
             },
-            said.previous if said else _previous(store),
-            samples,
+            said.previous if said else sweep_before(store, place),
+            {cell: result.samples for cell, result in results.items() if result.samples},
             audits=audits,
         )
-        drift = find_drift(plan, summary, model_dir / "sweeps")
+        drift = find_drift(plan, summary, model_dir / SWEEPS, results)
         if said and said.drift and drift and _lost(said, drift):
             drift = said.drift
-        summary = summary.model_copy(update={"drift": drift})
+        summary = summary.model_copy(
+            update={
+                "drift": drift,
+                "published": place.number,
+                # What was said of this sweep stays, though what it was said of is gone.
+                "notices": tuple(
+                    dict.fromkeys(
+                        [
+                            *(said.notices if said else ()),
+                            *store.damages(),
+                            *_unverified(manifests),
+                        ]
+                    )
+                ),
+            }
+        )
         write_sweep(summary, sweep_dir)
         if sweep_dir != model_dir:
             write_model_index(model_dir)
@@ -95,9 +111,9 @@ def publish(plan: Plan) -> dict[str, Any]:
         "cells": [
             {
                 "cell": cell.cell,
-                "status": "done" if cell.cell in manifests else "missing",
+                "status": "done" if cell.cell in results else "missing",
                 "manifest": str(store.published(cell)["manifest"])
-                if cell.cell in manifests
+                if cell.cell in results
                 else None,
             }
             for cell in plan.cells
@@ -127,33 +143,63 @@ def report(directory: Path, *, single_file: bool = False) -> dict[str, Any]:
         single_file: Whether the page holds its scripts, instead of sharing them.
 
     Returns:
-        ``{manifest, reports: [...]}``, or ``{summary, reports: [...]}``
+        ``{manifest, reports: [...], notices: [...]}``, or the same with ``summary``
 
     Raises:
+        Damaged: What the directory holds is not what was published there.
         UserError: There is no manifest, or more than one, or it is broken.
     """
     if (directory / SUMMARY).is_file():
-        written = write_sweep(
-            read_summary(directory / SUMMARY), directory.resolve(), single_file=single_file
-        )
-        return {"summary": str(directory / SUMMARY), "reports": [str(file) for file in written]}
+        summary = read_summary(directory / SUMMARY)
+        if summary.checksum is None:
+            summary = summary.model_copy(
+                update={"notices": tuple(dict.fromkeys([*summary.notices, _UNVERIFIED_SWEEP]))}
+            )
+        written = write_sweep(summary, directory.resolve(), single_file=single_file)
+        return {
+            "summary": str(directory / SUMMARY),
+            "reports": [str(file) for file in written],
+            "notices": list(summary.notices),
+        }
     path = find_manifest(directory)
-    manifest = read_manifest(path)
-    state = path.with_name(path.name.removesuffix(MANIFEST_SUFFIX) + STATE_SUFFIX)
+    found = Result.at(path)
     written = write_cell(
-        manifest,
+        found.manifest,
         path.parent,
-        _samples(state, manifest),
+        found.samples,
         assets=_assets(path.parent),
         single_file=single_file,
     )
-    return {"manifest": str(path), "reports": [str(file) for file in written]}
+    return {
+        "manifest": str(path),
+        "reports": [str(file) for file in written],
+        "notices": _unverified({found.manifest.cell or path.stem: found.manifest}),
+    }
 
 
-def _samples(state: Path, manifest: Manifest) -> SampleScores | None:
-    if not state.is_file():
-        return None
-    return read_samples(state, manifest.scheme.auto_quantize_method)
+def _result(store: Store, cell: Cell) -> Result | str:
+    """Return the result of ``cell``, or why there is none."""
+    if not store.manifest(cell).is_file():
+        return failure_reason(store, cell)
+    try:
+        return Result.read(store.result_dir(cell))
+    except Damaged as error:
+        return f"its stored result {error.what}; run the sweep again to compute it again"
+
+
+def _unverified(manifests: Mapping[str, Manifest]) -> list[str]:
+    """Say which results nobody can check: those of the older layout never could be."""
+    found = [
+        cell
+        for cell, manifest in manifests.items()
+        if manifest.schema_version and not manifest.verified
+    ]
+    if not found:
+        return []
+    return [
+        f"{len(found)} of {len(manifests)} results were stored before results had checksums: that "
+        f"they are as they were written is not verified; first {found[0]}"
+    ]
 
 
 def _assets(directory: Path) -> Path:
@@ -169,46 +215,37 @@ def _audit_of(cell: Cell, audits: Sequence[Audit]) -> Audit | None:
     return next((audit for audit in audits if series_of(audit) == series_of(cell)), None)
 
 
-def _publish_cell(
-    store: Store, cell: Cell, manifest: Manifest, samples: SampleScores | None
-) -> None:
-    directory = store.cell_dir(cell)
-    shown = directory / SHOWN
-    if shown.is_file() and shown.read_text(encoding="utf-8") > store.plan.sweep_id:
-        return
-    published = store.published(cell)
+def _publish_cell(store: Store, cell: Cell, result: Result, place: Place) -> None:
+    directory, published = store.cell_dir(cell), store.published(cell)
     if store.state(cell).is_file():
         copy_file(store.state(cell), published["state"])
-    write_cell(manifest, directory, samples, assets=store.model_dir() / ASSETS)
-    write_text(shown, store.plan.sweep_id)
-    if manifest.audit is None:
+    write_cell(result.manifest, directory, result.samples, assets=store.model_dir() / ASSETS)
+    audit = result.manifest.audit
+    if audit is None:
         copy_file(store.manifest(cell), published["manifest"])
-        return
-    # The result itself never changes: what was found about it later stands in the copy alone.
-    scored = json.loads(store.manifest(cell).read_text(encoding="utf-8"))
-    audited = scored | {"audit": manifest.audit.model_dump(mode="json")}
-    write_text(published["manifest"], dump_json(audited))
+    else:
+        # The result itself never changes: what was found about it later stands in the copy alone.
+        scored = json.loads(store.manifest(cell).read_text(encoding="utf-8"))
+        audited = scored | {"audit": audit.model_dump(mode="json")}
+        # A copy can be checked where the result could.
+        dump = dump_document if result.manifest.verified else dump_json
+        write_text(published["manifest"], dump(audited))
+    Shown(place, cell.digest).write(directory)
 
 
 def _said(store: Store) -> Summary | None:
-    """Return the sweep as it was published before."""
+    """Return the sweep as it was published before; none where that cannot be read."""
     path = store.sweep_dir() / SUMMARY
-    return read_summary(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        said = read_summary(path)
+    except Damaged as error:
+        log.warning("%s; it is made again", error)
+        return None
+    return said if said.sweep_id == store.plan.sweep_id else None
 
 
 def _lost(said: Summary, drift: Drift) -> bool:
     """Return whether results that a comparison once had are gone: then it stays as it was said."""
     return said.drift is not None and not set(said.drift.compared) <= set(drift.compared)
-
-
-def _previous(store: Store) -> str | None:
-    """Return the sweep before this one; once said, it stays, so that reports can be made again."""
-    sweeps = store.model_dir() / "sweeps"
-    if store.sweep_dir().parent != sweeps:
-        return None
-    earlier = [
-        entry.name
-        for entry in sweeps.glob("*")
-        if entry.name < store.plan.sweep_id and (entry / SUMMARY).is_file()
-    ]
-    return max(earlier, default=None)

@@ -13,15 +13,15 @@ from qsens.config.models import SIZES, Coverage, Size
 from qsens.errors import AnswerIsNo, UserError
 from qsens.export import llm_compressor, modelopt
 from qsens.export.recipe import LeftOut, Recipe, choose, tally
-from qsens.grid import Plan, read_plan
+from qsens.grid import Plan
 from qsens.manifest import dump_json
 from qsens.pipeline.packing import Packing, pack
+from qsens.pipeline.stored import read_sweep
 from qsens.report.findings import of_coverage, series_of
-from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell, read_summary
+from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell
 from qsens.store import write_text
 
 Target = Literal["modelopt", "llm-compressor", "json"]
-PLAN = "plan.json"
 
 
 def write_recipe(
@@ -70,7 +70,7 @@ def write_recipe(
             f"{bits:g} bits a weight are no target", where="--bits", remedy="Ask for 0 to 16 bits."
         )
     directory = find_sweep(where, roots or Roots.from_environment())
-    summary, plan = read_summary(directory / SUMMARY), read_plan(directory / PLAN)
+    summary, plan = read_sweep(directory)
     recipe = recipe_of(
         summary,
         plan,

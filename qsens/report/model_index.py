@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from qsens.documents import read_document
+from qsens.errors import UserError
+from qsens.published import Place
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, linked, page_data
 from qsens.report.render import render_html
@@ -37,6 +40,7 @@ class _SweepHead(BaseModel):
     preset: str
     model: str
     complete: bool
+    published: int = 0
     cells: tuple[_CellHead, ...]
 
 
@@ -45,7 +49,7 @@ class Entry:
     """One line of the index.
 
     Attributes:
-        sweep_id: Id of the sweep.
+        place: Its place among the model's sweeps.
         created: When its plan was made.
         preset: The sweep file it started from.
         complete: Whether every cell has a result and none of them is partial.
@@ -57,7 +61,7 @@ class Entry:
         link: Where its page lies, relative to the index.
     """
 
-    sweep_id: str
+    place: Place
     created: str
     preset: str
     complete: bool
@@ -70,9 +74,9 @@ class Entry:
 
 
 def write_model_index(model_directory: Path) -> Path:
-    """Write the page that lists every sweep under ``sweeps/``, newest first.
+    """Write the page that lists every sweep under ``sweeps/``, the last published first.
 
-    A directory that holds no summary of this version is named on the page and left out.
+    A directory that holds no summary that this version reads is named on the page and left out.
 
     Args:
         model_directory: The model's directory, the one that holds ``sweeps/``.
@@ -82,7 +86,7 @@ def write_model_index(model_directory: Path) -> Path:
     """
     entries: list[Entry] = []
     skipped: list[tuple[str, str]] = []
-    models: dict[str, str] = {}
+    models: dict[Place, str] = {}
     root = model_directory / SWEEPS
     found = sorted(root.iterdir()) if root.is_dir() else []
     for directory in found:
@@ -94,8 +98,8 @@ def write_model_index(model_directory: Path) -> Path:
             skipped.append((directory.name, head))
             continue
         entries.append(_entry(head))
-        models[head.created] = head.model
-    entries.sort(key=lambda entry: (entry.created, entry.sweep_id), reverse=True)
+        models[entries[-1].place] = head.model
+    entries.sort(key=lambda entry: entry.place, reverse=True)
     newest = max(models) if models else None
     page = render_html(
         "index.html",
@@ -115,16 +119,14 @@ def _read(directory: Path) -> _SweepHead | str:
     if not directory.is_dir():
         return "is not a directory"
     path = directory / SUMMARY
-    try:
-        head = _SweepHead.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    if not path.is_file():
         return f"holds no {SUMMARY}"
-    except OSError:
-        return f"its {SUMMARY} cannot be read"
-    except ValidationError:
-        return f"its {SUMMARY} is no summary of a sweep"
-    if head.schema_version != SUMMARY_VERSION:
-        return f"its {SUMMARY} has schema version {head.schema_version}, not {SUMMARY_VERSION}"
+    try:
+        head = read_document(
+            _SweepHead, path, what="summary of a sweep", version=SUMMARY_VERSION, name="", again=""
+        )
+    except UserError as error:
+        return f"its {SUMMARY} {error.what}"
     if head.sweep_id != directory.name:
         return f"its {SUMMARY} is that of another sweep"
     return head
@@ -132,7 +134,7 @@ def _read(directory: Path) -> _SweepHead | str:
 
 def _entry(head: _SweepHead) -> Entry:
     return Entry(
-        sweep_id=head.sweep_id,
+        place=Place(head.published, head.sweep_id),
         created=head.created,
         preset=head.preset,
         complete=head.complete,

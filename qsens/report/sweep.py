@@ -12,10 +12,12 @@ from qsens.analysis.prices import price
 from qsens.analysis.ranking import Row, total_per_token
 from qsens.analysis.samples import SampleScores
 from qsens.analysis.statistic import statistic_of
-from qsens.config.base import read_json
 from qsens.config.models import SIZES, Coverage, Frozen, Modality, Size
-from qsens.grid import Cell, Plan
-from qsens.manifest import Audit, Manifest, dump_json
+from qsens.documents import dump_document, read_document
+from qsens.grid import Cell, Plan, refuse_another_sweep
+from qsens.manifest import Audit, Manifest
+from qsens.published import SUMMARY as SUMMARY
+from qsens.published import SWEEPS as SWEEPS
 from qsens.report import charts
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data
@@ -34,10 +36,8 @@ from qsens.report.views import heat_table, pair_lines, protected, stable_in
 from qsens.report.words import statistic_words
 from qsens.store import write_text
 
-SUMMARY_VERSION = 1
-SUMMARY = "summary.json"
+SUMMARY_VERSION = 2
 PAGE = "index.html"
-SWEEPS = "sweeps"
 CHART = "summary.svg"
 _ROWS_IN_PAGE = 200
 
@@ -152,6 +152,13 @@ class Summary(Frozen):
     """The scores of each pair against the true divergence of some groups, where measured."""
     drift: Drift | None = None
     """What changed since the sweep before; none where there is none."""
+    notices: tuple[str, ...] = ()
+    """What a reader should know of how its results were stored."""
+    published: int = 0
+    """Which of its model's sweeps it is, from 1, in the order of their publication; 0 where nobody
+    counted."""
+    checksum: str | None = None
+    """SHA-256 over the canonical JSON of all other keys; null in summaries older than this key."""
 
     @property
     def done(self) -> tuple[SummaryCell, ...]:
@@ -281,7 +288,7 @@ def write_sweep(summary: Summary, directory: Path, *, single_file: bool = False)
     rest = heat.rows[_ROWS_IN_PAGE:] if heat else ()
     pages = {
         "summary.md": render_markdown("sweep.md", **context),
-        SUMMARY: dump_json(data),
+        SUMMARY: dump_document(data),
         PAGE: render_html(
             "sweep.html",
             **context,
@@ -312,15 +319,19 @@ def read_summary(path: Path) -> Summary:
     """Read ``summary.json``.
 
     Raises:
-        UserError: The file is no summary.
+        Damaged: The file is no summary, or not as it was written.
+        UserError: A newer qsens wrote it.
     """
-    return read_json(
+    summary = read_document(
         Summary,
         path,
         what="summary of a sweep",
+        version=SUMMARY_VERSION,
         name="Name the summary.json of a published sweep.",
         again="Publish the sweep again with `qsens publish`.",
     )
+    refuse_another_sweep(path, summary.sweep_id)
+    return summary
 
 
 def _pareto(plan: Plan, cells: Sequence[SummaryCell], audits: Sequence[Audit]) -> list[ParetoPoint]:

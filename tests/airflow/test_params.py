@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,49 @@ def test_report_only_takes_the_sweep_named_or_all_that_cells_show(tmp_path: Path
         plans_to_publish(config, roots, "20250109T030405678Z-0123abcd")
 
 
-def test_report_only_in_the_layout_tmp_takes_the_newest(tmp_path: Path) -> None:
+def of_model(name: str, *plans: Path, **more: Any) -> None:
+    for plan in plans:
+        plan.write_text(json.dumps({"config": {"model": {"name": name}}, **more}))
+
+
+def test_report_only_in_the_layout_tmp_takes_the_newest_of_its_model(tmp_path: Path) -> None:
     roots = Roots(root=ROOT, results=tmp_path, configs=(ROOT / "configs",))
     config = load_sweep("single", roots=roots).config
-    plans = sweeps_in(tmp_path / "tmp", SWEEP, "20250103T030405678Z-0123abcd")
-    assert plans_to_publish(config, roots, None) == plans[1:]
-    assert plans_to_publish(config, roots, SWEEP) == plans[:1]
+    first, second, foreign, broken = sweeps_in(
+        tmp_path / "tmp",
+        SWEEP,
+        *(f"2025010{day}T030405678Z-0123abcd" for day in (3, 4, 5)),
+    )
+    of_model("tiny_qwen3_vl", first, second)
+    of_model("another", foreign)
+    broken.write_text("{")
+    assert plans_to_publish(config, roots, None) == [second]
+    assert plans_to_publish(config, roots, SWEEP) == [first]
+    for sweep in (foreign, broken):
+        with pytest.raises(UserError, match="of the model 'tiny_qwen3_vl' has been published"):
+            plans_to_publish(config, roots, sweep.parent.name)
+    # One whose clock was wrong hides nothing that was published after it.
+    of_model("tiny_qwen3_vl", first, published=2)
+    of_model("tiny_qwen3_vl", second, published=1)
+    assert plans_to_publish(config, roots, None) == [first]
+
+
+def test_report_only_publishes_no_other_model_from_any_layout(tmp_path: Path) -> None:
+    roots = Roots(root=ROOT, results=tmp_path, configs=(ROOT / "configs",))
+    out = tmp_path / "out"
+    words = [f"runner.output_dir={out}"]
+    config = load_sweep("demo-text", words, roots=roots).config
+    (own,) = sweeps_in(tmp_path, "out")
+    of_model("tiny_qwen3_vl", own)
+    assert plans_to_publish(config, roots, None) == [own]
+    of_model("another", own)
+    with pytest.raises(UserError, match="tiny_qwen3_vl"):
+        plans_to_publish(config, roots, None)
+    config = load_sweep("demo-text", roots=roots).config
+    sweeps = tmp_path / "models/tiny_qwen3_vl/layer-analysis/sweeps"
+    own, foreign = sweeps_in(sweeps, SWEEP, "20250103T030405678Z-0123abcd")
+    of_model("tiny_qwen3_vl", own)
+    of_model("another", foreign)
+    assert plans_to_publish(config, roots, None) == [own]
+    with pytest.raises(UserError, match="tiny_qwen3_vl"):
+        plans_to_publish(config, roots, foreign.parent.name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import struct
 from pathlib import Path
 
 import pytest
 
+from qsens.checksums import sealed
 from qsens.engine.files import find_weights, identify, read_header, shapes, weight_files
 from qsens.errors import UserError
 
@@ -69,15 +71,32 @@ def test_digest_is_that_of_the_files(checkpoint: Path) -> None:
 
 
 def test_cache_saves_reading_and_notices_a_change(checkpoint: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "digests.json"
+    cache = tmp_path / "results" / ".cells" / "digests.json"
     first = identify(checkpoint, cache=cache)
     kept = json.loads(cache.read_text())
+    del kept["checksum"]
     assert len(kept) == 3
     # A digest that is known is believed: so the file was not read again.
-    cache.write_text(json.dumps(dict.fromkeys(kept, "0" * 64)))
+    wrong = json.dumps(sealed(dict.fromkeys(kept, "0" * 64)))
+    cache.write_text(wrong)
     assert identify(checkpoint, cache=cache).digest != first.digest
-    cache.write_text("broken")
-    assert identify(checkpoint, cache=cache) == first
+    # But not where the cache is not what was written, or nobody can tell.
+    for damaged in ("broken", wrong.replace("0", "1", 1), json.dumps(dict.fromkeys(kept, "0"))):
+        cache.write_text(damaged)
+        assert identify(checkpoint, cache=cache) == first
+        assert json.loads(cache.read_text()) == sealed(kept)
+
+
+def test_no_bit_that_flips_in_the_cache_is_believed(checkpoint: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "results" / ".cells" / "digests.json"
+    first = identify(checkpoint, cache=cache)
+    written, rng = cache.read_bytes(), random.Random(13)
+    for _ in range(40):
+        data = bytearray(written)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        cache.write_bytes(data)
+        assert identify(checkpoint, cache=cache) == first
+        assert cache.read_bytes() == written
 
 
 def test_shapes(checkpoint: Path) -> None:

@@ -55,8 +55,18 @@ def plan(root: Path, *, day: int, checkpoint: str = "a", captions: str = "c", **
     )
 
 
-def result(made: Plan, cell: Cell, seed: int, factors: dict[str, float] | None = None) -> None:
-    """Write the result of a cell: skewed scores of every sample, a layer's times its factor."""
+def result(
+    made: Plan,
+    cell: Cell,
+    seed: int,
+    factors: dict[str, float] | None = None,
+    *,
+    verified: bool = True,
+) -> None:
+    """Write the result of a cell: skewed scores of every sample, a layer's times its factor.
+
+    One that is not verified is as the version before checksums wrote it.
+    """
     store = Store(made)
     count = made.samples_scored(cell)
     rng = np.random.default_rng(seed)
@@ -71,16 +81,23 @@ def result(made: Plan, cell: Cell, seed: int, factors: dict[str, float] | None =
         ]
     )
     labels = np.full(count, 10)
-    directory = store.result_dir(cell)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {"per_sample": per_sample, "label_tokens": labels},
-        store.state(cell),
-        metadata={"cell": cell.cell, "groups": "\n".join(LAYERS)},
-    )
-    store.manifest(cell).write_text(
-        dump_json(manifest(made, cell, per_sample).model_dump(mode="json")), encoding="utf-8"
-    )
+    found = manifest(made, cell, per_sample)
+
+    def save(path: Path) -> None:
+        save_file(
+            {"per_sample": per_sample, "label_tokens": labels},
+            path,
+            metadata={"cell": cell.cell, "groups": "\n".join(LAYERS)},
+        )
+
+    if verified:
+        store.write_result(cell, found.model_copy(update={"schema_version": 2}), save)
+        return
+    store.result_dir(cell).mkdir(parents=True, exist_ok=True)
+    save(store.state(cell))
+    newer = {"checksum", "state_digest"}
+    text = dump_json(found.model_dump(mode="json", exclude=newer))
+    store.manifest(cell).write_text(text, encoding="utf-8")
 
 
 def manifest(made: Plan, cell: Cell, per_sample: Any) -> Manifest:

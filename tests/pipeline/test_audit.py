@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qsens.analysis.audit import digest_of, judge
-from qsens.manifest import Audit, Point, dump_json
+from qsens.documents import dump_document, dump_json
+from qsens.manifest import Audit, Point, read_manifest
 from qsens.pipeline.audit import find_audits
 from qsens.store import Store
 
@@ -167,7 +168,11 @@ def test_published_with_the_sweep(place: Place, audited: Any) -> None:
         assert len(found["digest"]) == 64
         result = place.root / "results/.cells" / digests[cell["cell"]] / "manifest.json"
         assert result.read_bytes() == scored[cell["cell"]]
-        assert json.loads(scored[cell["cell"]]) == manifest | {"audit": None}
+        # Each has a checksum of its own, which reading checks.
+        assert read_manifest(Path(cell["manifest"])).verified
+        kept = json.loads(scored[cell["cell"]])
+        assert kept.pop("checksum") != manifest.pop("checksum")
+        assert kept == manifest | {"audit": None}
         folder = Path(cell["manifest"]).parent
         reports = {
             path: path.read_bytes() for path in sorted(folder.glob("per-layer-sensitivity.*"))
@@ -215,7 +220,7 @@ def test_a_recipe_divides_estimates_that_are_off_by_their_ratio(
     off = {"wfp4_afp16": 0.9}
     sweep = tmp_path / "sweep"
     sweep.mkdir()
-    (sweep / "summary.json").write_text(json.dumps(summary))
+    (sweep / "summary.json").write_text(dump_document(summary))
     (sweep / "plan.json").write_bytes((Path(published["index"]).parent / "plan.json").read_bytes())
     (tmp_path / "some.txt").write_text("A red cube on a table.\nTwo green balls in a box.\n")
     answer = _recipe(
@@ -305,7 +310,7 @@ def test_an_older_audit_of_gradient_is_judged_by_what_places_groups(tmp_path: Pa
                 layer=layer, kind="down", estimate=100.0 - at, standard_error=None, truth=1.0 + at
             )
         )
-    store.manifest(cell).write_text(dump_json(manifest))
+    store.manifest(cell).write_text(dump_document(manifest))
     older = Audit(
         cell=cell.cell,
         pair=cell.pair,
@@ -323,7 +328,8 @@ def test_an_older_audit_of_gradient_is_judged_by_what_places_groups(tmp_path: Pa
     assert older.judgement.verdict == "do not trust"
     older = older.model_copy(update={"digest": digest_of(older)})
     store.audit(cell).parent.mkdir(parents=True, exist_ok=True)
-    store.audit(cell).write_text(dump_json(older.model_dump(mode="json", exclude={"statistic"})))
+    data = older.model_dump(mode="json", exclude={"statistic", "measured_kl", "checksum"})
+    store.audit(cell).write_text(dump_json({**data, "schema_version": 1}))
     (found,) = find_audits(store)
     assert found.statistic == "sensitivity"
     assert [point.estimate for point in found.points] == [7.0 * (at + 1) for at in range(12)]

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from qsens.config import Roots
+from qsens.documents import dump_document
 from qsens.pipeline.recipe import find_sweep
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def test_a_recipe_that_a_single_pair_beats_is_told_with_exit_code_3(
         for row in cell["rows"]:
             if row["sensitivity"] is not None:
                 row["sensitivity"] = 1.0 if cell["pair"] == "wfp8_afp8" else 0.0
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "summary.json").write_text(dump_document(summary))
     (tmp_path / "plan.json").write_bytes((sweep.directory / "plan.json").read_bytes())
     (tmp_path / "some.txt").write_text("A red cube on a table.\nTwo green balls in a box.\n")
     words = (str(tmp_path), "--bits", "9", "--to", "json", "--pairs", "wfp8_afp8,wfp4_afp16")

@@ -59,7 +59,8 @@ def test_broken_and_foreign_directories_are_named_and_passed_over(
     for name, text in {
         "cut": good[: len(good) // 2],
         "foreign": "[1, 2]",
-        "newer": good.replace('"schema_version": 1', '"schema_version": 99', 1),
+        "newer": good.replace('"schema_version": 2', '"schema_version": 99', 1),
+        "flipped": good.replace('"done"', '"missing"', 1),
         "copied": good,
         "<script>x": "{}",
         ".half.tmp": "{}",
@@ -72,13 +73,15 @@ def test_broken_and_foreign_directories_are_named_and_passed_over(
     (sweeps / "file").write_text("x", encoding="utf-8")
     page = make.page(write_model_index(tmp_path))
     assert page.links == ["sweeps/20300101-aa/index.html"]
-    assert "8 entries" in page.text
+    assert "9 entries" in page.text
     for line in (
-        "cut its summary.json is no summary of a sweep",
+        "cut its summary.json cannot be read",
         "foreign its summary.json is no summary of a sweep",
-        "binary its summary.json is no summary of a sweep",
+        "binary its summary.json cannot be read",
         "<script>x its summary.json is no summary of a sweep",
-        "newer its summary.json has schema version 99, not 1",
+        "newer its summary.json is a summary of a sweep of schema version 99, and this qsens reads "
+        "versions up to 2",
+        "flipped its summary.json is damaged: its content does not match its checksum",
         "copied its summary.json is that of another sweep",
         "empty holds no summary.json",
         "file is not a directory",

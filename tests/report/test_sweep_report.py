@@ -97,7 +97,9 @@ def test_summary_json_makes_the_same_pages_again(make: Any, tmp_path: Path) -> N
         "summary.svg",
     ]
     read = Summary.model_validate_json(paths[1].read_bytes())
-    assert read == whole(make)
+    # What is read has been checked, and says so.
+    assert read.checksum is not None
+    assert read.model_copy(update={"checksum": None}) == whole(make)
     again = write_sweep(read, tmp_path / "b")
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
     data = json.loads(paths[1].read_text(encoding="utf-8"))

@@ -1,0 +1,178 @@
+"""What decides a result's numbers: the input of its digest, key by key.
+
+A digest is the name of a result on disk, so nothing here changes by itself. Every key and every
+field that enters is written down, spelled as the first version spelled it. A field that is new
+enters only where it is not its default, and only if numbers depend on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from qsens.config import ModelConfig, PairConfig, SweepConfig
+from qsens.config.models import AutoquantConfig, Coverage, Frozen, Size
+from qsens.config.pairs import QuantizerConfig
+
+# Raised whenever a method gives other numbers for the same input: by the weights' data type.
+_FUSED = {
+    "gradient": {"float32": 2, "bfloat16": 2, "float16": 2},
+    "fisher": {"float32": 2, "bfloat16": 3, "float16": 3},
+    "kl_div": {"float32": 2, "bfloat16": 3, "float16": 3},
+}
+_MODELOPT = 2
+CALIBRATION_VERSION = 2
+_MEASURED_KL = {"float32": 1, "bfloat16": 2, "float16": 2}
+
+_QWEN_VL = (("model.visual.*", "visual.*"), ("lm_head",))
+_DECODER: tuple[tuple[str, ...], tuple[str, ...]] = ((), ("lm_head",))
+# Patterns of the vision tower and of the head by `model_type`, as digests spell them: what the
+# table of families said when results were first stored under them.
+PATTERNS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "qwen3_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
+    "qwen3_vl_moe": _QWEN_VL,
+    "qwen3": _DECODER,
+    "qwen3_moe": _DECODER,
+    "llama": _DECODER,
+    "gemma3": (
+        (
+            "model.vision_tower.*",
+            "model.multi_modal_projector.*",
+            "vision_tower.*",
+            "multi_modal_projector.*",
+        ),
+        ("lm_head",),
+    ),
+    "gemma3_text": _DECODER,
+}
+
+
+class PatternsIdentity(Frozen):
+    """The patterns of a checkpoint's parts, as digests spell them."""
+
+    vision: tuple[str, ...]
+    """Module name patterns (fnmatch) of the vision tower."""
+    head: tuple[str, ...]
+    """The same of the head."""
+
+
+def identify_patterns(
+    given: ModelConfig, resolved: ModelConfig, model_type: str, weights: Collection[str]
+) -> PatternsIdentity:
+    """Return the patterns that enter digests.
+
+    Those of a model file enter as they are. Those of the table of families enter as the table first
+    had them, for as long as both match the same weights.
+
+    Args:
+        given: The model file.
+        resolved: The same with the patterns of the table.
+        model_type: Of the checkpoint's ``config.json``.
+        weights: Names of the checkpoint's tensors.
+    """
+    first = PATTERNS.get(model_type, (resolved.vision_patterns, resolved.head_patterns))
+    modules = [name.removesuffix(".weight") for name in weights]
+
+    def spelled(
+        own: tuple[str, ...], now: tuple[str, ...], before: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        return own or (before if _matched(modules, before) == _matched(modules, now) else now)
+
+    return PatternsIdentity(
+        vision=spelled(given.vision_patterns, resolved.vision_patterns, first[0]),
+        head=spelled(given.head_patterns, resolved.head_patterns, first[1]),
+    )
+
+
+def engine_version(autoquant: AutoquantConfig, dtype: str) -> int:
+    """Return the version of what computes the scores, for weights of that data type."""
+    return _MODELOPT if autoquant.engine == "modelopt" else _FUSED[autoquant.method][dtype]
+
+
+def measured_kl_version(dtype: str) -> int:
+    """Return the version of what measures the KL divergences of audits."""
+    return _MEASURED_KL[dtype]
+
+
+def cell_identity(
+    config: SweepConfig,
+    pair: PairConfig,
+    coverage: Coverage,
+    size: Size,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return what the configuration adds to the digest of a cell's result: numbers and names.
+
+    Args:
+        config: The sweep.
+        pair: The pair, its granularity applied.
+        coverage: Part of the model that may be quantized.
+        size: Calibration size.
+        versions: Installed versions, by distribution name.
+    """
+    autoquant, dataset, model = config.autoquant, config.dataset, config.model
+    computing = ["torch", "transformers"]
+    if autoquant.engine == "modelopt":
+        computing.append("nvidia-modelopt")
+    identity: dict[str, Any] = {
+        "names": [model.name, model.short_name, dataset.name],
+        "size": size,
+        "max_calib_samples": dataset.max_calib_samples,
+        "pair": _pair(pair, coverage),
+        "coverage": coverage,
+        "method": autoquant.method,
+        "draws": autoquant.draws if autoquant.method == "fisher" else None,
+        "effective_bits": autoquant.effective_bits,
+        "score_size": autoquant.score_size,
+        "batch_size": autoquant.batch_size,
+        "seed": autoquant.seed,
+        "engine": [autoquant.engine, engine_version(autoquant, model.dtype)],
+        "versions": {name: versions.get(name, "none") for name in computing},
+    }
+    # Such scales once were those of a part of a weight of more than 2^26 elements.
+    if autoquant.engine == "fused" and _crosses_rows(pair.weight_quantizer):
+        identity["scales"] = "of the whole weight"
+    return identity
+
+
+def _pair(pair: PairConfig, coverage: Coverage) -> dict[str, Any]:
+    names = (
+        {"all_layers_scheme": pair.all_layers_scheme, "all_layers_run_dir": pair.all_layers_run_dir}
+        if coverage == "all_layers"
+        else {"scheme": pair.scheme, "run_dir": pair.run_dir}
+    )
+    return {
+        "name": pair.name,
+        "weight": pair.weight,
+        "activation": pair.activation,
+        "format": pair.format,
+        "weight_quantizer": _quantizer(pair.weight_quantizer),
+        "input_quantizer": None
+        if pair.input_quantizer is None
+        else _quantizer(pair.input_quantizer),
+        "algorithm": pair.algorithm,
+        "effective_bits": pair.effective_bits,
+        "experimental": pair.experimental,
+        **names,
+    }
+
+
+def _quantizer(quantizer: QuantizerConfig) -> dict[str, Any]:
+    return {
+        "axis": quantizer.axis,
+        "block_sizes": quantizer.block_sizes,
+        "type": quantizer.type,
+        "num_bits": quantizer.num_bits,
+    }
+
+
+def _crosses_rows(quantizer: QuantizerConfig) -> bool:
+    """Return whether some scale of a weight is shared by parts of several rows."""
+    axes = (quantizer.axis,) if isinstance(quantizer.axis, int) else quantizer.axis or ()
+    return any(axis != 0 for axis in axes) or any(axis != -1 for axis in quantizer.sizes())
+
+
+def _matched(names: Collection[str], patterns: tuple[str, ...]) -> set[str]:
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}

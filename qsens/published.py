@@ -1,0 +1,161 @@
+"""Sweeps that were published, and their order: that of their publication, not of their clocks.
+
+A sweep gets a number when it is first published, one more than any of its model's sweeps there has.
+Its plan and its summary keep it, so that a sweep that is published again keeps its place. Sweeps
+from before there were numbers come first, in the order of their ids.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qsens.checksums import CHECKSUM, is_sealed
+from qsens.grid import Cell
+from qsens.store import Store, write_text
+
+PLAN = "plan.json"
+SUMMARY = "summary.json"
+SWEEPS = "sweeps"
+# What a cell's directory shows: an older sweep, published again, must not replace it.
+SHOWN = ".sweep"
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """The place of a sweep among its model's: of two, the later one is greater.
+
+    Attributes:
+        number: Which of its model's sweeps it is, from 1; 0 from before there were numbers.
+        sweep_id: Its id.
+    """
+
+    number: int
+    sweep_id: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """A sweep that was published.
+
+    Attributes:
+        directory: Holds its plan and its reports.
+        place: Its place among its model's sweeps.
+        model: Name of its model; none where its plan cannot be read.
+    """
+
+    directory: Path
+    place: Place
+    model: str | None
+
+    @property
+    def plan(self) -> Path:
+        """Return the file of its plan."""
+        return self.directory / PLAN
+
+    @classmethod
+    def read(cls, directory: Path) -> Published:
+        """Read what there is to know without reading all of a sweep."""
+        plan = _json(directory / PLAN)
+        name = plan.get("config", {}).get("model", {}).get("name")
+        known = _number(plan) or _number(_json(directory / SUMMARY)) or 0
+        return cls(directory, Place(known, plan.get("sweep_id") or directory.name), name)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the directory of a cell shows.
+
+    Attributes:
+        place: The place of the sweep that it was published by.
+        digest: Digest of the cell; none from before it was kept.
+    """
+
+    place: Place
+    digest: str | None
+
+    @classmethod
+    def read(cls, directory: Path) -> Shown | None:
+        """Read what a directory shows; none where nothing was published there."""
+        try:
+            words = (directory / SHOWN).read_text(encoding="utf-8").split()
+            number = int(words[1]) if len(words) > 1 else 0
+            return cls(Place(number, words[0]), words[2] if len(words) > 2 else None)
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def write(self, directory: Path) -> None:
+        """Write down that ``directory`` shows this."""
+        words = (self.place.sweep_id, str(self.place.number), self.digest or "")
+        write_text(directory / SHOWN, "\n".join(words) + "\n")
+
+
+def published_sweeps(parent: Path) -> list[Published]:
+    """Return the sweeps below a model's ``sweeps/`` or below ``tmp/``, as they were published."""
+    found = [Published.read(plan.parent) for plan in parent.glob(f"*/{PLAN}")]
+    return sorted(found, key=lambda sweep: sweep.place)
+
+
+def place_of(store: Store) -> Place:
+    """Return the place of a sweep: the one that it has, or the next where it has none."""
+    plan, directory = store.plan, store.sweep_dir()
+    there = Published.read(directory)
+    own = there.place.sweep_id == plan.sweep_id and (
+        there.model is not None or (directory / SUMMARY).is_file()
+    )
+    if plan.published or own:
+        return Place(plan.published or there.place.number, plan.sweep_id)
+    others = [there]
+    if directory.name == plan.sweep_id:  # else all sweeps have one directory
+        others = [
+            sweep
+            for sweep in published_sweeps(directory.parent)
+            if sweep.model == plan.config.model.name
+        ]
+    return Place(1 + max((sweep.place.number for sweep in others), default=0), plan.sweep_id)
+
+
+def sweep_before(store: Store, place: Place) -> str | None:
+    """Return the id of the sweep that was published before the one at ``place``, if there is one.
+
+    Only sweeps that are kept side by side have one: those of a model.
+    """
+    parent = store.sweep_dir().parent
+    if parent != store.model_dir() / SWEEPS:
+        return None
+    earlier = [
+        sweep.directory.name
+        for sweep in published_sweeps(parent)
+        if sweep.place < place and (sweep.directory / SUMMARY).is_file()
+    ]
+    return earlier[-1] if earlier else None
+
+
+def may_show(store: Store, cell: Cell, place: Place) -> bool:
+    """Return whether the directory of ``cell`` shows nothing that was published after ``place``."""
+    shown = Shown.read(store.cell_dir(cell))
+    return shown is None or shown.place.sweep_id == place.sweep_id or shown.place <= place
+
+
+def shown_sweeps(model_dir: Path) -> set[str]:
+    """Return the ids of the sweeps whose results the cells' directories of a model show."""
+    marks = [Shown.read(mark.parent) for mark in model_dir.glob(f"weight-*/**/{SHOWN}")]
+    return {shown.place.sweep_id for shown in marks if shown is not None}
+
+
+def _number(data: dict[str, Any]) -> int | None:
+    value = data.get("published")
+    return value if type(value) is int and value > 0 else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return a document; nothing where it cannot be read, or is not what was written."""
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(data, dict) or (data.get(CHECKSUM) is not None and not is_sealed(data)):
+        return {}
+    return data
