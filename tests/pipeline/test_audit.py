@@ -296,7 +296,7 @@ def test_a_sweep_audits_where_it_is_told_to(place: Place) -> None:
 
 
 def test_an_older_audit_of_gradient_is_judged_by_what_places_groups(tmp_path: Path) -> None:
-    made = results.whole(results.plan(tmp_path, day=1), seed=1)
+    made = results.whole(results.plan(tmp_path, day=1, dtype="float32"), seed=1)
     store = Store(made)
     cell = made.cell("wint8_afp16-small")
     manifest = json.loads(store.manifest(cell).read_text())
