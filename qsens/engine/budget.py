@@ -216,9 +216,9 @@ def _footprint(
     """
     head = head_of(model)
     stored = head.weight.element_size()
-    # Outputs made anew, and the three parts that a product in float32 takes an input in.
+    # Outputs made anew, inputs in the parts that a product in float32 takes them in.
     anew = wide if wide > size else 0
-    parts = 6 if not losses and wide > stored else 0
+    parts = 6 if wide > stored else 0
     more = max(0, losses - 1)  # gradients beside those that the record counts
     # A candidate of a small size scores few of the tokens: counted as the share that it does.
     share = [scored / max(candidates.scored) for scored in candidates.scored]
@@ -244,7 +244,7 @@ def _footprint(
                 hidden = expert_weights(module)[0].shape[2]
                 slopes[layer] = slopes.get(layer, 0.0) + more * size * hidden
                 stacked = 2 * sum(of_input.values()) + most
-                widest = max(widest, hidden * size * (3 + stacked + most) + working)
+                widest = max(widest, hidden * (size * 3 + wide * (stacked + most)) + working)
                 continue
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
             largest = max(largest, weight.numel())
@@ -258,12 +258,12 @@ def _footprint(
             # Quantized inputs, also stacked for two kinds of weights; the rows; one product.
             stacked = 2 * sum(of_input.values()) + most
             products = out * (2 * size + most * wide + anew)
-            widest = max(widest, into * (size * (1 + stacked) + parts) + products)
+            widest = max(widest, into * (size + wide * stacked + parts * most) + products)
     hidden, vocabulary = head.weight.shape[1], head.weight.shape[0]
     chunk = min(largest, WEIGHT_CHUNK)
     held = size + (wide if wide > stored else 0)
     fixed = largest * held + chunk * 3 * 4 + HEAD_ROWS * vocabulary * (3 * 4 + 2 * size)
-    at_head = hidden * size * (3 + most)
+    at_head = hidden * (size * 3 + wide * most)
     per_token = rows.kept * size * 1.1 + max(
         max(inside.values(), default=0.0) + max(slopes.values(), default=0.0) + widest, at_head
     )

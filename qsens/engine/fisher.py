@@ -13,8 +13,9 @@ Every draw costs a backward pass; outputs are changed once for all draws. The dr
 are stratified: a label of probability ``p`` is drawn ``p * draws`` times, up to one. For the head
 no draw is needed: ``1/2 d^T F d`` is half the variance of ``d`` under ``p``.
 
-Outputs and their changes are made in float32 whatever the model's data type is: what is estimated
-has no rounding in it, see :mod:`qsens.engine.float32`. Gradients are those of the model as it is.
+Quantized inputs, outputs and their changes are float32 whatever the model's data type is: what is
+estimated has no rounding in it, see :mod:`qsens.engine.float32`. Gradients are those of the model
+as it is.
 """
 
 from __future__ import annotations
@@ -89,9 +90,12 @@ class _FisherPass(Pass):
         seed: int,
     ) -> None:
         super().__init__(model, groups, candidates, scored, head_formats)
-        self.exact = is_narrow(next(model.parameters()).dtype)
         self._draws, self._seed = draws, seed
         self._inner = torch.zeros(*self.scores.shape, draws, dtype=torch.float64)
+
+    @property
+    def exact(self) -> bool:
+        return is_narrow(next(self.run.model.parameters()).dtype)
 
     def per_sample(self) -> torch.Tensor:
         return self.draws().mean(dim=-1)

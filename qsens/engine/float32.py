@@ -59,8 +59,12 @@ def is_narrow(dtype: torch.dtype) -> bool:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Make every linear product give float32 while the context lasts, its operands unrounded."""
-    with _without_tf32(), _Products():
+    """Make every linear product give float32 while the context lasts.
+
+    On a GPU, of a float32 input that meets a weight in bfloat16 the first 16 bits of its
+    significand are taken: 2^-17 of it are nothing beside what a format of 8 bits changes.
+    """
+    with _without_tf32(), _Products(parts=2):
         yield
 
 
@@ -84,10 +88,15 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 
 class _Products(TorchFunctionMode):
-    """Replaces linear products by those in float32."""
+    """Replaces linear products by those in float32.
 
-    def __init__(self) -> None:
+    Args:
+        parts: Tensors in bfloat16 that an input in float32 is taken as on a GPU.
+    """
+
+    def __init__(self, parts: int) -> None:
         super().__init__()
+        self._count = parts
         # What was made of the last operands: q, k and v read one input, a head has many rows.
         self._split: tuple[torch.Tensor, int, Sequence[torch.Tensor]] | None = None
         self._wide: tuple[torch.Tensor, int, torch.Tensor] | None = None
@@ -126,7 +135,7 @@ class _Products(TorchFunctionMode):
         if (x.dtype, weight.dtype) != (torch.float32, torch.bfloat16):
             return ()
         if self._split is None or self._split[0] is not x or self._split[1] != x._version:
-            self._split = x, x._version, split(x.flatten(0, -2))
+            self._split = x, x._version, split(x.flatten(0, -2), self._count)
         return self._split[2]
 
     def _widened(self, weight: torch.Tensor) -> torch.Tensor:
@@ -147,7 +156,7 @@ class _WholeModel(_Products):
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__()
+        super().__init__(parts=3)
         self._name = name
 
     def __torch_function__(
@@ -179,19 +188,20 @@ class _WholeModel(_Products):
         return super().linear(input, weight, bias)
 
 
-def split(x: torch.Tensor) -> Sequence[torch.Tensor]:
-    """Return three bfloat16 tensors of the shape of ``x`` whose sum it is, the largest first.
+def split(x: torch.Tensor, count: int = 3) -> Sequence[torch.Tensor]:
+    """Return bfloat16 tensors of the shape of ``x`` whose sum it is, the largest first.
 
-    Exact for all but the smallest: what lies below 2^-126 may be lost.
+    Three are exact, but for what lies below 2^-126; two lose 2^-17 of a number.
 
     Args:
         x: Any shape, float32.
+        count: How many tensors.
     """
-    found = torch.empty(3, *x.shape, dtype=torch.bfloat16, device=x.device)
+    found = torch.empty(count, *x.shape, dtype=torch.bfloat16, device=x.device)
     if triton is not None and x.is_cuda:
         with torch.cuda.device(x.device):
             grid = (triton.cdiv(x.numel(), _BLOCK),)
-            _split_kernel[grid](x.contiguous(), found, x.numel(), BLOCK=_BLOCK)
+            _split_kernel[grid](x.contiguous(), found, x.numel(), PARTS=count, BLOCK=_BLOCK)
         return found.unbind()
     rest = x
     for part in found:
@@ -252,11 +262,13 @@ def _wide(value: Any) -> Any:
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _split_kernel(x, parts, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _split_kernel(  # type: ignore[no-untyped-def]
+        x, parts, count, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    ):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = at < count
         rest = tl.load(x + at, mask=inside, other=0.0)
-        for part in range(3):
+        for part in range(PARTS):
             found = rest.to(tl.bfloat16)
             tl.store(parts + part * count + at, found, mask=inside)
             rest -= found.to(tl.float32)

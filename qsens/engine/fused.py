@@ -137,12 +137,7 @@ class Pass:
         scored: Samples that are scored.
         head_formats: Weight formats of the head that are held at once.
 
-    Attributes:
-        exact: Whether outputs of modules are made anew in float32, quantized or not, so that their
-            difference holds no rounding of the model's data type.
     """
-
-    exact = False
 
     def __init__(
         self,
@@ -168,7 +163,7 @@ class Pass:
             for name, module in self.linears.items()
         }
         names = {name: input_names(name, module) for name, module in self.linears.items()}
-        self.inputs = Inputs(candidates, self.device, shapes, names, self.fail)
+        self.inputs = Inputs(candidates, self.device, shapes, names, self.fail, exact=self.exact)
         self.found: Mapping[int, Maxima] = {}
         self.head_name = next(
             (name for name, module in self.linears.items() if module is self.run.head), None
@@ -184,6 +179,15 @@ class Pass:
         }
         self.seen: set[str] = set()
         self.failures = Failures()
+
+    @property
+    def exact(self) -> bool:
+        """Whether inputs are quantized to float32, and outputs made of them in float32.
+
+        Those of the module as it is are made anew then: no rounding of the model's data type is in
+        their difference.
+        """
+        return False
 
     def per_sample(self) -> torch.Tensor:
         """Return ``s_i``, ``(groups, candidates, samples)``, float64."""
