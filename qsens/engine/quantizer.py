@@ -6,13 +6,16 @@ Needs torch; modelopt only where it is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from qsens.errors import UserError
 from qsens.numerics import compute_amax, fake_quantize, supports
 from qsens.numerics.formats import format_of
+
+Cfg = Mapping[str, Any]
 
 _BACKEND = "qsens"
 # Elements of a weight that are quantized at once: bounds the temporaries of a large head.
@@ -78,7 +81,7 @@ def needs_fallback(cfg: Mapping[str, Any]) -> bool:
     return not supports(cfg)
 
 
-def on_cpu(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def on_cpu(cfg: Cfg) -> dict[str, Any]:
     """Return a ModelOpt configuration that gives on a CPU what ModelOpt's GPU kernels give.
 
     ModelOpt has no CPU kernel for formats with block scales of their own type (MX, NVFP4), and on a
@@ -89,6 +92,28 @@ def on_cpu(cfg: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         cfg: A configuration as ``mtq.quantize`` takes it.
     """
+
+    def lacks(given: Cfg) -> bool:
+        blocks = given.get("block_sizes") or {}
+        return "scale_bits" in blocks or (not blocks and given.get("num_bits") in ((4, 3), [4, 3]))
+
+    return _with_backend(cfg, lacks)
+
+
+def by_numerics(cfg: Cfg) -> dict[str, Any]:
+    """Return a ModelOpt configuration whose formats our numerics compute, wherever they can.
+
+    They give what ModelOpt's kernels give, bit for bit, and no CUDA extension is built for them,
+    which takes minutes.
+
+    Args:
+        cfg: A configuration as ``mtq.quantize`` takes it.
+    """
+    return _with_backend(cfg, supports)
+
+
+def _with_backend(cfg: Cfg, chosen: Callable[[Cfg], bool]) -> dict[str, Any]:
+    """Return a ModelOpt configuration in which some quantizers use our numerics."""
     from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
         is_registered_quant_backend,
         register_quant_backend,
@@ -98,9 +123,7 @@ def on_cpu(cfg: Mapping[str, Any]) -> dict[str, Any]:
         register_quant_backend(_BACKEND, _backend)
     entries = []
     for entry in cfg["quant_cfg"]:
-        given = entry.get("cfg", {})
-        blocks = given.get("block_sizes") or {}
-        if "scale_bits" in blocks or (not blocks and given.get("num_bits") in ((4, 3), [4, 3])):
+        if "cfg" in entry and chosen(entry["cfg"]):
             entry = {**entry, "cfg": {**entry["cfg"], "backend": _BACKEND}}
         entries.append(entry)
     return {**cfg, "quant_cfg": entries}
@@ -118,9 +141,17 @@ def _modelopt(x: torch.Tensor, cfg: Mapping[str, Any], amax: torch.Tensor | None
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-    quantizer = TensorQuantizer(QuantizerAttributeConfig(**cfg)).to(x.device)
-    if amax is not None:
-        quantizer.amax = amax
-    with torch.no_grad():
-        result: torch.Tensor = quantizer(x)
+    try:
+        quantizer = TensorQuantizer(QuantizerAttributeConfig(**cfg)).to(x.device)
+        if amax is not None:
+            quantizer.amax = amax
+        with torch.no_grad():
+            result: torch.Tensor = quantizer(x)
+    except (AssertionError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"ModelOpt's own quantizer refuses it: {first}",
+            where=f"cfg {dict(cfg)!r}",
+            remedy="Mend the pair, or leave it out.",
+        ) from error
     return result

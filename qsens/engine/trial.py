@@ -27,7 +27,7 @@ from qsens.config import PairConfig
 from qsens.engine.experts import FIRST, SECOND, is_experts
 from qsens.engine.float32 import in_float32, is_narrow
 from qsens.engine.groups import Group
-from qsens.engine.quantizer import on_cpu
+from qsens.engine.quantizer import by_numerics
 from qsens.engine.samples import Batch, Samples, equal_length_batches
 from qsens.names import group_name
 
@@ -124,7 +124,7 @@ class Trial:
         """Quantize a copy by ``config``, as ``mtq.quantize`` takes it, and measure it."""
         model = copy.deepcopy(self.model)
         with _quiet():
-            mtq.quantize(model, self._of_device(config), self._calibrate)
+            mtq.quantize(model, by_numerics(config), self._calibrate)
         return self._judge(name, model, predicted)
 
     def auto_quantize(
@@ -147,7 +147,7 @@ class Trial:
                     "effective_bits": bits,
                     "cost": {"excluded_module_name_patterns": list(self.excluded)},
                 },
-                quantization_formats=[self._of_device(_stated(pair)) for pair in pairs],
+                quantization_formats=[by_numerics(_stated(pair)) for pair in pairs],
                 data_loader=batches,
                 forward_step=_logits,
                 loss_func=lambda logits, batch: (
@@ -166,7 +166,7 @@ class Trial:
         self, recipes: Mapping[str, QuantRecipe], pairs: Sequence[PairConfig]
     ) -> dict[str, str]:
         """Return the name of the pair of each module that ModelOpt quantized."""
-        configs = {pair.name: self._of_device(_stated(pair)) for pair in pairs}
+        configs = {pair.name: by_numerics(_stated(pair)) for pair in pairs}
         names = {QuantRecipe(config, name): name for name, config in configs.items()}
         of_group = {group.name: group.members for group in self.groups}
         return {
@@ -233,10 +233,6 @@ class Trial:
         bounds = [count, len(samples)]
         batches = equal_length_batches(samples, boundaries=bounds, batch_size=_BATCH)
         return [batch.to(device) for batch in batches if batch.first < count]
-
-    def _of_device(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        on_a_cpu = next(self.model.parameters()).device.type == "cpu"
-        return on_cpu(config) if on_a_cpu else dict(config)
 
 
 def effective_bits(model: nn.Module, groups: Sequence[Group]) -> float:
