@@ -123,7 +123,7 @@ def served(pair: PairConfig) -> str | None:
             return "vLLM may fall back to MXFP4 activations, on some GPUs"
         return "vLLM serves it with MXFP4 activations on Blackwell GPUs, with 16 bits on others"
     if weight.block_type() == _E4M3:
-        known = inputs is None or inputs.has_block_format()
+        known = inputs is None or inputs.block_type() == _E4M3
         return None if known else "no server is known to load NVFP4 weights with such activations"
     parts = [size for size in weight.sizes().values() if size is not None]
     if inputs is None:

@@ -181,7 +181,7 @@ def recipe_of(
             left_out.append(LeftOut(format=name, reason=reason))
     if not formats:
         raise UserError(
-            "none of its pairs can be expressed: " + _listed(left_out),
+            f"none of its pairs can be given to {target}: " + _listed(left_out),
             where=f"sweep {summary.sweep_id}",
             remedy="Export with --to modelopt, or sweep other pairs.",
         )

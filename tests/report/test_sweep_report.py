@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from scipy import stats
 
 from qsens.analysis.allocation import ParetoPoint
+from qsens.analysis.samples import SampleScores
 from qsens.config import DatasetConfig
 from qsens.manifest import read_manifest
-from qsens.report import Summary, build_summary, write_sweep
+from qsens.report import Summary, build_summary, charts, write_sweep
 from qsens.report.charts import pareto
 from qsens.report.views import heat_table, protected
 
@@ -307,3 +308,43 @@ def test_charts_of_the_markdown_are_well_formed_whatever_the_names(
     tags = {element.tag.rpartition("}")[2] for element in tree.iter()}
     assert tags == {"svg", "title", "rect", "text"}
     assert chart.stat().st_size < 10_000
+
+
+@pytest.mark.parametrize(
+    ("method", "placed_by"), [("gradient", "sensitivity"), ("fisher", "score per token")]
+)
+def test_a_sweep_says_which_score_it_follows(
+    make: Any, tmp_path: Path, method: str, placed_by: str
+) -> None:
+    manifests, samples = {}, {}
+    for cell, manifest in list(cells(make).items())[:2]:
+        scheme = manifest.scheme.model_copy(update={"auto_quantize_method": method})
+        manifests[cell] = manifest.model_copy(update={"scheme": scheme})
+        # 16 samples of 4 tokens, each a batch: v = sum_i s_i / 4^2, and v / 4 a token.
+        steps = np.tile([0.5, 1.5], 8)
+        values = [manifest.layer_sensitivity[f"{name}.quant_recipe"].sensitivity for name in (A, B)]
+        scores = np.stack([value * steps for value in values])
+        samples[cell] = SampleScores((A, B), scores, np.full(16, 4.0))
+    plan = make.plan(("wint8_afp16",), autoquant={"method": method})
+    summary = build_summary(plan, manifests, {}, {}, None, samples)
+    said = f"Shares and positions follow the {placed_by}, intervals the {placed_by}"
+    texts = _texts(make, summary, tmp_path / "new")
+    assert all(said in text for text in texts)
+    (chart,) = charts.sizes(summary.cells).values()
+    assert chart["per_token"] is True
+    for size in chart["sizes"]:
+        # Sizes are compared per token: the interval of another score has no place there.
+        assert [low is None for low in size["low"]] == [method == "gradient"] * 2
+    # Sweeps published before say nothing of it: their intervals are of the score per token.
+    older = json.loads(summary.model_dump_json())
+    for cell in older["cells"]:
+        del cell["stability"]["statistic"]
+    texts = _texts(make, Summary.model_validate(older), tmp_path / "older")
+    said = f"Shares and positions follow the {placed_by}, intervals the score per token"
+    assert all(said in text for text in texts)
+
+
+def _texts(make: Any, summary: Summary, directory: Path) -> list[str]:
+    """Return the Markdown and the words of the page."""
+    markdown, _, page, *_ = write_sweep(summary, directory)
+    return [markdown.read_text(encoding="utf-8"), make.page(page).text]
