@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from qsens.config import Roots
 from qsens.documents import dump_document
-from qsens.errors import Damaged, UserError
+from qsens.errors import Damaged, QsensError, UserError
 from qsens.grid import Plan, calibration_digest, read_plan
 from qsens.manifest import read_manifest
 from qsens.pipeline import compute
@@ -436,18 +436,18 @@ def test_each_step_tells_once_and_then_computes_again(
     assert len(passes) == 1
     for cell in (one, two):
         assert calibrate(made, cell.cell)["computed"] is False
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(QsensError) as caught:
             score(made, cell.cell)
         assert caught.value.where == cell.cell
     assert len(passes) == 1
     # A retry computes, for the others as well.
-    with pytest.raises(UserError):
+    with pytest.raises(QsensError):
         score(made, one.cell)
     assert len(passes) == 2
-    with pytest.raises(UserError):
+    with pytest.raises(QsensError):
         score(made, two.cell)
     assert len(passes) == 2
-    with pytest.raises(UserError):
+    with pytest.raises(QsensError):
         score(made, two.cell)
     assert len(passes) == 3
 
@@ -477,7 +477,7 @@ def test_a_failure_that_is_not_what_was_written_counts_as_not_there(
     cell = made.cell("wone_afp16-small")
     path = Store(made).failure(cell)
     path.write_text(path.read_text().replace("wone", "wtwo"))
-    with pytest.raises(UserError):
+    with pytest.raises(QsensError):
         score(made, cell.cell)
     assert len(passes) == 2
 
@@ -501,10 +501,10 @@ def test_a_step_that_is_told_takes_its_whole_lane_only_once(
 ) -> None:
     """In another order: the failing one comes first, as its own step computes."""
     made = plan(BROKEN)
-    with pytest.raises(UserError):
+    with pytest.raises(QsensError):
         score(made, "wone_afp16-small")
     for name in ("wtwo", "wthree"):
-        with pytest.raises(UserError):
+        with pytest.raises(QsensError):
             score(made, f"{name}_afp16-small")
     assert score(made, "wint8_afp16-small")["computed"] is False
     assert len(passes) == 1
