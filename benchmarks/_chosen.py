@@ -3,7 +3,8 @@
 A sweep by method ``fisher`` is run, audited and published; its recipe at each target is applied by
 ``mtq.quantize``, calibrated on the sweep's captions; so is each pair alone, and what
 ``mtq.auto_quantize`` chooses from the same formats at the same bits, with its loss scaled so that
-its solver finds the optimum. A head tied to the embedding may be quantized, by all of them.
+its solver finds the optimum. A head tied to the embedding is quantized or kept at 16 bits by all of
+them alike.
 """
 
 from __future__ import annotations
@@ -39,10 +40,16 @@ class Chosen:
         words: Overrides of the sweep: model, captions, pairs, device.
         held_out: Returns the captions to measure on.
         parts: Where what was measured is kept, and the results of the sweep.
+        tied_head: Whether a tied head may be quantized; its bits count either way.
     """
 
     def __init__(
-        self, words: Sequence[str], held_out: Callable[[Plan], Sequence[Record]], parts: Parts
+        self,
+        words: Sequence[str],
+        held_out: Callable[[Plan], Sequence[Record]],
+        parts: Parts,
+        *,
+        tied_head: bool = True,
     ) -> None:
         here = Roots.from_environment()
         self.plan = plan_sweep(
@@ -62,6 +69,8 @@ class Chosen:
         )
         self.pairs = {cell.pair: self.plan.pair(cell) for cell in self.plan.cells}
         self._held_out, self.parts = held_out, parts
+        self._tied_head = tied_head
+        self._prefix = "" if tied_head else "head-kept-"
         self._summary: Summary | None = None
         self._trial: Trial | None = None
 
@@ -82,8 +91,19 @@ class Chosen:
         """Return the model with its captions, loaded where it was not."""
         if self._trial is None:
             cell = next(cell for cell in self.plan.cells if cell.size == SIZE)
-            self._trial = trial_of(self.plan, cell, self._held_out(self.plan), ())
+            self._trial = trial_of(self.plan, cell, self._held_out(self.plan), self._kept_head())
         return self._trial
+
+    def floor(self) -> float | None:
+        """Return what rounding to the model's own data type costs by itself, nats a token."""
+        found: float | None = self.parts.get("floor", lambda: self.trial.floor())
+        return found
+
+    def _kept_head(self) -> list[str]:
+        if self._tied_head:
+            return []
+        rows = self.summary.done[0].rows
+        return [member for row in rows if row.kind == "head" for member in row.members]
 
     def compare(self, names: Sequence[str], bits: float) -> list[dict[str, Any]]:
         """Return what each choice from these pairs comes to at most at ``bits``, best first.
@@ -102,7 +122,9 @@ class Chosen:
             raw = self.recipe(names, bits, corrected=False)
             if raw is not None and _formats(raw) != _formats(recipe):
                 found.append(self._of_recipe("recipe, estimates as they are", raw))
-            theirs = self.parts.get(f"modelopt-{label}", lambda: self._modelopt(names, bits))
+            theirs = self.parts.get(
+                f"{self._prefix}modelopt-{label}", lambda: self._modelopt(names, bits)
+            )
             found.append({**theirs, "predicted": self.predicted(theirs["formats"])})
         for entry in found:
             if entry["name"] != MODELOPT and found[-1]["name"] == MODELOPT:
@@ -119,7 +141,9 @@ class Chosen:
         """
         summary = self.summary if corrected else self.summary.model_copy(update={"audit": ()})
         try:
-            return recipe_of(summary, self.plan, bits, size=SIZE, pairs=names, tied_head=True)
+            return recipe_of(
+                summary, self.plan, bits, size=SIZE, pairs=names, tied_head=self._tied_head
+            )
         except AnswerIsNo:
             return None
 
@@ -141,23 +165,25 @@ class Chosen:
     def _alone(self, name: str) -> dict[str, Any]:
         pair = self.pairs[name]
         found = self.parts.get(
-            f"alone-{name}", lambda: _kept(self.trial.measure(name, self.trial.uniform(pair)))
+            f"{self._prefix}alone-{name}",
+            lambda: _kept(self.trial.measure(name, self.trial.uniform(pair))),
         )
         rows = next(cell.rows for cell in self.summary.cells if cell.pair == name)
-        formats = {member: name for row in rows for member in row.members}
+        kept = set(self._kept_head())
+        formats = {member: name for row in rows for member in row.members if member not in kept}
         return {**found, "predicted": self.predicted(formats)}
 
     def _of_recipe(self, name: str, recipe: Recipe) -> dict[str, Any]:
         formats = _formats(recipe)
         digest = hashlib.sha256(repr(sorted(formats.items())).encode()).hexdigest()[:8]
         found = self.parts.get(
-            f"recipe-{recipe.bits_asked:g}-{digest}",
+            f"{self._prefix}recipe-{recipe.bits_asked:g}-{digest}",
             lambda: _kept(self.trial.measure(name, modelopt.config(recipe))),
         )
         return {**found, "name": name, "predicted": self.predicted(formats), "sum": recipe.damage}
 
     def _modelopt(self, names: Sequence[str], bits: float) -> dict[str, Any]:
-        state = self.parts.directory / f"modelopt-{len(names)}-pairs.pt"
+        state = self.parts.directory / f"{self._prefix}modelopt-{len(names)}-pairs.pt"
         pairs = [self.pairs[name] for name in names]
         measured = self.trial.auto_quantize(pairs, bits, state)
         return {**_kept(measured), "formats": measured.formats}

@@ -342,7 +342,7 @@ def _sensitivities(
         scores[cell.name] = {
             group.name: value
             for position, (group, value) in enumerate(zip(found.groups, sums, strict=True))
-            if (position, index) not in found.failures
+            if (position, index) not in found.failures.refused
             and found.reached[position]
             and math.isfinite(value)
         }

@@ -25,8 +25,16 @@ def text(found: dict[str, Any]) -> str:
         lines += [f"True KL of all groups: {sum(spent):.1f} s for {len(spent)} pairs.", ""]
     if found["cost"]:
         lines += [*_cost(found["cost"]), ""]
-    for title, entries in (found["recipes"] or {}).items():
+    recipes = dict(found["recipes"] or {})
+    floor = recipes.pop("floor", None)
+    for title, entries in recipes.items():
         lines += [*_recipes(title, entries), ""]
+    if floor is not None:
+        lines += [
+            f"Rounding to {subject['dtype']} costs the unquantized model {floor:.1e} nats a token, "
+            "held out.",
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -84,6 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cost-draws", type=_numbers, default=list(COST))
     parser.add_argument("--bits", type=_numbers, default=[5, 6, 8], help="targets of recipes")
     parser.add_argument(
+        "--head",
+        choices=("quantized", "kept"),
+        default="quantized",
+        help="whether recipes may quantize a tied head, or keep it at 16 bits",
+    )
+    parser.add_argument(
         "--sets",
         type=_words,
         default=["nightly", "all"],
@@ -168,12 +174,13 @@ def _recipes(
             return [Record("", caption) for caption in held_out_captions(RECIPE)]
         return held_out(plan, "text")[:HELD_OUT]
 
-    chosen = Chosen(words, unseen, parts)
-    return {
-        f"{name}, {bits:g} bits": chosen.compare(sets[name], bits)
+    chosen = Chosen(words, unseen, parts, tied_head=given.head == "quantized")
+    found = {
+        f"{name}, {bits:g} bits, tied head {given.head}": chosen.compare(sets[name], bits)
         for name in given.sets
         for bits in given.bits
     }
+    return {**found, "floor": chosen.floor()}
 
 
 def _numbers(text: str) -> list[int]:

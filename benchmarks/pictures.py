@@ -98,8 +98,8 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     found = fused.score(model, samples, groups, candidates, maxima, boundaries=sizes, budget=budget)
     _machine.synchronize(load.device)
     ended = time.monotonic()
-    if not all(found.reached) or found.failures:
-        raise RuntimeError(f"not every group was scored: {found.failures}")
+    if not all(found.reached) or found.failures.refused:
+        raise RuntimeError(f"not every group was scored: {found.failures.refused}")
     return {
         "machine": _machine.describe(load.device),
         "versions": _machine.versions(),

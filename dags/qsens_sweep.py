@@ -27,7 +27,8 @@ Sweeps precision pairs × calibration sizes over a checkpoint, and publishes man
 `plan` → one `cell` a pair and size: `calibrate` → `score` → `audit` → `publish` → `prune` → `gate`
 
 * **A run is green only if its grid is complete.** Cells fail alone; `publish` says PARTIAL for
-  what is missing, and `gate` turns the run red and lists every missing cell with its reason.
+  what is missing, and `gate` turns the run red and lists every missing or partial cell with its
+  reason.
 * **Scores are checked** where `autoquant.audit` says so: `audit` measures the true KL divergence of
   some groups, and gives each pair a verdict. Its failure keeps no report from being made.
 * **Nothing is computed twice.** A cell whose result is there is done at once, unless `force`.
@@ -126,8 +127,9 @@ def qsens_sweep() -> None:
         retries=0,
         on_success_callback=tell,
         on_failure_callback=tell,
-        doc_md="Fails when cells are missing; its log lists each with its reason. Otherwise the "
-        "asset `qsens_layer_analysis` gets an event: index, counts, the five first groups.",
+        doc_md="Fails when cells are missing or partial; its log lists each with its reason. "
+        "Otherwise the asset `qsens_layer_analysis` gets an event: index, counts, the five "
+        "first groups.",
     )
     each_cell.expand_kwargs(plan.output) >> audit >> publish >> prune >> gate
     plan >> publish

@@ -22,11 +22,18 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hex."""
+def digest_file(path: Path, part: tuple[int, int] | None = None) -> str:
+    """Return the SHA-256 of a file's content, in hex.
+
+    Args:
+        path: The file.
+        part: Where the bytes that count begin and end; all of them when not given.
+    """
+    begin, end = part or (0, path.stat().st_size)
     digest = hashlib.sha256()
     with path.open("rb") as opened:
-        while block := opened.read(1 << 22):
+        opened.seek(begin)
+        while block := opened.read(min(1 << 22, end - opened.tell())):
             digest.update(block)
     return digest.hexdigest()
 

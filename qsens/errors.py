@@ -2,6 +2,7 @@
 
 ```
 QsensError
+├── Fault              1   something else went wrong in one of many cells; it may pass
 ├── UserError          2   the user must mend it: configuration, paths, the checkpoint
 │   └── Damaged        2   a file that qsens wrote cannot be read, or is not what was written
 ├── AnswerIsNo         3   it ran, and the answer is no: verify, audit, an infeasible recipe
@@ -10,7 +11,8 @@ QsensError
     └── DiskFull      75   it passes when somebody has made room
 ```
 
-Anything else that reaches the command line is a bug and shows its traceback.
+A fault shows the traceback of its cause; anything else that reaches the command line is a bug and
+shows its own.
 """
 
 from __future__ import annotations
@@ -48,6 +50,14 @@ class QsensError(Exception):
             "where": self.where,
             "remedy": self.remedy,
         }
+
+
+class Fault(QsensError):
+    """What went wrong in one of many cells for no reason that qsens knows; the others go on.
+
+    A passing fault of the machine, or a bug: its cause is the error itself, and is shown with its
+    traceback.
+    """
 
 
 class UserError(QsensError):

@@ -31,7 +31,7 @@ class CheckpointIdentity(Frozen):
     path: Path
     """Local directory."""
     digest: str
-    """SHA-256 over configuration and weight files, by content."""
+    """SHA-256 over configuration and weight files, and code that runs, by path and content."""
     tokenizer_digest: str
     """SHA-256 over tokenizer files, by content."""
     architecture: str
@@ -39,9 +39,12 @@ class CheckpointIdentity(Frozen):
     weight_bytes: int
     """Bytes of all weight files."""
     tied_head: bool | None = None
-    """Whether the head's weight is the embedding's; none where an older plan does not say."""
+    """Whether the head is loaded as the embedding's weight; none where an older plan does not
+    say."""
     processor_digest: str | None = None
     """SHA-256 over the files of its image processor, by content; none where it has none."""
+    notices: list[str] = []
+    """What a reader should know about its files: what lies beside them, what does not run."""
 
 
 class Skipped(Frozen):

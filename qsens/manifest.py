@@ -49,6 +49,9 @@ class Scheme(Section):
     """The score: ``gradient``."""
     auto_quantize_score_size: int
     """Samples scored at most."""
+    auto_quantize_batch_size: int | None = None
+    """Samples of a nominal batch, consecutive ones in file order: ``T_b`` counts the label tokens
+    of one. Null in results older than this key."""
     coverage_mode: str
     """Part of the model that may be quantized: ``lm_only``, ``all_layers``."""
     coverage_fraction: float
@@ -190,8 +193,10 @@ class GroupSensitivity(Section):
     """ModelOpt's size of the group in each format, in 16-bit words."""
     importance: float | None
     """The score of the format searched."""
-    rank: int
-    """ModelOpt's rank: 1 is the *least* sensitive."""
+    rank: int | None
+    """ModelOpt's rank: 1 is the *least* sensitive. Disabled groups come first, as there: their one
+    format is no quantization, with a score of 0. Null where the score is not known (``failed``,
+    ``non_finite``, ``no_gradient``)."""
     members: list[str] | None = None
     """Names of the modules in the group."""
     kind: Kind | None = None
@@ -236,7 +241,8 @@ class Point(Section):
     kind: Kind
     """What the group is in a decoder layer."""
     estimate: float
-    """Its sensitivity per token; nats with ``fisher``, a proxy with ``gradient``."""
+    """Its score, in the audit's statistic; nats a token with ``fisher``, a proxy with
+    ``gradient``."""
     standard_error: float | None
     """Of the estimate, from its draws; null where it has none."""
     truth: float
@@ -289,12 +295,18 @@ class Audit(Section):
     """Whether some groups were measured or all."""
     samples: int
     """Samples that estimates and truths are over."""
+    statistic: Literal["sensitivity", "sensitivity_per_token"] = "sensitivity_per_token"
+    """Which score the estimates are: the one that places groups. Audits older than this key have
+    the score per token, with ``gradient`` as well."""
     points: tuple[Point, ...]
     """The groups measured, most sensitive first."""
     judgement: Judgement
     """What they say."""
     failures: dict[str, str] = {}
     """Groups whose truth could not be measured, with the reason."""
+    floor: float | None = None
+    """KL divergence of the model in its own data type from itself in float32, nats a token: what
+    rounding costs a whole model, no property of a format; null where it rounds nothing."""
     seconds: float
     """What the measurement took, for all pairs that were audited with this one."""
     device: str
@@ -351,7 +363,10 @@ class Manifest(Section):
     layer_sensitivity: dict[str, GroupSensitivity] = Field(min_length=1)
     """Groups by ModelOpt's name, with the suffix ``.quant_recipe``."""
     sensitivity_ranking: list[RankedGroup]
-    """All groups, least sensitive first."""
+    """The groups with a rank, least sensitive first."""
+    floor: float | None = None
+    """``kl_div``: KL divergence of the model in its own data type from itself in float32, nats a
+    token; null where it rounds nothing, and for other methods."""
     audit: Audit | None = None
     """How far the scores can be trusted; publishing adds it, once the pair has been audited."""
     state_digest: str | None = None

@@ -157,7 +157,7 @@ def notice_of(context: Context) -> Notice:
             if (reason := ti.xcom_pull(task_ids=task_id, key=_REASON))
         ]
         return Notice("failed", run.dag_id, run.run_id, address, reasons=reasons)
-    summary = _summary(Path(published["index"]).parent)
+    summary = read_summary(Path(published["index"]).parent)
     missing = published["missing"]
     return Notice(
         state="complete" if published["complete"] else "PARTIAL",
@@ -167,11 +167,7 @@ def notice_of(context: Context) -> Notice:
         sweep_id=published["sweep_id"],
         index=address_of(Path(published["index"])),
         missing=missing,
-        partial=[
-            {"cell": cell["cell"], "reason": "; ".join(cell["partial"])}
-            for cell in summary.get("cells", [])
-            if cell.get("partial")
-        ],
+        partial=partial_cells(summary),
         moved=[_moved(entry) for entry in (summary.get("drift") or {}).get("moved", [])],
         audit_failed=ti.xcom_pull(task_ids=AUDIT, key=_REASON) or "",
         distrusted=[
@@ -207,13 +203,22 @@ def _notify(notifier: NotifierConfig, notice: Notice, context: Context) -> None:
         _log.info("%s was told: %s", notifier.notifier, notice.subject)
 
 
-def _summary(directory: Path) -> dict[str, Any]:
+def read_summary(directory: Path) -> dict[str, Any]:
     """Return ``summary.json``; nothing where it cannot be read."""
     try:
         found = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def partial_cells(summary: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return ``{cell, reason}`` of every cell of a sweep whose result is partial."""
+    return [
+        {"cell": cell["cell"], "reason": "; ".join(cell["partial"])}
+        for cell in summary.get("cells", [])
+        if cell.get("partial")
+    ]
 
 
 def _moved(entry: Mapping[str, Any]) -> str:

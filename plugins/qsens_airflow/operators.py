@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from airflow.sdk import BaseOperator, Context
@@ -14,9 +15,13 @@ from qsens.config import Roots
 from qsens.errors import UserError
 from qsens_airflow.base import QsensOperator, one_line
 from qsens_airflow.limits import load_run
+from qsens_airflow.notices import partial_cells, read_summary
 from qsens_airflow.params import SweepParams
 from qsens_airflow.plans import plan_of_run, plans_to_publish
 from qsens_airflow.pool import lanes_of
+
+# Cells that the reason of a failure names.
+_LISTED = 5
 
 
 class PlanOperator(QsensOperator):
@@ -105,7 +110,7 @@ class GateOperator(BaseOperator):
         self.published: Any = published
 
     def execute(self, context: Context) -> None:
-        """Log every missing cell with its reason, and fail if there is one."""
+        """Log every missing and every partial cell with its reason, and fail if there is one."""
         if isinstance(self.published, str):
             self.published = json.loads(self.published)
         if not self.published:
@@ -114,8 +119,15 @@ class GateOperator(BaseOperator):
         for cell in missing:
             self.log.error("missing: %s: %s", cell["cell"], cell["reason"])
         if missing or not self.published["complete"]:
-            names = ", ".join(cell["cell"] for cell in missing)
-            raise AirflowFailException(f"sweep {self.published['sweep_id']} is PARTIAL: {names}")
+            partial = partial_cells(read_summary(Path(self.published["index"]).parent))
+            for cell in partial:
+                self.log.error("partial: %s: %s", cell["cell"], cell["reason"])
+            lost = [f"{cell['cell']}: {cell['reason']}" for cell in (*missing, *partial)]
+            why = "; ".join(lost[:_LISTED]) or f"see {self.published['index']}"
+            more = f"; and {len(lost) - _LISTED} more" if len(lost) > _LISTED else ""
+            raise AirflowFailException(
+                f"sweep {self.published['sweep_id']} is PARTIAL: {why}{more}"
+            )
         self.log.info("Complete: %s", self.published["index"])
         for asset in self.outlets:
             context["outlet_events"][asset].extra = {

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qsens.analysis.ranking import Row, normalise_name
+from qsens.analysis.statistic import Statistic, value_of
 from qsens.names import FUSED, kind_of
 
 UNQUANTIZED_BITS = 16.0
@@ -47,10 +48,12 @@ class Unit:
 
 def build_units(
     formats: Mapping[str, Sequence[Row]],
+    statistic: Statistic = "sensitivity",
     *,
     keep: Iterable[str] = (),
     keep_head: bool = False,
     together: Iterable[Collection[str]] = (),
+    refused: Mapping[str, Collection[str]] | None = None,
 ) -> list[Unit]:
     """Return the units of a sweep, in the order of the first format's rows.
 
@@ -59,17 +62,17 @@ def build_units(
     them apart.
 
     Args:
-        formats: The rows of one cell for each format, by the format's name. The damage is the
-            sensitivity per token where every row has it, else the sensitivity.
+        formats: The rows of one cell for each format, by the format's name.
+        statistic: The score that is the damage, see `statistic_of`.
         keep: Patterns (fnmatch) of groups or members that stay at 16 bits.
         keep_head: Whether the head stays at 16 bits, as one that is tied to the embedding does.
         together: Names of groups that share one format.
+        refused: Names of groups that a format is no option for, by the format's name.
 
     Raises:
         ValueError: The weights of a group differ between formats.
     """
     patterns = tuple(keep)
-    per_token = has_per_token(formats)
     weights: dict[str, int] = {}
     members: dict[str, tuple[str, ...]] = {}
     options: dict[str, dict[str, Option]] = {}
@@ -84,7 +87,9 @@ def build_units(
                 raise ValueError(f"{row.layer} has {weights[row.layer]} weights, and {count}")
             members.setdefault(row.layer, row.members)
             known = options.setdefault(row.layer, {})
-            damage = row.sensitivity_per_token if per_token else row.sensitivity
+            damage = value_of(row, statistic)
+            if row.layer in (refused or {}).get(name, ()):
+                continue
             if damage is not None and row.num_bits is not None:
                 known[name] = Option(name, row.num_bits, damage)
     kept = {layer for layer in weights if matches(layer, members[layer], patterns)}
@@ -113,16 +118,6 @@ def build_units(
             )
         )
     return units
-
-
-def has_per_token(formats: Mapping[str, Sequence[Row]]) -> bool:
-    """Return whether every scored row has its sensitivity per token."""
-    return all(
-        row.sensitivity_per_token is not None
-        for rows in formats.values()
-        for row in rows
-        if row.status == "scored"
-    )
 
 
 def weights_of(row: Row) -> int | None:

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from qsens.analysis.stability import Spread, Verdict
+from qsens.analysis.statistic import Statistic, statistic_of, value_of
 from qsens.config.models import Frozen
 from qsens.manifest import GroupSensitivity, Manifest, Status
 from qsens.names import Kind, group_name, kind_of
@@ -41,9 +42,10 @@ class Row(Frozen):
     position: int | None
     """1 is the most sensitive; none where the group is not scored."""
     share: float | None
-    """Share of the total sensitivity, 0 to 1; 0 where the total is 0, none where not scored."""
+    """Share of the total of the cell's statistic, 0 to 1; 0 where the total is 0, none where not
+    scored."""
     interval: tuple[float, float] | None = None
-    """95 % interval of ``sensitivity_per_token`` by the bootstrap over samples, 6 digits."""
+    """95 % interval of the cell's statistic by the bootstrap over samples, 6 digits."""
     positions: tuple[int, int] | None = None
     """95 % interval of ``position``."""
     verdict: Verdict | None = None
@@ -70,10 +72,18 @@ class Totals(Frozen):
 class Ranking(Frozen):
     """The groups of one cell, ranked."""
 
+    statistic: Statistic
+    """The score that places them; shares and intervals are of it."""
     rows: tuple[Row, ...]
     """Scored groups, most sensitive first; then the others, by status and name."""
     totals: Totals
     """Sums over the rows."""
+
+    @property
+    def stated(self) -> dict[str, float]:
+        """Return the statistic of the scored groups, by name."""
+        found = {row.layer: value_of(row, self.statistic) for row in self.rows}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 class MeanShare(Frozen):
@@ -109,6 +119,7 @@ class Part(Frozen):
 def rank(manifest: Manifest, spreads: Mapping[str, Spread] | None = None) -> Ranking:
     """Rank the groups of a manifest, most sensitive first; ties are broken by name.
 
+    They are ranked by the statistic of the manifest's method, see `statistic_of`.
     Only finite scores are ranked: a row that claims to be scored and holds none is listed as
     ``non_finite``.
 
@@ -120,14 +131,16 @@ def rank(manifest: Manifest, spreads: Mapping[str, Spread] | None = None) -> Ran
     unranked = [_unranked(name, group) for name, group in groups]
     scored = [row for row in unranked if row.sensitivity is not None]
     others = [row for row in unranked if row.sensitivity is None]
-    total = math.fsum(row.sensitivity or 0.0 for row in scored)
-    scored.sort(key=lambda row: (-(row.sensitivity or 0.0), row.layer))
+    statistic = statistic_of(manifest.scheme.auto_quantize_method, scored)
+    values = {row.layer: value_of(row, statistic) or 0.0 for row in scored}
+    total = math.fsum(values.values())
+    scored.sort(key=lambda row: (-values[row.layer], row.layer))
     others.sort(key=lambda row: (row.status, row.layer))
     ranked = [
         row.model_copy(
             update={
                 "position": position,
-                "share": (row.sensitivity or 0.0) / total if total > 0 else 0.0,
+                "share": values[row.layer] / total if total > 0 else 0.0,
             }
             | _spread((spreads or {}).get(row.layer))
         )
@@ -137,11 +150,11 @@ def rank(manifest: Manifest, spreads: Mapping[str, Spread] | None = None) -> Ran
     totals = Totals(
         groups=len(rows),
         scored=len(ranked),
-        sensitivity=total,
+        sensitivity=math.fsum(row.sensitivity or 0.0 for row in scored),
         sensitivity_per_token=total_per_token(ranked),
         statuses=dict(sorted(Counter(row.status for row in rows).items())),
     )
-    return Ranking(rows=rows, totals=totals)
+    return Ranking(statistic=statistic, rows=rows, totals=totals)
 
 
 def total_per_token(rows: Iterable[Row]) -> float | None:

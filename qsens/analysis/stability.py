@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import kendalltau, norm, spearmanr
 
-from qsens.analysis.samples import SampleScores
+from qsens.analysis.samples import Floats, SampleScores
+from qsens.analysis.statistic import Statistic, sample_weights
 
 CUTS = (5, 10, 20)
 LEVEL = 0.95
@@ -27,7 +28,7 @@ class Spread:
     """How far a group's score and position may be off, from the samples alone.
 
     Attributes:
-        low: Lower end of the 95 % interval of the score per token.
+        low: Lower end of the 95 % interval of the score.
         high: Its upper end.
         first: Upper end of the 95 % interval of the position: 1 is the most sensitive.
         last: Its lower end.
@@ -88,8 +89,36 @@ class SizeAgreement:
     overlap: dict[int, int]
 
 
+def spread(
+    samples: SampleScores,
+    stated: Mapping[str, float],
+    statistic: Statistic,
+    batch_size: int | None = None,
+) -> dict[str, Spread]:
+    """Return the spread of every group in the statistic that places it.
+
+    Args:
+        samples: Scores of every sample.
+        stated: The statistic of every scored group, by name, as the manifest has it.
+        statistic: Which one that is.
+        batch_size: Samples of a nominal batch, where the manifest says it.
+
+    Returns:
+        A spread a group; nothing where the samples do not give what is stated: no interval rather
+        than that of another number.
+    """
+    if not stated or not set(stated) <= set(samples.groups):
+        return {}
+    scored = samples.take(list(stated))
+    weights = sample_weights(scored, stated, statistic, batch_size)
+    if weights is None:
+        return {}
+    return bootstrap(scored, None if statistic == "sensitivity_per_token" else weights)
+
+
 def bootstrap(
     samples: SampleScores,
+    weights: Floats | None = None,
     *,
     resamples: int = RESAMPLES,
     seed: int = _SEED,
@@ -97,12 +126,19 @@ def bootstrap(
 ) -> dict[str, Spread]:
     """Return the spread of every group, by resampling the samples with replacement.
 
+    A resample has as many samples as there are. Its score per token is the ratio of two sums,
+    ``sum_i s_i / sum_i T_i`` over the samples drawn. Its weighted sum, ``sum_i w_i s_i``, takes
+    each sample with its own weight, that of the batch it was scored in, and is not normalised
+    further: over as many samples as the score itself, its mean is the score, and whatever factor
+    all groups of a resample share would move no position.
+
     All groups see the same resamples, so positions are those of whole rankings. Intervals are the
     2.5 % and 97.5 % percentiles; ends of scores are kept to 6 significant digits, well below what
     the number of resamples leaves open, so that they do not depend on the order of additions.
 
     Args:
         samples: Scores of every sample; two samples at least, else nothing is returned.
+        weights: What each sample counts in a weighted sum; none for the score per token.
         resamples: How often to resample.
         seed: Seed of the resampling.
         cuts: Positions after which a list of groups to protect may end.
@@ -117,16 +153,17 @@ def bootstrap(
     ordered = samples.take(sorted(samples.groups))
     generator = np.random.default_rng(seed)
     drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+    terms = ordered.scores if weights is None else ordered.scores * weights
     # A resample of empty samples alone has scores of 0 as well.
-    tokens = np.maximum(drawn @ ordered.tokens, 1)
+    over = np.maximum(drawn @ ordered.tokens, 1) if weights is None else np.ones(resamples)
     chunk = max(1, _AT_ONCE // len(ordered.groups))
     # Single precision: sums in another order must not part equal scores.
     values = np.empty((resamples, len(ordered.groups)), dtype=np.float32)
     places = np.empty(values.shape, dtype=np.int32)
-    scale = float(np.abs(ordered.scores).max(initial=0.0)) or 1.0
+    scale = float(np.abs(terms).max(initial=0.0)) or 1.0
     for start in range(0, resamples, chunk):
         part = slice(start, start + chunk)
-        found = (drawn[part] @ (ordered.scores.T / scale)) / tokens[part, None]
+        found = (drawn[part] @ (terms.T / scale)) / over[part, None]
         values[part] = found
         places[part] = _positions(values[part])
     tail = 100 * (1 - LEVEL) / 2
@@ -134,7 +171,7 @@ def bootstrap(
     first, last = np.percentile(places, [tail, 100 - tail], axis=0, method="inverted_cdf").astype(
         int
     )
-    needed = _samples_needed(ordered, cuts)
+    needed = _samples_needed(ordered, weights, cuts)
     spreads = {}
     for index, name in enumerate(ordered.groups):
         crossed = [cut for cut in cuts if first[index] <= cut < last[index]]
@@ -168,7 +205,7 @@ def compare_sizes(one: Mapping[str, float], other: Mapping[str, float]) -> SizeA
     """Compare two rankings of the same model; only groups that both score count.
 
     Args:
-        one: Scores by name of the group.
+        one: Scores by name of the group: per token, since sizes differ in their samples.
         other: The same at another size.
     """
     common = sorted(set(one) & set(other))
@@ -190,28 +227,40 @@ def compare_sizes(one: Mapping[str, float], other: Mapping[str, float]) -> SizeA
     )
 
 
-def residuals(samples: SampleScores) -> npt.NDArray[np.float64]:
-    """Return what each sample adds to the error of each score per token, ``(groups, samples)``.
+def residuals(samples: SampleScores, weights: Floats | None = None) -> Floats:
+    """Return what each sample adds to the error of each score, ``(groups, samples)``.
 
     The mean of a row is 0; its standard deviation over ``sqrt(n)`` is the standard error of the
-    score. ``(s_i - R T_i) / mean(T)`` with the score ``R``: the ratio estimator, linearised.
+    score. Per token it is ``(s_i - R T_i) / mean(T)`` with the score ``R``: the ratio estimator,
+    linearised; for a weighted sum, ``n (w_i s_i - mean(w s))``.
+
+    Args:
+        samples: Scores of every sample.
+        weights: What each sample counts in a weighted sum; none for the score per token.
 
     Source: Cochran, Sampling Techniques, section 2.11.
     """
+    if weights is not None:
+        terms = samples.scores * weights
+        deviations: Floats = samples.count * (terms - terms.mean(axis=1, keepdims=True))
+        return deviations
     score = samples.per_token()
-    errors: npt.NDArray[np.float64] = (
+    errors: Floats = (
         samples.scores - score[:, None] * samples.tokens[None, :]
     ) / samples.tokens.mean()
     return errors
 
 
-def _samples_needed(samples: SampleScores, cuts: Sequence[int]) -> dict[int, list[int | None]]:
+def _samples_needed(
+    samples: SampleScores, weights: Floats | None, cuts: Sequence[int]
+) -> dict[int, list[int | None]]:
     """Estimate how many samples part each group from those beyond each cut.
 
     A difference ``d`` with the standard error ``e`` from ``n`` samples is clear of 0 from
     ``n (z e / d)^2`` samples on. Each group is compared with the nearest one beyond the cut.
     """
-    score, errors = samples.per_token(), residuals(samples)
+    score = samples.per_token() if weights is None else samples.scores @ weights
+    errors = residuals(samples, weights)
     z = float(norm.ppf((1 + LEVEL) / 2))
     order = np.argsort(-score, kind="stable")
     needed: dict[int, list[int | None]] = {}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from typing import Annotated, NoReturn
 
 import typer
 
 from qsens import __version__
 from qsens.cli.base import app, stderr
-from qsens.errors import QsensError
+from qsens.errors import Fault, QsensError
 
 # Each adds its verbs; help lists them in this order.
 from qsens.cli import steps  # isort: skip
@@ -41,6 +42,8 @@ def fail(error: QsensError, *, as_json: bool) -> NoReturn:
     """Print an error once and leave with its exit code."""
     if as_json:
         print(json.dumps(error.as_dict(), ensure_ascii=False))
+    if isinstance(error, Fault) and error.__cause__ is not None:
+        traceback.print_exception(error.__cause__)
     stderr.print("error: " + str(error), style="red", markup=False)
     sys.exit(error.exit_code)
 

@@ -91,12 +91,16 @@ def verify(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a cell by both engines on the same batches; exit code 3 if they disagree."""
+    """Score a cell by both engines on the same batches; exit code 3 if they disagree.
+
+    Both score by method gradient, whatever the plan's method: it is the one that ModelOpt defines.
+    """
     from qsens.pipeline.verify import verify as step
 
+    read = read_plan(plan)
     with ProgressLine(stderr, cells=[cell]) as line:
         result = step(
-            read_plan(plan),
+            read,
             cell,
             tolerance=tolerance,
             progress=lambda *steps: line.update(cell, *steps),
@@ -104,7 +108,7 @@ def verify(
     if as_json:
         print_json(result)
     else:
-        _print_verified(result)
+        _print_verified(result, read.config.autoquant.method)
     if not result["agrees"]:
         sys.exit(AnswerIsNo.exit_code)
 
@@ -205,11 +209,11 @@ def _say_recipe(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
+    from qsens.export.recipe import LeftOut
+
     say_notices(found["notices"])
     for entry in found["left_out"]:
-        stderr.print(
-            f"left out: {entry['format']}: {entry['reason']}", style="yellow", markup=False
-        )
+        stderr.print(f"left out: {LeftOut(**entry).words}", style="yellow", markup=False)
     if "check" in found:
         _print_check(found["check"])
     if found["path"] is None:
@@ -240,6 +244,13 @@ def _print_check(found: dict[str, Any]) -> None:
             ratio,
         )
     stderr.print(table)
+    floor = found["floor"]
+    if floor is not None:
+        stderr.print(
+            f"rounding activations costs the unquantized model {floor:.1e} nats a token by itself; "
+            f"the recipe {found['measured'][0]['divergence'] / floor:.1f} times that",
+            markup=False,
+        )
     for name in found["better"]:
         stderr.print(f"better than the recipe: {name}", style="yellow", markup=False)
 
@@ -262,6 +273,13 @@ def _print_audits(found: dict[str, Any]) -> None:
             judged["reason"],
         )
     stdout.print(table)
+    floors = [entry["floor"] for entry in found["audits"] if entry["floor"] is not None]
+    if floors:
+        stdout.print(
+            f"true KL divergence is measured in float32; rounding activations alone costs a whole "
+            f"model {max(floors):.1e} nats a token, in any format",
+            markup=False,
+        )
     for entry in found["missing"]:
         stdout.print(f"not audited: {entry['cell']}: {entry['reason']}", markup=False)
 
@@ -287,7 +305,13 @@ def _print_recipe(found: dict[str, Any]) -> None:
     stdout.print(found["path"], markup=False)
 
 
-def _print_verified(result: dict[str, Any]) -> None:
+def _print_verified(result: dict[str, Any], method: str) -> None:
+    if method != result["method"]:
+        stdout.print(
+            f"both scored by {result['method']}, not by the plan's {method}: it is the score that "
+            "ModelOpt defines",
+            markup=False,
+        )
     verdict = "agree" if result["agrees"] else "DISAGREE"
     rho = "" if result["spearman"] is None else f", Spearman's rho {result['spearman']:.6f}"
     stdout.print(

@@ -130,7 +130,7 @@ def _print_published(published: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(published)
         return
-    for entry in published["missing"]:
+    for entry in (*published["missing"], *published["partial"]):
         stdout.print(f"PARTIAL: {entry['cell']}: {entry['reason']}", style="red", markup=False)
     stdout.print(published["index"], markup=False)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import os
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from qsens.config.base import LONGEST_NAME, NAME
 from qsens.config.models import SweepConfig
 from qsens.config.pairs import GranularityConfig, PairConfig
 from qsens.config.roots import Roots
@@ -123,7 +127,7 @@ def load_sweep(
     path = {"model": {"path": given["model.path"]}} if given.get("model.path") else {}
     resolved = _resolve(OmegaConf.merge(tree, sweep, path), label)
     _refuse_unknown(nested, SweepConfig, "", sources)
-    notices = _names_from_path(nested, given)
+    notices = _names_from_path(nested, given, roots)
     config = _validate(OmegaConf.to_container(OmegaConf.merge(resolved, nested)), sources)
     config = _absolute(config, roots)
     notices += [
@@ -267,17 +271,30 @@ def _refuse_unknown(
             )
 
 
-def _names_from_path(nested: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def _names_from_path(nested: dict[str, Any], given: dict[str, Any], roots: Roots) -> list[str]:
     """``model.path`` alone names another checkpoint than the model file's: take its name."""
     if "model.path" not in given or {"model.name", "model.short_name"} & set(given):
         return []
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", Path(str(given["model.path"])).name).strip("._-")
-    if not name:
-        return []
+    path = Path(str(given["model.path"])).expanduser()
+    name = _name_of(path if path.name not in ("", "..") else roots.resolve(path))
     nested["model"] |= {"name": name, "short_name": name}
     if not any(key.startswith("model.hub") for key in given):
         nested["model"]["hub"] = {"repository": None, "revision": "main"}
     return [f"model.name and model.short_name are '{name}', from the last part of model.path"]
+
+
+def _name_of(path: Path) -> str:
+    """Return a name for a directory: its last part, if that is a name.
+
+    Where it is none, digits of its digest follow what is left of it, so that no two share one.
+    """
+    whole = path.name
+    if len(whole) <= LONGEST_NAME and re.fullmatch(NAME, whole):
+        return whole
+    digits = hashlib.sha256(os.fsencode(whole or path)).hexdigest()[:8]
+    plain = unicodedata.normalize("NFKD", whole).encode("ascii", "ignore").decode()
+    kept = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).strip("._-") or "model"
+    return f"{kept[: LONGEST_NAME - len(digits) - 1]}-{digits}"
 
 
 def _validate(tree: Any, sources: _Sources) -> SweepConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -17,9 +17,15 @@ SIZES: tuple[Size, ...] = ("small", "medium", "large")
 Coverage = Literal["lm_only", "all_layers"]
 COVERAGES: tuple[Coverage, ...] = ("lm_only", "all_layers")
 Modality = Literal["text", "image_text"]
-# Suffixes of sample files that can name pictures.
+# Suffixes of sample files, in any case: captions alone, and those that can name pictures.
+TEXT = (".txt",)
 JSONL = (".jsonl", ".ndjson")
 SQLITE = (".sqlite", ".sqlite3", ".db")
+
+
+def has_suffix(file: PurePath | str, suffixes: tuple[str, ...]) -> bool:
+    """Return whether a file's name ends in one of ``suffixes``, in any case."""
+    return PurePath(file).suffix.lower() in suffixes
 
 
 class HubConfig(Frozen):
@@ -260,7 +266,7 @@ class SweepConfig(Frozen):
                 continue
             for size in self.dataset.size:
                 file = self.dataset.files[size]
-                if not file.endswith((*JSONL, *SQLITE)):
+                if not has_suffix(file, (*JSONL, *SQLITE)):
                     raise ValueError(
                         f"coverage {coverage} reads pictures, and dataset.files.{size} = {file} "
                         "names none; choose a data set of .jsonl or .sqlite files"

@@ -78,9 +78,11 @@ def plan_budget(
     parameter = next(model.parameters())
     free = limit_gb * GIB if limit_gb else _free(parameter.device) * _SHARE_OF_FREE
     limit = int(free * memory_share())
-    size = parameter.element_size()
+    # Measured divergences are taken in float32; so are changes of outputs under several losses.
+    wide = parameter.element_size() if losses == 1 else max(4, parameter.element_size())
+    size = parameter.element_size() if losses else wide
     rows = _Rows.of(model, samples)
-    fixed, per_token, records = _footprint(model, groups, candidates, size, losses, rows)
+    fixed, per_token, records = _footprint(model, groups, candidates, size, wide, losses, rows)
     fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
     # Patches that a token brings along are work on weights too: fewer tokens share it as well.
     enough = int((_WAVE_TOKENS if losses else _FORWARD_TOKENS) / max(1.0, rows.patches / 2))
@@ -197,11 +199,26 @@ def _footprint(
     groups: Sequence[Group],
     candidates: Candidates,
     size: int,
+    wide: int,
     losses: int,
     rows: _Rows,
 ) -> tuple[float, float, float]:
-    """Return the bytes of a pass: those that depend on no token, those of a token, its records."""
+    """Return the bytes of a pass: those that depend on no token, those of a token, its records.
+
+    Args:
+        model: The model.
+        groups: Its groups.
+        candidates: What the pass computes.
+        size: Bytes of a value that the model makes.
+        wide: Bytes of a value of a quantized module's output.
+        losses: Losses that go backward.
+        rows: How many rows a token is.
+    """
     head = head_of(model)
+    stored = head.weight.element_size()
+    # Outputs made anew, inputs in the parts that a product in float32 takes them in.
+    anew = wide if wide > size else 0
+    parts = 6 if wide > stored else 0
     more = max(0, losses - 1)  # gradients beside those that the record counts
     # A candidate of a small size scores few of the tokens: counted as the share that it does.
     share = [scored / max(candidates.scored) for scored in candidates.scored]
@@ -221,13 +238,13 @@ def _footprint(
             module = model.get_submodule(name)
             if is_experts(module):
                 layer, _ = rows.of_module(name, module)
-                held, kept, working = _of_experts(model, module, size, most, losses)
+                held, kept, working = _of_experts(model, module, size, wide, most, losses)
                 largest = max(largest, held)
                 inside[layer] = inside.get(layer, 0.0) + kept
                 hidden = expert_weights(module)[0].shape[2]
                 slopes[layer] = slopes.get(layer, 0.0) + more * size * hidden
                 stacked = 2 * sum(of_input.values()) + most
-                widest = max(widest, hidden * size * (3 + stacked + most) + working)
+                widest = max(widest, hidden * (size * 3 + wide * (stacked + most)) + working)
                 continue
             weight: torch.Tensor = module.weight  # type: ignore[assignment]
             largest = max(largest, weight.numel())
@@ -240,11 +257,13 @@ def _footprint(
             slopes[layer] = slopes.get(layer, 0.0) + more * size * out
             # Quantized inputs, also stacked for two kinds of weights; the rows; one product.
             stacked = 2 * sum(of_input.values()) + most
-            widest = max(widest, into * size * (1 + stacked) + out * size * (2 + most))
+            products = out * (2 * size + most * wide + anew)
+            widest = max(widest, into * (size + wide * stacked + parts * most) + products)
     hidden, vocabulary = head.weight.shape[1], head.weight.shape[0]
     chunk = min(largest, WEIGHT_CHUNK)
-    fixed = largest * size + chunk * 3 * 4 + HEAD_ROWS * vocabulary * (3 * 4 + 2 * size)
-    at_head = hidden * size * (3 + most)
+    held = size + (wide if wide > stored else 0)
+    fixed = largest * held + chunk * 3 * 4 + HEAD_ROWS * vocabulary * (3 * 4 + 2 * size)
+    at_head = hidden * (size * 3 + wide * most)
     per_token = rows.kept * size * 1.1 + max(
         max(inside.values(), default=0.0) + max(slopes.values(), default=0.0) + widest, at_head
     )
@@ -252,7 +271,7 @@ def _footprint(
 
 
 def _of_experts(
-    model: nn.Module, module: nn.Module, size: int, most: float, losses: int
+    model: nn.Module, module: nn.Module, size: int, wide: int, most: float, losses: int
 ) -> tuple[int, float, float]:
     """Return elements of one expert's weights, and bytes a token: the record, the work beside it.
 
@@ -267,7 +286,7 @@ def _of_experts(
     kept = size * (2 * hidden + chosen * (3 * hidden + 4 * inner))
     # What experts add; an expert may get every row of every candidate; norms of all pairs.
     norms = chosen * most * (1 + losses) * 4
-    working = size * (chosen * hidden + most * (3 * hidden + 4 * inner)) + norms
+    working = size * chosen * hidden + wide * most * (3 * hidden + 4 * inner) + norms
     return first[0].numel() + second[0].numel(), kept, working
 
 

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from qsens.checksums import digest_file
 from qsens.config import DatasetConfig
-from qsens.config.models import JSONL, SIZES, SQLITE, Size
-from qsens.engine.files import digest_file
+from qsens.config.models import JSONL, SIZES, SQLITE, TEXT, Size, has_suffix
 from qsens.engine.pictures import PictureReader, identify_pictures
 from qsens.engine.records import Record, read_records
 from qsens.errors import UserError
@@ -23,23 +23,32 @@ def read_captions(path: Path, split: str = "") -> list[str]:
 def read_samples(path: Path, split: str = "") -> list[Record]:
     """Return the samples of a file, captions stripped, in order, without empty ones.
 
-    A text file holds one a line; a byte-order mark and CRLF line ends are taken as what they are.
-    ``.jsonl`` and ``.sqlite`` are those of :mod:`qsens.engine.records`.
+    A ``.txt`` file holds one a line; a byte-order mark and CRLF line ends are taken as what they
+    are. ``.jsonl`` and ``.sqlite`` are those of :mod:`qsens.engine.records`.
 
     Args:
-        path: The file.
+        path: The file; its suffix, in any case, says what it is.
         split: Which samples of an SQLite file: the name of the size.
 
     Raises:
-        UserError: The file is missing, empty, broken, or no UTF-8; the message names the line.
+        UserError: The file has another suffix, is missing, empty, broken, or no UTF-8; the message
+            names the line.
     """
+    if not has_suffix(path, (*TEXT, *JSONL, *SQLITE)):
+        raise UserError(
+            f"is no file of samples that qsens knows: its suffix is '{path.suffix}'",
+            where=f"samples file {path}",
+            remedy=f"Known are {', '.join(TEXT)} (a caption a line), {', '.join(JSONL)} "
+            '({"image": PATH, "caption": TEXT} a line) and '
+            f"{', '.join(SQLITE)} (a table).",
+        )
     try:
         with path.open("rb"):
             pass
-        if path.suffix in (*JSONL, *SQLITE):
-            samples = read_records(path, split)
-        else:
+        if has_suffix(path, TEXT):
             samples = [Record("", caption) for caption in _lines(path)]
+        else:
+            samples = read_records(path, split)
     except OSError as error:
         raise UserError(
             f"cannot be read: {error.strerror}",

@@ -16,8 +16,10 @@ from transformers import (
 
 from qsens.config import ModelConfig
 from qsens.engine.experts import is_experts
-from qsens.engine.families import find_head, remember_head, resolve_parts
-from qsens.engine.files import read_chat_template, read_config, weight_files
+from qsens.engine.families import find_head, head_of, remember_head, resolve_parts
+from qsens.engine.files import find_weights, read_config
+from qsens.engine.quantized import refuse_quantized
+from qsens.engine.templates import read_chat_template
 from qsens.errors import UserError
 
 # What ModelOpt makes quantized modules of.
@@ -63,11 +65,14 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """Load the model in evaluation mode, in the data type of its model file.
 
     Raises:
-        UserError: The files are not whole, this transformers cannot load the architecture, or the
-            patterns of its parts leave a module out.
+        UserError: The files are not whole or quantized already, this transformers cannot load the
+            architecture, or the patterns of its parts leave a module out.
     """
-    weight_files(config.path)
+    weights = find_weights(config.path)
+    refuse_quantized(config.path)
     settings = _settings(config)
+    # What was hashed is what is read, whatever else lies there.
+    settings.transformers_weights = weights.entry
     auto = (
         AutoModelForImageTextToText
         if type(settings) in AutoModelForImageTextToText._model_mapping
@@ -107,6 +112,13 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     model.requires_grad_(False)
     module: nn.Module = model.to(device).eval()
     return module
+
+
+def has_tied_head(model: nn.Module) -> bool:
+    """Return whether the head of a loaded model shares its weight with another module."""
+    weight = head_of(model).weight
+    names = [name for name, one in model.named_parameters(remove_duplicate=False) if one is weight]
+    return len(names) > 1
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

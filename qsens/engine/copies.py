@@ -5,8 +5,8 @@ lies: up to there they are not computed but taken from it, so copies join on the
 serves groups of many layers. What lies before the first of them is not run at all, but taken from
 a run of the batch alone. No code of a model is repeated here.
 
-All copies go through the same kernels at once. Two runs of different shape may round differently,
-which in bfloat16 adds up to more than a harmless group changes.
+All copies go through the same kernels at once, and within :func:`qsens.engine.float32.in_float32`:
+rounded to bfloat16, activations would differ by more than a harmless group changes them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from qsens.engine.groups import Group
 from qsens.engine.parts import head_input, layers_of, plain_head, weight_of, without_head
 from qsens.engine.quantizer import quantize, quantize_weight
 from qsens.engine.samples import Batch
+from qsens.engine.scores import Failures
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Copies:
         head: The output embedding; it is left out of every run.
         head_group: Index of the group that is the head alone; none where no group is.
         ran: Names of the modules that ran.
-        failures: Why a change cannot be made; its copy stays as it is.
+        failures: Changes that cannot be made; their copies stay as they are.
 
     Raises:
         UserError: What the model does after its head is more than a linear module.
@@ -76,7 +77,7 @@ class Copies:
         self.device: torch.device = next(model.parameters()).device
         self.head = plain_head(model)
         self.ran: set[str] = set()
-        self.failures: dict[Change, str] = {}
+        self.failures = Failures()
         self._layers = layers_of(model)
         self._modules = {
             name: model.get_submodule(name) for group in groups for name in group.members
@@ -279,11 +280,9 @@ class Copies:
             yield alike, weight
 
     def _fail(self, changes: Sequence[Change], error: Exception) -> None:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            raise error
         for change in changes:
-            reason = f"{self.groups[change.group].name}: {error}".splitlines()[0]
-            self.failures.setdefault(change, reason)
+            name = self.groups[change.group].name
+            self.failures.add(name, change.group, [change.candidate], error)
 
 
 class _Unlike(Exception):

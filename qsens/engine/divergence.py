@@ -3,6 +3,10 @@
 A batch runs once as it is. A perturbed group then costs only what lies behind it, and as many
 groups and candidates as fit go through together, each on a copy of the batch, see
 :mod:`qsens.engine.copies`. The head is applied in chunks of rows, to those alone that count.
+
+Everything behind the weights is float32, see :mod:`qsens.engine.float32`; quantized weights are
+what :func:`qsens.engine.quantizer.quantize_weight` gives in their own data type. Beside it stands
+how far the model as it is, rounding its activations, lies from that.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from qsens.engine.budget import Budget
 from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
 from qsens.engine.copies import Change, Copies
+from qsens.engine.float32 import in_float32, is_narrow
 from qsens.engine.groups import Group
 from qsens.engine.kl import divergences
 from qsens.engine.parts import HEAD_ROWS
@@ -77,6 +82,8 @@ def diverge(
     )
     found = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
     losses = torch.zeros(scored, dtype=torch.float64)
+    rounds = is_narrow(next(model.parameters()).dtype)
+    floor = torch.zeros(scored, dtype=torch.float64) if rounds else None
     measured = []
     with copies.recorded():
         for done, batch in enumerate(batches):
@@ -88,16 +95,20 @@ def diverge(
                 if only is None or (covered[group].name, candidate) in only
             ]
             each = max(1, tokens // batch.input_ids.numel() - 1)
-            measured.append(_Measured(copies, batch, changes, each))
+            rounded = copies.alone(batch) if rounds else None
+            with in_float32(model):
+                measured.append(_Measured(copies, batch, changes, each, rounded))
             progress("score", done + 1, len(batches))
     # Read at the end: until here, nothing has waited for the device.
     for batch, of_batch in zip(batches, measured, strict=True):
         order = list(batch.samples)
         losses[order] = of_batch.losses.cpu()
+        if floor is not None and of_batch.floor is not None:
+            floor[order] = of_batch.floor.cpu()
         for change, per_sample in of_batch.found():
             found[change.group, change.candidate, order] = per_sample
-    for change in copies.failures:
-        found[change.group, change.candidate] = 0
+    for group, candidate in copies.failures.refused:
+        found[group, candidate] = 0
     ran = copies.ran
     if copies.head_group is not None:
         ran |= set(covered[copies.head_group].members)
@@ -107,11 +118,12 @@ def diverge(
         errors=None,
         norms=None,
         reached=tuple(all(name in ran for name in group.members) for group in covered),
-        failures={(c.group, c.candidate): why for c, why in copies.failures.items()},
+        failures=copies.failures,
         loss=losses,
         seconds=time.monotonic() - started,
         padding_share=padding_share(batches),
         maxima=maxima,
+        floor=floor,
     )
 
 
@@ -123,13 +135,21 @@ class _Measured:
         batch: The batch.
         changes: The changes.
         together: Changes that go through the model at once.
+        rounded: The head's input where the model rounds activations as it does by itself,
+            ``(samples, longest, hidden)``; none where it rounds no more than float32 does.
 
     Attributes:
         losses: Each sample's cross-entropy over its labels, in nats, ``(samples,)``, float64.
+        floor: The divergence of that model from the one in float32, likewise; none without.
     """
 
     def __init__(
-        self, copies: Copies, batch: Batch, changes: Sequence[Change], together: int
+        self,
+        copies: Copies,
+        batch: Batch,
+        changes: Sequence[Change],
+        together: int,
+        rounded: torch.Tensor | None,
     ) -> None:
         self._copies = copies
         self._head = copies.head
@@ -139,6 +159,7 @@ class _Measured:
         self._sample = (where // longest).to(copies.device)
         hidden = copies.alone(batch)
         self.losses = self._losses(batch, hidden)
+        self.floor = None if rounded is None else self._floor(hidden, rounded)
         self._done: list[Change] = []
         self._found: list[torch.Tensor] = []
         of_head = [change for change in changes if change.group == copies.head_group]
@@ -169,6 +190,19 @@ class _Measured:
         sums = torch.zeros(self._samples, dtype=torch.float64, device=hidden.device)
         return sums.index_add_(0, sample, torch.cat(parts))
 
+    def _floor(self, hidden: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+        """Return the divergence of each sample between two inputs of the head."""
+        parts = []
+        for rows, other in zip(
+            torch.split(hidden.flatten(0, 1)[self._where], HEAD_ROWS),
+            torch.split(rounded.flatten(0, 1)[self._where], HEAD_ROWS),
+            strict=True,
+        ):
+            # As the model gives them: its logits are rounded as well.
+            logits = self._logits(other.float()).to(other.dtype).float()
+            parts.append(divergences(self._logits(rows), logits))
+        return self._summed(torch.cat(parts, dim=1))[0]
+
     def _behind(self, changes: Sequence[Change], hidden: torch.Tensor) -> None:
         """Measure how far ``(1 + changes, rows, hidden)`` are from their first."""
         parts = []
@@ -197,23 +231,17 @@ class _Measured:
                         changed = self._logits(given, weight)
                         parts[change].append(divergences(reference, changed))
             for change, values in parts.items():
-                if change not in self._copies.failures:
+                if values:
                     self._book([change], torch.cat(values, dim=1))
 
     def _book(self, changes: Sequence[Change], values: torch.Tensor) -> None:
-        """Sum ``(changes, rows)`` over the rows of each sample."""
-        sums = values.new_zeros(len(values), self._samples)
+        """Note ``(changes, rows)``, summed over the rows of each sample."""
         self._done += changes
-        self._found.append(sums.index_add_(1, self._sample, values))
+        self._found.append(self._summed(values))
+
+    def _summed(self, values: torch.Tensor) -> torch.Tensor:
+        sums = values.new_zeros(len(values), self._samples)
+        return sums.index_add_(1, self._sample, values)
 
     def _logits(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the head's output, in float32 on a GPU.
-
-        Rounded to bfloat16, logits would differ by more than a harmless group changes them.
-        """
-        weight = self._head.weight if weight is None else weight
-        bias = self._head.bias
-        if not (rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)):
-            return F.linear(rows, weight, bias)
-        logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
-        return logits if bias is None else logits.add_(bias)
+        return F.linear(rows, self._head.weight if weight is None else weight, self._head.bias)

@@ -95,7 +95,7 @@ class Mixture:
             inner: Quantizes what stands between the products.
             book: Told of each expert; its segments go to ``pairs`` rows a piece, by expert.
         """
-        changed = torch.zeros_like(given)
+        changed = torch.zeros_like(given, dtype=self._own.dtype)
         for expert in self.routing.busy():
             share = self.routing.share(expert)
             rows, gates = self.routing.rows[share], self.routing.gates[share]
@@ -120,6 +120,11 @@ class Mixture:
             alone = Rows("tokens", hidden, self._own[share], self._rows.slopes[:, rows])
             book(added, alone, tuple(segments))
         return changed
+
+    def outputs(self) -> torch.Tensor:
+        """Return what the mixture gives as it is, ``(rows, hidden)``."""
+        found = torch.zeros_like(self._rows.inputs, dtype=self._own.dtype)
+        return found.index_add_(0, self.routing.rows, self._own)
 
     def sums(self, values: torch.Tensor, count: int) -> torch.Tensor:
         """Return sums of values of pairs over the first ``count`` rows.
@@ -159,8 +164,10 @@ def score_mixture(
         stack: Its inputs, quantized.
     """
     layout, table = ledger.layout, work.experts[name]
-    ledger.norms[position] = row_norms(rows.outputs)
     mixture = Mixture(work.linears[name], rows, layout)
+    if work.exact:
+        rows = replace(rows, outputs=mixture.outputs())
+    ledger.norms[position] = row_norms(rows.outputs)
     order = list(layout.order)
     table.tokens[:, order] += mixture.tokens.cpu()
     for index, slots in layout.slots.items():

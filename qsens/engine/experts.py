@@ -148,9 +148,9 @@ def expert_inputs(
 def contributions(module: nn.Module, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Return what every pair of a row and an expert adds to the output, ``(pairs, hidden)``."""
     first, second = expert_weights(module)
-    found = x.new_empty(len(routing.rows), x.shape[1])
+    found = [x.new_empty(0, x.shape[1])]
     for expert in routing.busy():
         share = routing.share(expert)
         inner = between(module, x[routing.rows[share]], first[expert])
-        found[share] = F.linear(inner, second[expert]) * routing.gates[share]
-    return found
+        found.append(F.linear(inner, second[expert]) * routing.gates[share])
+    return torch.cat(found)

@@ -1,21 +1,27 @@
-"""A checkpoint's files, read without torch: what it is, whether it is whole, its digest."""
+"""A checkpoint's files, read without torch: which of them count, what it is, its digest."""
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import logging
-import struct
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qsens.checksums import CHECKSUM, is_sealed, sealed
-from qsens.checksums import digest_file as digest_file
+from qsens.checksums import CHECKSUM, digest_file, is_sealed, sealed
 from qsens.documents import dump_json
+from qsens.engine.headers import AGAIN, Tensor, read_tensors
+from qsens.engine.headers import read_header as read_header
+from qsens.engine.tied import has_tied_head, is_said_to_be_tied
 from qsens.errors import UserError
 from qsens.grid import CheckpointIdentity, digest_of
 from qsens.store import set_aside, write_text
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _TOKENIZER = (
     "tokenizer.json",
@@ -28,28 +34,66 @@ _TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# What a tokenizer is made from where there is no tokenizer.json.
+_VOCABULARIES = ("*.model", "*.tiktoken", "vocab*", "merges*", "tekken.json")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
-_HEADS = ("lm_head.weight", "output_layer.weight")
 log = logging.getLogger(__name__)
-_REMEDY = "Download the checkpoint again, or set model.path to a whole one."
+# Key of config.json by which transformers is told to read another file than it would.
+_NAMED = "transformers_weights"
+# Names of weight files, in any case, whoever reads them.
+_WEIGHTS = ("*.safetensors", "*.gguf", "pytorch_model*.bin", "consolidated*.pth")
+_ADAPTER = ("adapter_config.json", "adapter_model*")
+# What an import may find.
+_CODE = (".py", ".pyc", ".so")
 
 
-def identify(path: Path, *, cache: Path | None = None) -> CheckpointIdentity:
+@dataclass(frozen=True)
+class Weights:
+    """The weight files of a checkpoint that count: those that are loaded and hashed, no others.
+
+    Attributes:
+        entry: What transformers is to read, relative to the checkpoint: the one file, or the index
+            of several.
+        files: The files, sorted.
+        tensors: Their tensors, by name.
+        beside: Names of weight files in the same directories that nobody reads, sorted.
+    """
+
+    entry: str
+    files: tuple[Path, ...]
+    tensors: Mapping[str, Tensor]
+    beside: tuple[str, ...]
+
+
+def identify(
+    path: Path,
+    *,
+    cache: Path | None = None,
+    trust_remote_code: bool = False,
+    heads: Sequence[str] = (),
+    dtype: str = "float32",
+) -> CheckpointIdentity:
     """Read what a checkpoint is, and hash its content.
 
     Args:
         path: Directory of the checkpoint.
         cache: File that keeps digests by path, size and modification time, so that several
             gigabytes are not read again every night; nothing is kept when not given.
+        trust_remote_code: Whether the checkpoint's own code runs: it is hashed then.
+        heads: Patterns (fnmatch) of the head's module name.
+        dtype: Data type that the weights are loaded in.
 
     Raises:
-        UserError: The directory is missing, holds no safetensors, or lacks a shard.
+        UserError: The directory is missing, its weight files are not whole or leave open which
+            of them count, or its code lies elsewhere.
     """
     config = read_config(path)
-    weights = weight_files(path)
+    weights = find_weights(path)
+    _check_index(path / weights.entry)
     known = _read_cache(cache)
-    files = [path / "config.json", *weights]
-    tokenizer = [path / name for name in _TOKENIZER if (path / name).is_file()]
+    code, notices = _code(path, trusted=trust_remote_code)
+    files = [path / "config.json", *weights.files, *code]
+    tokenizer = _tokenizer_files(path)
     processor = [path / name for name in PROCESSOR if (path / name).is_file()]
     if not tokenizer:
         raise UserError(
@@ -63,20 +107,35 @@ def identify(path: Path, *, cache: Path | None = None) -> CheckpointIdentity:
                 strict=True,
             )
         )
+    tied = has_tied_head(config, weights.tensors, heads, dtype, partial(_equal, known=known))
     if cache is not None:
         text = dump_json(sealed(dict(sorted(known.items()))))
         if not cache.is_file() or cache.read_text(encoding="utf-8") != text:
             write_text(cache, text)
+    if is_said_to_be_tied(config) and not tied:
+        notices.append(
+            "config.json ties the head to the embedding, and the files hold another head: it is "
+            "loaded and scored as a weight of its own; whoever serves it must be told "
+            "tie_word_embeddings=false"
+        )
+    if weights.beside:
+        notices.append(
+            f"{len(weights.beside)} weight files beside those of the checkpoint are not read, "
+            f"the first is {weights.beside[0]}"
+        )
+
+    def together(chosen: Sequence[Path]) -> str:
+        return digest_of({file.relative_to(path).as_posix(): digests[file] for file in chosen})
+
     return CheckpointIdentity(
         path=path,
-        digest=digest_of({file.name: digests[file] for file in files}),
-        tokenizer_digest=digest_of({file.name: digests[file] for file in tokenizer}),
+        digest=together(files),
+        tokenizer_digest=together(tokenizer),
         architecture=str((config.get("architectures") or ["unknown"])[0]),
-        weight_bytes=sum(file.stat().st_size for file in weights),
-        tied_head=_has_tied_head(config, weights),
-        processor_digest=digest_of({file.name: digests[file] for file in processor})
-        if processor
-        else None,
+        weight_bytes=sum(file.stat().st_size for file in weights.files),
+        tied_head=tied,
+        processor_digest=together(processor) if processor else None,
+        notices=notices,
     )
 
 
@@ -84,7 +143,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return a checkpoint's ``config.json``.
 
     Raises:
-        UserError: The directory or the file is missing or broken.
+        UserError: The directory or the file is missing or broken, or an adapter lies there, which
+            nobody would apply.
     """
     if not path.is_dir():
         raise UserError(
@@ -92,145 +152,226 @@ def read_config(path: Path) -> dict[str, Any]:
             where=f"model.path = {path}",
             remedy="Set model.path to a local checkpoint; `qsens demo-model` builds a small one.",
         )
+    adapter = next(_matching(path, _ADAPTER), None)
+    if adapter is not None:
+        raise UserError(
+            f"holds an adapter, {adapter.name}, which would not be scored",
+            where=f"model.path = {path}",
+            remedy="Merge the adapter into its base first (peft: merge_and_unload), or move it out "
+            "of the directory to score the base alone.",
+        )
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError("has no config.json", where=str(path), remedy=_REMEDY) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"is broken: {error}", where=str(file), remedy=_REMEDY) from error
+    if not file.is_file():
+        raise UserError("has no config.json", where=str(path), remedy=AGAIN)
+    config = _read_json(file)
     if not isinstance(config, dict):
-        raise UserError("is no JSON object", where=str(file), remedy=_REMEDY)
+        raise UserError("is no JSON object", where=str(file), remedy=AGAIN)
     return config
 
 
-def read_chat_template(path: Path) -> str | None:
-    """Return the chat template that a checkpoint keeps in a JSON file of its own, as processors do.
+def find_weights(path: Path) -> Weights:
+    """Say which of a checkpoint's weight files count; each one's header is read.
+
+    They are those that transformers reads: ``model.safetensors``, else all that
+    ``model.safetensors.index.json`` names, unless ``transformers_weights`` in ``config.json`` names
+    one or the other itself. Where it would leave open which are meant, nothing is read.
+
+    Args:
+        path: Directory of the checkpoint.
 
     Raises:
-        UserError: The file is broken.
+        UserError: There are none, one is missing, cut short or outside the directory, several have
+            no index or lie beside one of other files, or two hold the same tensor.
     """
-    return _template_in(path / "chat_template.json")
-
-
-def check_chat_template(path: Path) -> None:
-    """Refuse a checkpoint whose files hold no chat template.
-
-    Raises:
-        UserError: There is none, or a file that may hold one is broken.
-    """
-    if not (
-        (path / "chat_template.jinja").is_file()
-        or read_chat_template(path)
-        or _template_in(path / "tokenizer_config.json", may_lack=True)
-    ):
+    entry = _entry(path)
+    names = _shards(path / entry) if entry.endswith(".json") else [entry]
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
         raise UserError(
-            "has no chat template, and the sweep reads pictures",
-            where=f"model.path = {path}",
-            remedy="Save its chat_template.jinja beside the weights, or use coverage=lm_only with "
-            "dataset.modality=text.",
+            f"{len(missing)} of {len(names)} weight files are missing, first {missing[0]}",
+            where=str(path),
+            remedy=AGAIN,
         )
-
-
-def _template_in(file: Path, *, may_lack: bool = False) -> str | None:
-    try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"is broken: {error}", where=str(file), remedy=_REMEDY) from error
-    template = held.get("chat_template") if isinstance(held, dict) else None
-    if not template and not may_lack:
-        raise UserError(
-            "is broken: it has no text 'chat_template'", where=str(file), remedy=_REMEDY
-        )
-    return template
+    files = tuple(path / name for name in names)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in read_tensors(file).items():
+            if name in tensors:
+                raise UserError(
+                    f"two weight files hold {name}: {_relative(tensors[name].file, path)} and "
+                    f"{_relative(file, path)}",
+                    where=str(path),
+                    remedy="Only one can be meant: save it again with save_pretrained().",
+                )
+            tensors[name] = tensor
+    beside = {
+        _relative(other, path)
+        for directory in {path, *(file.parent for file in files)}
+        for other in _matching(directory, _WEIGHTS)
+    }
+    return Weights(entry, files, tensors, tuple(sorted(beside - set(names))))
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return a checkpoint's safetensors files, sorted; each one's header has been read.
-
-    Raises:
-        UserError: There are none, one is missing, or one is cut short.
-    """
-    index = path / INDEX
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise UserError(f"is broken: {error}", where=str(index), remedy=_REMEDY) from error
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {len(names)} weight files are missing, first {missing[0]}",
-                where=str(path),
-                remedy=_REMEDY,
-            )
-        files = [path / name for name in names]
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    if not files:
-        others = sorted(file.name for file in path.glob("*.bin"))
-        raise UserError(
-            "holds weights as pickle (.bin) only" if others else "holds no *.safetensors",
-            where=str(path),
-            remedy="Save it with save_pretrained(); pickles are never loaded."
-            if others
-            else _REMEDY,
-        )
-    for file in files:
-        read_header(file)
-    return files
-
-
-def read_header(file: Path) -> dict[str, Any]:
-    """Return a safetensors header: name to ``dtype``, ``shape``, ``data_offsets``.
-
-    Raises:
-        UserError: The file is no safetensors file, or shorter than its header says.
-    """
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"it has {size} bytes where its header says {8 + length + end}")
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"is broken: {error}", where=str(file), remedy=_REMEDY) from error
-    assert isinstance(header, dict)
-    return header
+    """Return the weight files that count, sorted; see :func:`find_weights`."""
+    return list(find_weights(path).files)
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight, by name."""
-    return {
-        name: tuple(entry["shape"])
-        for file in weight_files(path)
-        for name, entry in read_header(file).items()
-    }
+    return {name: tensor.shape for name, tensor in find_weights(path).tensors.items()}
 
 
-def _has_tied_head(config: dict[str, Any], weights: list[Path]) -> bool:
-    """Return whether ``config`` ties the head, or the files hold no weight for one."""
-    text = config.get("text_config")
-    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    if config.get("tie_word_embeddings", inner) is True:
-        return True
-    return not any(name.endswith(_HEADS) for file in weights for name in read_header(file))
+def _entry(path: Path) -> str:
+    """Return the file that transformers is to read, or the index of several."""
+    named = read_config(path).get(_NAMED)
+    if named is not None:
+        if not str(named).endswith((".safetensors", ".safetensors.index.json")):
+            raise UserError(
+                f"{_NAMED} = {named} is neither a safetensors file nor the index of some",
+                where=str(path / "config.json"),
+                remedy=AGAIN,
+            )
+        if not (path / _inside(str(named), path / "config.json")).is_file():
+            raise UserError(f"{_NAMED} = {named} is not there", where=str(path), remedy=AGAIN)
+        return str(named)
+    single, index = (path / SINGLE).is_file(), path / INDEX
+    if single and index.is_file() and _shards(index) != [SINGLE]:
+        raise UserError(
+            f"holds {SINGLE}, and beside it {INDEX}, which names other files",
+            where=str(path),
+            remedy="They are weights twice, and may differ: remove those that are not meant.",
+        )
+    if single or index.is_file():
+        return SINGLE if single else INDEX
+    others = sorted(file.name for file in _matching(path, ("*.safetensors",)))
+    if others:
+        several = len(others) > 1
+        raise UserError(
+            f"holds {len(others)} weight files and no {INDEX}, first {others[0]}"
+            if several
+            else f"its weights are in {others[0]}, and transformers reads {SINGLE}",
+            where=str(path),
+            remedy="Get the index as well: it says which files belong together."
+            if several
+            else f"Rename it to {SINGLE} if it is the whole checkpoint.",
+        )
+    pickles = any(path.glob("*.bin"))
+    raise UserError(
+        "holds weights as pickle (.bin) only" if pickles else "holds no *.safetensors",
+        where=str(path),
+        remedy="Save it with save_pretrained(); pickles are never loaded." if pickles else AGAIN,
+    )
 
 
-def _digest(path: Path, known: dict[str, str]) -> str:
+def _shards(index: Path) -> list[str]:
+    """Return the files that an index names, sorted: all of their tensors are read."""
+    held = _read_json(index)
+    places = held.get("weight_map") if isinstance(held, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError("is broken: it has no weight_map", where=str(index), remedy=AGAIN)
+    names = sorted({_inside(name, index) for name in places.values()})
+    strange = next((name for name in names if not name.endswith(".safetensors")), None)
+    if strange is not None:
+        raise UserError(
+            f"names {strange}, which is no .safetensors file",
+            where=str(index),
+            remedy="Save it with save_pretrained(); pickles are never loaded.",
+        )
+    return names
+
+
+def _check_index(entry: Path) -> None:
+    """Refuse an index that transformers stumbles over."""
+    if entry.suffix == ".json" and not isinstance(_read_json(entry).get("metadata"), dict):
+        raise UserError(
+            "has no metadata, which transformers asks an index for",
+            where=str(entry),
+            remedy='Write "metadata": {} into it.',
+        )
+
+
+def _inside(name: str, source: Path) -> str:
+    """Return a file's name relative to the checkpoint, if it does not lead out of it."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise UserError(f"names {name}, outside the checkpoint", where=str(source), remedy=AGAIN)
+    return pure.as_posix()
+
+
+def _tokenizer_files(path: Path) -> list[Path]:
+    files = {path / name for name in _TOKENIZER if (path / name).is_file()}
+    if not (path / _TOKENIZER[0]).is_file():
+        files |= set(_matching(path, _VOCABULARIES))
+    return sorted(files)
+
+
+def _code(path: Path, *, trusted: bool) -> tuple[list[Path], list[str]]:
+    """Return the checkpoint's code that may run, and a notice where it has some that does not."""
+    classes = _own_classes(path)
+    if not trusted:
+        return [], [
+            f"the checkpoint's own code does not run (auto_map: {classes[0]}): transformers' "
+            "class is used instead; model.trust_remote_code=true would run it"
+        ] if classes else []
+    elsewhere = next((name for name in classes if "--" in name), None)
+    if elsewhere is not None:
+        raise UserError(
+            f"auto_map names code of another repository, {elsewhere}, which may change unseen",
+            where=f"model.path = {path}",
+            remedy="Copy that code beside the weights, and take the repository out of auto_map.",
+        )
+    found = (file for file in path.rglob("*") if file.suffix in _CODE and file.is_file())
+    return sorted(
+        file
+        for file in found
+        if not any(part.startswith((".", "__pycache__")) for part in file.relative_to(path).parts)
+    ), []
+
+
+def _own_classes(path: Path) -> list[str]:
+    """Return the classes that a checkpoint's JSON files name in its own code."""
+    found = []
+    for file in (path / name for name in ("config.json", "tokenizer_config.json", *PROCESSOR)):
+        held = _read_json(file) if file.is_file() else None
+        mapped = held.get("auto_map") if isinstance(held, dict) else None
+        for value in mapped.values() if isinstance(mapped, dict) else ():
+            found += [str(one) for one in (value if isinstance(value, list) else [value]) if one]
+    return found
+
+
+def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    """Return the files of a directory whose names match, in any case, sorted."""
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and any(fnmatch.fnmatch(file.name.lower(), one) for one in patterns):
+            yield file
+
+
+def _relative(file: Path, path: Path) -> str:
+    return file.relative_to(path).as_posix()
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"is broken: {error}", where=str(file), remedy=AGAIN) from error
+
+
+def _equal(one: Tensor, other: Tensor, known: dict[str, str]) -> bool:
+    """Return whether two tensors hold the same bytes."""
+    a, b = (_digest(tensor.file, known, (tensor.begin, tensor.end)) for tensor in (one, other))
+    return a == b
+
+
+def _digest(path: Path, known: dict[str, str], part: tuple[int, int] | None = None) -> str:
+    """Return the digest of a file or of some of its bytes, from ``known`` where it is there."""
     stat = path.stat()
     key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+    if part is not None:
+        key = f"{key}|{part[0]}-{part[1]}"
     if key not in known:
-        known[key] = digest_file(path)
+        known[key] = digest_file(path, part)
     return known[key]
 
 

@@ -12,11 +12,16 @@ positions are drawn apart, so products of two positions vanish in the mean, and 
 Every draw costs a backward pass; outputs are changed once for all draws. The draws of a position
 are stratified: a label of probability ``p`` is drawn ``p * draws`` times, up to one. For the head
 no draw is needed: ``1/2 d^T F d`` is half the variance of ``d`` under ``p``.
+
+Quantized inputs, outputs and their changes are float32 whatever the model's data type is: what is
+estimated has no rounding in it, see :mod:`qsens.engine.float32`. Gradients are those of the model
+as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -28,6 +33,7 @@ from qsens.engine.calibrate import Maxima
 from qsens.engine.candidates import Candidates
 from qsens.engine.change import Segment, change_products
 from qsens.engine.expert_scores import Mixture
+from qsens.engine.float32 import exact_products, is_narrow
 from qsens.engine.fused import Pass, run
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out, row_norms
@@ -87,6 +93,10 @@ class _FisherPass(Pass):
         self._draws, self._seed = draws, seed
         self._inner = torch.zeros(*self.scores.shape, draws, dtype=torch.float64)
 
+    @property
+    def exact(self) -> bool:
+        return is_narrow(next(self.run.model.parameters()).dtype)
+
     def per_sample(self) -> torch.Tensor:
         return self.draws().mean(dim=-1)
 
@@ -120,6 +130,10 @@ class _FisherPass(Pass):
 
     def head(self, flights: Sequence[Flight]) -> tuple[list[list[torch.Tensor]], list[Sums]]:
         """Estimate the head exactly to second order; return each draw's gradients at its input."""
+        with exact_products() if self.exact else nullcontext():
+            return self._head(flights)
+
+    def _head(self, flights: Sequence[Flight]) -> tuple[list[list[torch.Tensor]], list[Sums]]:
         head = self.run.head
         batches = [flight.batch for flight in flights]
         real = [batch.predicts() for batch in batches]

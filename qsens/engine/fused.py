@@ -7,13 +7,16 @@ channels, with ``G`` that of the sample's summed loss. Sums over heads of the sa
 every size, whatever the batches were.
 
 ``dY`` is the difference of two outputs in the model's own data type, as ModelOpt takes it: in
-bfloat16 the rounding of the outputs is part of the number.
+bfloat16 the rounding of the outputs is part of the number. Method ``fisher`` takes the difference
+of outputs in float32 instead, see :attr:`Pass.exact`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,7 @@ from qsens.engine.candidates import Candidates
 from qsens.engine.change import Segment, change_norms
 from qsens.engine.expert_scores import Mixture, score_mixture
 from qsens.engine.experts import expert_weights, input_names, is_experts
+from qsens.engine.float32 import exact_products
 from qsens.engine.groups import Group
 from qsens.engine.layout import Layout, Ledger, Slot, Sums, lay_out, row_norms
 from qsens.engine.model_pass import ModelPass
@@ -37,9 +41,10 @@ from qsens.engine.samples import (
     Unit,
     padding_share,
 )
-from qsens.engine.scores import ExpertTable, PassScores, Progress, silent
+from qsens.engine.scores import ExpertTable, Failures, PassScores, Progress, silent
 from qsens.engine.stack import Inputs, Stack
 from qsens.engine.waves import plan_batches, waves
+from qsens.errors import UserError
 
 
 def score(
@@ -131,6 +136,7 @@ class Pass:
         candidates: What to compute.
         scored: Samples that are scored.
         head_formats: Weight formats of the head that are held at once.
+
     """
 
     def __init__(
@@ -157,7 +163,7 @@ class Pass:
             for name, module in self.linears.items()
         }
         names = {name: input_names(name, module) for name, module in self.linears.items()}
-        self.inputs = Inputs(candidates, self.device, shapes, names, self.fail)
+        self.inputs = Inputs(candidates, self.device, shapes, names, self.fail, exact=self.exact)
         self.found: Mapping[int, Maxima] = {}
         self.head_name = next(
             (name for name, module in self.linears.items() if module is self.run.head), None
@@ -172,7 +178,16 @@ class Pass:
             for name, module in mixtures.items()
         }
         self.seen: set[str] = set()
-        self.failures: dict[tuple[int, int], str] = {}
+        self.failures = Failures()
+
+    @property
+    def exact(self) -> bool:
+        """Whether inputs are quantized to float32, and outputs made of them in float32.
+
+        Those of the module as it is are made anew then: no rounding of the model's data type is in
+        their difference.
+        """
+        return False
 
     def per_sample(self) -> torch.Tensor:
         """Return ``s_i``, ``(groups, candidates, samples)``, float64."""
@@ -223,7 +238,7 @@ class Pass:
                     }
                     found.append(self._layer(alike, layouts[unit]))
             for name in self.run.sliding:
-                reason = ValueError("a convolution whose windows are not whole patches")
+                reason = UserError("a convolution whose windows are not whole patches")
                 self.fail(name, range(len(self.candidates.pairs)), reason)
             # Read at the end of a wave: until here, only mixtures have waited for the device.
             if found:
@@ -243,7 +258,8 @@ class Pass:
             if rows.inputs is not read or name in self.experts:  # q, k and v read one object
                 read = rows.inputs
                 stack = self.inputs.stack(name, read, layout)
-            self._module(name, rows, ledger, position, stack)
+            with exact_products() if self.exact else nullcontext():
+                self._module(name, rows, ledger, position, stack)
         return ledger.sums(names)
 
     def _module(self, name: str, rows: Rows, ledger: Ledger, position: int, stack: Stack) -> None:
@@ -252,13 +268,16 @@ class Pass:
             score_mixture(self, name, rows, ledger, position, stack)
             return
         bias: torch.Tensor | None = self.linears[name].bias  # type: ignore[assignment]
+        if self.exact:
+            weight = weight_of(self.linears[name]).flatten(1)
+            rows = replace(rows, outputs=F.linear(rows.inputs, weight, bias))
         ledger.norms[position] = row_norms(rows.outputs)
         for index, slots in ledger.layout.slots.items():
-            weight = self.weight(name, index, slots)
-            if weight is None:
+            changed = self.weight(name, index, slots)
+            if changed is None:
                 continue
             given, segments = stack.select(slots)
-            self.measure(F.linear(given, weight, bias), rows, segments, ledger, position)
+            self.measure(F.linear(given, changed, bias), rows, segments, ledger, position)
 
     def alone(self, mixture: Mixture, found: torch.Tensor, count: int) -> torch.Tensor:
         """Return the scores of single experts, ``(experts, samples)``.
@@ -389,11 +408,7 @@ class Pass:
 
     def fail(self, name: str, candidates: Sequence[int], error: Exception) -> None:
         """Note why a candidate has no score here; the rest of the pass goes on."""
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
-            raise error
-        for candidate in candidates:
-            reason = f"{name}: {error}".splitlines()[0]
-            self.failures.setdefault((self.group_of[name], candidate), reason)
+        self.failures.add(name, self.group_of[name], candidates, error)
 
 
 def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

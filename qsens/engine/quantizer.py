@@ -5,12 +5,14 @@ Needs torch; modelopt only where it is asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from qsens.numerics import compute_amax, fake_quantize, supports
+from qsens.numerics.formats import format_of
 
 _BACKEND = "qsens"
 # Elements of a weight that are quantized at once: bounds the temporaries of a large head.
@@ -39,22 +41,35 @@ def quantize(
 
 
 def quantize_weight(weight: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tensor:
-    """Fake-quantize a weight, ``WEIGHT_CHUNK`` elements at a time, in whole rows.
+    """Fake-quantize a weight, about ``WEIGHT_CHUNK`` elements at a time.
+
+    Equal, bit for bit, to quantizing it at once: it is cut where no scale is shared, and where one
+    scale serves the whole weight, that is measured first.
 
     Args:
-        weight: ``(out, ...)``, any float dtype.
+        weight: ``(out, ...)``, two dimensions or more, any float dtype.
         cfg: A ModelOpt quantizer's ``cfg``.
     """
     if weight.numel() <= WEIGHT_CHUNK or not supports(cfg):
         return quantize(weight, cfg)
-    amax = compute_amax(weight, cfg)
-    # Only a scale of the whole tensor sees beyond its rows.
-    whole = amax if amax is not None and amax.numel() == 1 else None
-    result = torch.empty_like(weight)
-    rows = max(1, WEIGHT_CHUNK // weight[0].numel())
-    for start in range(0, len(weight), rows):
-        part = slice(start, start + rows)
-        fake_quantize(weight[part], cfg, whole, out=result[part])
+    dims = [dim for dim in format_of(cfg).separable_dims(weight.ndim) if weight.shape[dim] > 1]
+    whole = None
+    if not dims:
+        # A dynamic format takes no maximum; of one scale for all, the static one has the same.
+        cfg = {**cfg, "type": "static"}
+        whole = compute_amax(weight, cfg)
+        if whole is not None and whole.numel() == 1 and not whole.isfinite():
+            # All values share the scale, so all are NaN; under a given maximum, one alone would.
+            return torch.full_like(weight, math.nan)
+    dim = dims[0] if dims else 0
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    step = max(1, WEIGHT_CHUNK * weight.shape[dim] // weight.numel())
+    parts = zip(torch.split(weight, step, dim), torch.split(result, step, dim), strict=True)
+    for part, out in parts:
+        if out.is_contiguous():
+            fake_quantize(part, cfg, whole, out=out)
+        else:
+            out.copy_(fake_quantize(part.contiguous(), cfg, whole))
     return result
 
 

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from qsens.config.models import JSONL
+from qsens.config.models import JSONL, has_suffix
 from qsens.errors import UserError
 
 _TABLE = "vlm_calib_samples"
@@ -46,7 +46,7 @@ def read_records(path: Path, split: str) -> list[Record]:
         UserError: The file is broken, has another layout, or names an image outside the images'
             directory; the message names the line or row.
     """
-    read = _jsonl(path) if path.suffix in JSONL else _sqlite(path, split)
+    read = _jsonl(path) if has_suffix(path, JSONL) else _sqlite(path, split)
     return [record for record in read if record.caption]
 
 

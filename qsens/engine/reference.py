@@ -61,6 +61,7 @@ def score_cell(
     device = next(model.parameters()).device
     on_a_cpu = device.type == "cpu"
     groups = find_groups(model, vision, all_layers=all_layers)
+    check_device(model, groups, pair)
     disabled = [] if all_layers else list(vision)
     batches = equal_length_batches(samples, boundaries=[*sizes, scored], batch_size=batch_size)
     score_steps = sum(batch.samples[0] < scored for batch in batches)
@@ -109,6 +110,35 @@ def score_cell(
         timings={"calibrate": calibrated - started, "score": ended - calibrated},
         padding_share=0.0,
     )
+
+
+def check_device(model: nn.Module, groups: Sequence[Group], pair: PairConfig) -> None:
+    """Refuse what ModelOpt has no code for on the model's device.
+
+    It computes a convolution in three dimensions with NVFP4 weights and inputs by a kernel of its
+    own, whose blocks lie otherwise than in a linear module, on a GPU alone.
+
+    Args:
+        model: The model.
+        groups: Its groups.
+        pair: The format.
+
+    Raises:
+        UserError: The model is on a CPU, and the pair covers such a convolution.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        return
+    quantizers = (pair.weight_quantizer, pair.input_quantizer)
+    if not all(each is not None and each.block_type() == (4, 3) for each in quantizers):
+        return
+    for name in (name for group in groups if group.covered for name in group.members):
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Conv3d) and module.groups == 1:
+            raise UserError(
+                f"ModelOpt computes the convolution {name} in this format on a GPU alone",
+                where=f"quant_pair {pair.name} by ModelOpt on a CPU",
+                remedy="Take another pair, coverage=lm_only, or a machine with a GPU.",
+            )
 
 
 class _Steps:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
 from qsens.engine.groups import Group
+from qsens.errors import Fault, UserError
 from qsens.manifest import Status
 
 Progress = Callable[[str, int, int], None]
@@ -34,6 +35,60 @@ class ExpertScores:
     def without_tokens(self) -> tuple[int, ...]:
         """Return the experts that got no token."""
         return tuple(number for number, tokens in enumerate(self.tokens) if not tokens)
+
+
+class Failures:
+    """What of a pass could not be computed; the rest of it goes on.
+
+    A format that the numerics refuse for a group is a fact about both, and will be one again: it is
+    a row of the result. Anything else (a full disk, a missing compiler, a bug) may pass or be
+    mended: the cells that read the candidate get no result.
+
+    Attributes:
+        refused: Why the numerics refuse it, by group and candidate index.
+        broken: What went wrong otherwise, by candidate index: the first of it.
+    """
+
+    def __init__(self) -> None:
+        self.refused: dict[tuple[int, int], str] = {}
+        self.broken: dict[int, Exception] = {}
+
+    def add(self, name: str, group: int, candidates: Iterable[int], error: Exception) -> None:
+        """Note why candidates cannot be computed on a module; lack of memory ends the pass.
+
+        Args:
+            name: The module or group, for the message.
+            group: Index of its group.
+            candidates: Indices of the candidates.
+            error: What was raised.
+        """
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise error
+        for candidate in candidates:
+            if isinstance(error, UserError):
+                reason = f"{name}: {error}".splitlines()[0]
+                self.refused.setdefault((group, candidate), reason)
+            else:
+                self.broken.setdefault(candidate, error)
+
+    def fault(self, candidate: int, where: str) -> Fault | None:
+        """Return why the cells that read a candidate have no result; none where they have one.
+
+        Args:
+            candidate: Index of the candidate.
+            where: The cell, for the message.
+        """
+        error = self.broken.get(candidate)
+        if error is None:
+            return None
+        first = (str(error).strip() or "no message").splitlines()[0]
+        fault = Fault(
+            f"{type(error).__name__}: {first}",
+            where=where,
+            remedy="Nothing of it was stored. Run it again; if it stays, it is a bug: report it.",
+        )
+        fault.__cause__ = error
+        return fault
 
 
 @dataclass(frozen=True)
@@ -99,7 +154,7 @@ class PassScores:
         norms: ``||Y||^2`` of the same tokens, ``(groups, samples)``; none where it is not measured.
         reached: Whether a gradient reached every member of each group; ``kl_div``: whether every
             member ran.
-        failures: Why a candidate could not be computed, by group and candidate index.
+        failures: What could not be computed.
         loss: Summed loss of each sample, in nats.
         seconds: What the pass took.
         padding_share: Padded tokens over all tokens, 0 to 1.
@@ -107,6 +162,8 @@ class PassScores:
         draws: Method ``fisher``: what each draw says, ``(groups, candidates, samples, draws)``, in
             nats; their mean is ``per_sample``.
         experts: What each expert of a mixture has to do with it, by module name.
+        floor: Method ``kl_div`` of a model that rounds more than float32: the divergence of the
+            model as it is from itself in float32, in nats, ``(samples,)``; none for other models.
     """
 
     groups: tuple[Group, ...]
@@ -114,13 +171,14 @@ class PassScores:
     errors: torch.Tensor | None
     norms: torch.Tensor | None
     reached: tuple[bool, ...]
-    failures: Mapping[tuple[int, int], str]
+    failures: Failures
     loss: torch.Tensor
     seconds: float
     padding_share: float
     maxima: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     draws: torch.Tensor | None = None
     experts: Mapping[str, ExpertTable] = field(default_factory=dict)
+    floor: torch.Tensor | None = None
 
     def relative_errors(self, candidate: int, scored: int) -> torch.Tensor | None:
         """Return ``||dY||^2 / ||Y||^2`` of each group over the first samples, where measured."""
@@ -142,6 +200,7 @@ class CellScores:
         timings: Seconds by phase.
         padding_share: Padded tokens over all tokens that went through the model, 0 to 1.
         notices: What a reader should know about how it was computed.
+        floor: As :attr:`PassScores.floor`, nats a token over the samples scored.
     """
 
     groups: tuple[GroupScore, ...]
@@ -150,3 +209,4 @@ class CellScores:
     timings: Mapping[str, float]
     padding_share: float
     notices: tuple[str, ...] = field(default=())
+    floor: float | None = None

@@ -61,6 +61,7 @@ class Inputs:
         shapes: Shape of a row of each module's input; a convolution's has several dimensions.
         names: Names of each module's inputs; experts have two.
         fail: Told of inputs that cannot be quantized.
+        exact: Whether quantized inputs are float32, whatever they are quantized from.
     """
 
     def __init__(
@@ -70,12 +71,15 @@ class Inputs:
         shapes: Mapping[str, Sequence[int]],
         names: Mapping[str, Sequence[str]],
         fail: Fail,
+        *,
+        exact: bool = False,
     ) -> None:
         self.candidates = candidates
         self._device = device
         self._shapes = shapes
         self._names = names
         self._fail = fail
+        self._exact = exact
         self._maxima: dict[int, Maxima] = {}
         self._ranges: dict[int, dict[str, float]] = {}
 
@@ -105,6 +109,7 @@ class Inputs:
         for entry in order:
             alike.setdefault(self._range(name, entry), []).append(entry)
         counts = {key: max(used[entry] for entry in entries) for key, entries in alike.items()}
+        rows = rows.float() if self._exact else rows
         stacked = rows.new_empty(sum(counts.values()), rows.shape[1])
         starts: dict[int, int] = {}
         end = 0

@@ -1,9 +1,14 @@
-"""Whole models under mixed formats, measured on captions. Needs torch and modelopt."""
+"""Whole models under mixed formats, measured on captions. Needs torch and modelopt.
+
+Both models, the one under test and the one it is held to, run in float32 with their weights as they
+are stored, see :mod:`qsens.engine.float32`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import glob
 import io
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +25,7 @@ from torch import nn
 
 from qsens.config import PairConfig
 from qsens.engine.experts import FIRST, SECOND, is_experts
+from qsens.engine.float32 import in_float32, is_narrow
 from qsens.engine.groups import Group
 from qsens.engine.quantizer import on_cpu
 from qsens.engine.samples import Batch, Samples, equal_length_batches
@@ -99,10 +105,15 @@ class Trial:
     scored: int = 0
 
     def uniform(self, pair: PairConfig) -> dict[str, Any]:
-        """Return the configuration of one pair everywhere but in what stays at 16 bits."""
+        """Return the configuration of one pair everywhere but in what stays at 16 bits.
+
+        Embeddings do: no score and no bits are of them, and a preset's patterns match them.
+        """
+        modules = self.model.named_modules()
+        tables = [glob.escape(name) for name, each in modules if isinstance(each, nn.Embedding)]
         off = [
             {"quantizer_name": suffixed, "enable": False}
-            for pattern in (*self.excluded, *self.kept)
+            for pattern in (*self.excluded, *self.kept, *tables)
             for suffixed in (pattern, f"{pattern}.*")
         ]
         return {**pair.modelopt(), "quant_cfg": [*pair.quant_cfg(), *off]}
@@ -165,6 +176,22 @@ class Trial:
             for member in of_group[group_name(key)]
         }
 
+    def floor(self) -> float | None:
+        """Return the divergence of the unquantized model from itself in float32, nats a token.
+
+        Measured on the held-out samples; none where it rounds no more than float32 does. A whole
+        model whose divergence is near it loses little that rounding does not lose.
+        """
+        if not is_narrow(next(self.model.parameters()).dtype):
+            return None
+        found = 0.0
+        with torch.no_grad():
+            for batch in self._batches(self.held_out):
+                rounded = _logits(self.model, batch)
+                with in_float32(self.model):
+                    found += _divergence(_logits(self.model, batch), rounded, batch)
+        return found / self.held_out.predictions()
+
     def _judge(self, name: str, model: nn.Module, predicted: float | None) -> Measured:
         """Measure a quantized model against the unquantized one."""
         covered = [group for group in self.groups if group.covered]
@@ -173,15 +200,16 @@ class Trial:
         divergence = 0.0
         with torch.no_grad():
             _fold(model, covered)
-            for batch in self._batches(self.held_out):
-                before, after = _logits(self.model, batch), _logits(model, batch)
-                lost += (_losses(after, batch) - _losses(before, batch)).tolist()
-                labels += batch.lengths("labels")
-                divergence += _divergence(before, after, batch)
-            scored = sum(
-                _divergence(_logits(self.model, batch), _logits(model, batch), batch)
-                for batch in self._batches(self.calibration, self.scored)
-            )
+            with in_float32(self.model), in_float32(model):
+                for batch in self._batches(self.held_out):
+                    before, after = _logits(self.model, batch), _logits(model, batch)
+                    lost += (_losses(after, batch) - _losses(before, batch)).tolist()
+                    labels += batch.lengths("labels")
+                    divergence += _divergence(before, after, batch)
+                scored = sum(
+                    _divergence(_logits(self.model, batch), _logits(model, batch), batch)
+                    for batch in self._batches(self.calibration, self.scored)
+                )
         return Measured(
             name=name,
             bits=bits,

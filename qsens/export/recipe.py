@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from qsens.analysis.allocation import allocate
-from qsens.analysis.options import build_units, has_per_token
+from qsens.analysis.options import build_units
 from qsens.analysis.prices import Price
 from qsens.analysis.ranking import Row
+from qsens.analysis.statistic import Statistic, statistic_of
 from qsens.config import PairConfig
 from qsens.config.models import Frozen, Size
 from qsens.export import filters
 from qsens.names import Kind
 
 RECIPE_VERSION = 1
+# Modules that a line of words names.
+_LISTED = 20
 Method = Literal["gradient", "fisher", "kl_div"]
-DamageUnit = Literal["nats a token", "gradient score a token", "gradient score"]
+DamageUnit = Literal["nats a token", "gradient score", "score of the method"]
 
 
 class Choice(Frozen):
@@ -48,6 +51,15 @@ class LeftOut(Frozen):
     """Its name."""
     reason: str
     """Why."""
+    modules: tuple[str, ...] = ()
+    """The modules that it was no option for; empty where it was none for any."""
+
+    @property
+    def words(self) -> str:
+        """Return all of it in one line."""
+        shown = ", ".join(self.modules[:_LISTED])
+        more = f", and {len(self.modules) - _LISTED} more" if len(self.modules) > _LISTED else ""
+        return f"{self.format}: {self.reason}" + (f": {shown}{more}" if shown else "")
 
 
 class Recipe(Frozen):
@@ -100,6 +112,7 @@ def choose(
     prices: Mapping[str, Price] | None = None,
     keep: Sequence[str] = (),
     keep_head: bool = False,
+    refused: Mapping[str, Collection[str]] | None = None,
     left_out: Sequence[LeftOut] = (),
     notices: Sequence[str] = (),
 ) -> Recipe:
@@ -117,13 +130,15 @@ def choose(
         prices: How the damages of the rows were found, by the same names.
         keep: Patterns (fnmatch) of groups or members that stay at 16 bits.
         keep_head: Whether the head stays at 16 bits.
+        refused: Names of groups that a format is no option for, by the format's name.
         left_out: Formats of the sweep that are no option, for the record.
         notices: What a reader should know.
 
     Raises:
         AnswerIsNo: The target is out of reach.
     """
-    units = build_units(cells, keep=keep, keep_head=keep_head)
+    statistic = statistic_of(method, (row for rows in cells.values() for row in rows))
+    units = build_units(cells, statistic, keep=keep, keep_head=keep_head, refused=refused)
     found = allocate(units, target_bits)
     rows = {row.layer: row for rows in cells.values() for row in rows}
     choices = [
@@ -140,7 +155,6 @@ def choose(
         for unit, option in zip(units, found.options, strict=True)
     ]
     outside = {name for row in rows.values() if row.status == "disabled" for name in row.members}
-    proxy: DamageUnit = "gradient score a token" if has_per_token(cells) else "gradient score"
     used = {choice.format for choice in choices}
     return Recipe(
         sweep_id=sweep_id,
@@ -148,7 +162,7 @@ def choose(
         checkpoint_digest=checkpoint_digest,
         size=size,
         method=method,
-        damage_unit=proxy if method == "gradient" else "nats a token",
+        damage_unit=_unit(method, statistic),
         bits_asked=target_bits,
         bits=found.bits,
         damage=found.damage,
@@ -174,6 +188,13 @@ def choose(
     )
 
 
+def _unit(method: Method, statistic: Statistic) -> DamageUnit:
+    """Return the unit of damages; ModelOpt's own ``kl_div`` does not say its tokens."""
+    if method == "gradient":
+        return "gradient score"
+    return "nats a token" if statistic == "sensitivity_per_token" else "score of the method"
+
+
 def header(recipe: Recipe, tool: str) -> str:
     """Return the comment that opens a recipe's YAML file.
 
@@ -191,7 +212,7 @@ def header(recipe: Recipe, tool: str) -> str:
     for name, groups, weights in tally(recipe):
         lines.append(f"{name or '16 bits'}: {weights} weights, {groups} of the groups")
     lines += [f"{name}: {price_words(price)}" for name, price in recipe.prices.items()]
-    lines += [f"Left out: {entry.format}: {entry.reason}" for entry in recipe.left_out]
+    lines += [f"Left out: {entry.words}" for entry in recipe.left_out]
     lines += [f"Note: {notice}" for notice in recipe.notices]
     # What a name brings along must stay within the comment.
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)

@@ -154,6 +154,19 @@ class Format:
         positive = {dim % ndim for dim in named}
         return tuple(dim for dim in range(ndim) if (dim in positive) == (self.kept is None))
 
+    def separable_dims(self, ndim: int) -> tuple[int, ...]:
+        """Return the dimensions of a tensor with ``ndim`` along which parts share no scale.
+
+        Cut along one of them, a tensor is quantized part by part to the same values. None where
+        one scale, or NVFP4's scale over the block scales, serves the whole tensor.
+        """
+        if self.sharing is Sharing.NVFP4:
+            return ()
+        if self.sharing is not Sharing.DIMS:
+            return tuple(range(ndim - 1))
+        shared = self.shared_dims(ndim)
+        return tuple(dim for dim in range(ndim) if dim not in shared)
+
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value

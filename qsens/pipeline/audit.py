@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from qsens.analysis.audit import choose_groups, digest_of, judge, read_audit
 from qsens.analysis.ranking import rank
+from qsens.analysis.statistic import Statistic, statistic_of, value_of
 from qsens.config.models import SIZES
 from qsens.documents import dump_document
-from qsens.errors import Damaged, UserError
+from qsens.errors import Damaged, Fault, UserError
 from qsens.grid import Cell, Plan
 from qsens.identity import measured_kl_version
 from qsens.manifest import Audit, GroupSensitivity, Manifest, Point
@@ -50,6 +51,7 @@ def audit(
 
     Raises:
         UserError: The plan has no such pair, or its scores are the truth already.
+        Fault: Something went wrong in a pair; the audits of the others are there.
     """
     store = Store(plan)
     if plan.config.autoquant.method == "kl_div":
@@ -72,14 +74,23 @@ def audit(
         for cell in cells
         if cell.cell not in manifests
     ]
-    wanted, scores = _to_measure(store, cells, manifests, groups, full=full)
+    wanted = _to_measure(store, cells, manifests, groups, full=full)
     for name in wanted:
         _set_aside(store, plan.cell(name))
+    faults: list[Fault] = []
     for measured in _truths(store, wanted, progress or (lambda *_: None)):
+        faults += measured.faults.values()
         for name in measured.nats:
             cell = plan.cell(name)
+            statistic, scores = _scores(manifests[name])
             points = [
-                _point(layer, scores[name][layer], measured.nats[name][layer])
+                Point(
+                    layer=layer,
+                    kind=scores[layer].kind or kind_of(layer),
+                    estimate=value_of(scores[layer], statistic),
+                    standard_error=scores[layer].standard_error,
+                    truth=measured.nats[name][layer],
+                )
                 for layer in wanted[name]
                 if layer in measured.nats[name]
             ]
@@ -94,18 +105,22 @@ def audit(
                 method=plan.config.autoquant.method,
                 mode="full" if full else "sample",
                 samples=plan.samples_scored(cell),
+                statistic=statistic,
                 points=tuple(points),
                 judgement=judge(points, in_nats=plan.config.autoquant.method == "fisher"),
                 failures=measured.failures[name],
+                floor=measured.floor,
                 seconds=round(measured.seconds, 3),
                 device=measured.device,
                 measured_kl=measured_kl_version(plan.config.model.dtype),
             )
             found = found.model_copy(update={"digest": digest_of(found)})
             write_text(store.audit(cell), dump_document(found))
+    if faults:
+        raise faults[0]
     audits = []
     for cell in cells:
-        stored = _stored(store, cell)
+        stored = _stored(store, cell, manifests.get(cell.cell))
         if stored is not None:
             audits.append({**stored.model_dump(mode="json"), "path": str(store.audit(cell))})
     return {"audits": audits, "missing": missing}
@@ -121,7 +136,7 @@ def is_audited(plan: Plan) -> bool:
         return True
     store, cells = Store(plan), audited_cells(plan)
     manifests = _manifests(store, cells)
-    return not _to_measure(store, cells, manifests, GROUPS, full=mode == "full")[0]
+    return not _to_measure(store, cells, manifests, GROUPS, full=mode == "full")
 
 
 def audited_cells(plan: Plan) -> list[Cell]:
@@ -132,7 +147,9 @@ def audited_cells(plan: Plan) -> list[Cell]:
 
 def find_audits(store: Store) -> list[Audit]:
     """Return the audits of a plan that are there, in its order."""
-    found = [_stored(store, cell) for cell in audited_cells(store.plan)]
+    cells = audited_cells(store.plan)
+    manifests = _manifests(store, cells)
+    found = [_stored(store, cell, manifests.get(cell.cell)) for cell in cells]
     return [audit for audit in found if audit is not None]
 
 
@@ -147,13 +164,40 @@ def _manifests(store: Store, cells: Sequence[Cell]) -> dict[str, Manifest]:
     return found
 
 
-def _stored(store: Store, cell: Cell) -> Audit | None:
-    """Return the audit of ``cell``; none where it is damaged, or was measured another way."""
-    audit = read_audit(store.audit(cell))
+def _stored(store: Store, cell: Cell, manifest: Manifest | None) -> Audit | None:
+    """Return the audit of a cell, judged by the statistic that places its groups.
+
+    None where it is damaged, or was measured another way. Audits of ``gradient`` once took the
+    score per token for their estimates; what they measured stands, and the estimates are read off
+    the cell's result again.
+
+    Args:
+        store: Where it lies.
+        cell: The cell.
+        manifest: The cell's result, where it is there.
+    """
+    found = read_audit(store.audit(cell))
     now = measured_kl_version(store.plan.config.model.dtype)
-    if audit is None or audit.cell_digest != cell.digest or audit.measured_kl != now:
+    if found is None or found.cell_digest != cell.digest or found.measured_kl != now:
         return None
-    return audit
+    if manifest is None:
+        return found
+    statistic, scores = _scores(manifest)
+    if found.statistic == statistic:
+        return found
+    points = tuple(
+        point.model_copy(update={"estimate": value_of(scores[point.layer], statistic)})
+        for point in found.points
+    )
+    judged = judge(points, in_nats=found.method == "fisher")
+    found = found.model_copy(update={"statistic": statistic, "points": points, "judgement": judged})
+    return found.model_copy(update={"digest": digest_of(found)})
+
+
+def _scores(manifest: Manifest) -> tuple[Statistic, dict[str, GroupSensitivity]]:
+    """Return which score places the groups of a cell, and the groups by name."""
+    groups = {group_name(key): group for key, group in manifest.layer_sensitivity.items()}
+    return statistic_of(manifest.scheme.auto_quantize_method, groups.values()), groups
 
 
 def _set_aside(store: Store, cell: Cell) -> None:
@@ -172,10 +216,9 @@ def _to_measure(
     groups: int,
     *,
     full: bool,
-) -> tuple[dict[str, list[str]], dict[str, dict[str, GroupSensitivity]]]:
-    """Return the groups to measure and the scores of all groups, of cells not audited so far."""
+) -> dict[str, list[str]]:
+    """Return the groups to measure, of cells not audited so far."""
     wanted: dict[str, list[str]] = {}
-    scores: dict[str, dict[str, GroupSensitivity]] = {}
     shared: set[str] = set()
     for cell in cells:
         manifest = manifests.get(cell.cell)
@@ -185,14 +228,11 @@ def _to_measure(
         scored = [row.layer for row in ranked if row.position is not None]
         chosen = scored if full else choose_groups(ranked, groups, shared)
         shared |= set(chosen)
-        known = _stored(store, cell)
+        known = _stored(store, cell, manifest)
         if known is not None and len(known.points) + len(known.failures) >= len(chosen):
             continue
         wanted[cell.cell] = chosen
-        scores[cell.cell] = {
-            group_name(key): group for key, group in manifest.layer_sensitivity.items()
-        }
-    return wanted, scores
+    return wanted
 
 
 def _truths(
@@ -203,14 +243,3 @@ def _truths(
     from qsens.pipeline.truth import true_divergences
 
     yield from true_divergences(store, wanted, progress)
-
-
-def _point(layer: str, score: GroupSensitivity, truth: float) -> Point:
-    assert score.sensitivity_per_token is not None
-    return Point(
-        layer=layer,
-        kind=score.kind or kind_of(layer),
-        estimate=score.sensitivity_per_token,
-        standard_error=score.standard_error,
-        truth=truth,
-    )

@@ -62,19 +62,20 @@ def cell_scores(
     errors = found.relative_errors(index, scored)
     at = {group.name: position for position, group in enumerate(found.groups)}
     entries = []
+    spoilt = _spoilt_weights(loaded.model) if not bool(per_sample.isfinite().all()) else ""
     for group in groups:
         if not group.covered:
             entries.append(GroupScore(group, "disabled", "outside the coverage"))
             continue
         position = at[group.name]
-        if (position, index) in found.failures:
-            entries.append(GroupScore(group, "failed", found.failures[position, index]))
+        if (position, index) in found.failures.refused:
+            entries.append(GroupScore(group, "failed", found.failures.refused[position, index]))
         elif not found.reached[position]:
             entries.append(GroupScore(group, "no_gradient", unreached))
         elif not bool(per_sample[position].isfinite().all()):
             first = int((~per_sample[position].isfinite()).nonzero()[0, 0])
             entries.append(
-                GroupScore(group, "non_finite", f"not finite, first at sample {first + 1}")
+                GroupScore(group, "non_finite", f"not finite, first at sample {first + 1}{spoilt}")
             )
         else:
             entries.append(
@@ -119,7 +120,22 @@ def cell_scores(
         timings={},
         padding_share=found.padding_share,
         notices=tuple(notices),
+        floor=None if found.floor is None else float(found.floor[:scored].sum()) / predictions,
     )
+
+
+def _spoilt_weights(model: torch.nn.Module) -> str:
+    """Name the tensors of the checkpoint that hold NaN or infinity; empty where none does."""
+    counts = {
+        name: int((~tensor.isfinite()).sum())
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    }
+    if not counts:
+        return ""
+    name, count = next(iter(counts.items()))
+    more = f", the first of {len(counts)} such tensors" if len(counts) > 1 else ""
+    return f": {name} holds NaN or infinity, {count} of its values{more}"
 
 
 def _experts(

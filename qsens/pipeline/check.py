@@ -46,9 +46,10 @@ def check_recipe(
         captions: File of samples to measure on; unused ones of the data set when not given.
 
     Returns:
-        ``{captions, scored, measured: [{name, bits, loss, divergence, scored, predicted}], better:
-        [...]}``, the recipe first: how many captions were measured on and scored, increase of the
-        loss and KL divergence on the former, KL divergence on the latter; ``better`` names what
+        ``{captions, scored, floor, measured: [{name, bits, loss, divergence, scored, predicted}],
+        better: [...]}``, the recipe first: how many captions were measured on and scored, increase
+        of the loss and KL divergence on the former, KL divergence on the latter; ``floor`` is what
+        rounding to the model's own data type costs by itself, on the former; ``better`` names what
         fits the target and has a lower KL divergence.
 
     Raises:
@@ -61,6 +62,7 @@ def check_recipe(
         or any(matches(group, choice.members, keep) for group in choice.groups)
         for member in choice.members
     ]
+    kept += recipe.outside
     trial = trial_of(plan, cell, held_out(plan, cell.modality, captions), kept)
     predicted = recipe.damage if recipe.damage_unit == "nats a token" else None
     measured = [trial.measure(RECIPE, modelopt.config(recipe), predicted)]
@@ -75,6 +77,7 @@ def check_recipe(
     return {
         "captions": len(trial.held_out),
         "scored": trial.scored,
+        "floor": trial.floor(),
         "measured": [entry.numbers() for entry in measured],
         "better": [
             entry.name

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qsens.config import Roots, load_sweep
-from qsens.config.models import JSONL, SIZES, DatasetConfig, Size
+from qsens.config.models import JSONL, SIZES, DatasetConfig, Size, has_suffix
 from qsens.errors import UserError
 from qsens.store import write_file
 
@@ -84,7 +84,7 @@ def make_captions(
     roots = roots or Roots.from_environment()
     config = load_sweep("single", [f"dataset={dataset}"], roots=roots).config.dataset
     chosen = _sizes(config, sizes)
-    if images is None and any(config.files[size].endswith(JSONL) for size in chosen):
+    if images is None and any(has_suffix(config.files[size], JSONL) for size in chosen):
         images = config.images_root()
     read = read_annotations(annotations, with_images=images is not None)
     left_out: Counter[str] = Counter()

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qsens.analysis.drift import Change, changes, moved
-from qsens.analysis.ranking import Row, normalise_name, rank, total_per_token
+from qsens.analysis.ranking import Row, normalise_name, rank
 from qsens.analysis.reasons import Difference, differences, inputs
 from qsens.analysis.stability import compare_sizes
+from qsens.analysis.statistic import compared_by
 from qsens.config import Roots
 from qsens.errors import UserError
 from qsens.manifest import find_manifest
 from qsens.pipeline.drift import comparable, distinct, normalised
 from qsens.pipeline.stored import Result, read_sweep
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
+from qsens.report.findings import scores
 from qsens.report.sweep import SUMMARY
 from qsens.store import MANIFEST
 
@@ -110,18 +112,8 @@ def compare(one: str, other: str, roots: Roots) -> Comparison:
 def _compared(
     a: _Cell, b: _Cell, samples: str, found: Mapping[str, Change], beyond: set[str]
 ) -> ComparedCell:
-    totals = [total_per_token(cell.rows) for cell in (a, b)]
-    per_token = None not in totals
-
-    def scores(cell: _Cell) -> dict[str, float]:
-        values = {
-            normalise_name(row.layer): row.sensitivity_per_token if per_token else row.sensitivity
-            for row in cell.rows
-            if row.position is not None
-        }
-        return {name: value for name, value in values.items() if value is not None}
-
-    one, other = scores(a), scores(b)
+    statistic = compared_by(a.rows, b.rows)
+    one, other = scores(a.rows, statistic), scores(b.rows, statistic)
     agreed = compare_sizes(one, other)
     by_name = [{normalise_name(row.layer): row for row in cell.rows} for cell in (a, b)]
     groups = []
@@ -146,7 +138,7 @@ def _compared(
     return ComparedCell(
         before=a.name,
         after=b.name,
-        per_token=per_token,
+        per_token=statistic == "sensitivity_per_token",
         samples=samples,
         total_before=math.fsum(one.values()),
         total_after=math.fsum(other.values()),

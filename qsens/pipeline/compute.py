@@ -192,7 +192,9 @@ def _score_pass(
     memory = {"predicted": budget.predicted / GIB, "peak": taken / GIB}
     failed: dict[str, QsensError] = {}
     for cell, request in zip(cells, requests, strict=True):
-        refused = _without_labels(plan, cell, samples)
+        refused = _without_labels(plan, cell, samples) or found.failures.fault(
+            candidates.of_cell[cell.cell], cell.cell
+        )
         if refused is not None:
             failed[cell.cell] = refused
             keep_failure(store, cell, refused)
@@ -226,6 +228,10 @@ def both_engines(
     loaded = load(plan, cell, progress)
     model, samples = loaded.model, loaded.samples
     groups = groups_of(plan, cell, model)
+    reference.check_device(model, groups, plan.pair(cell))
+    refused = _without_labels(plan, cell, samples)
+    if refused is not None:
+        raise refused
     scored, batch_size = plan.samples_scored(cell), config.autoquant.batch_size
     sizes = plan.boundaries(cell)
     request = request_of(plan, cell)
@@ -276,7 +282,7 @@ def request_of(plan: Plan, cell: Cell) -> Request:
     )
 
 
-def _without_labels(plan: Plan, cell: Cell, samples: Samples) -> UserError | None:
+def _without_labels(plan: Plan, cell: Cell, samples: Samples) -> QsensError | None:
     """Refuse a gradient of nothing: its zeros would not be measured."""
     scored = plan.samples_scored(cell)
     if plan.config.autoquant.method != "gradient" or any(samples.labels(scored)):
@@ -338,6 +344,7 @@ def _write(
         device=device_name(loaded.device),
         timings={"load": loaded.seconds, **scores.timings, **(timings or {})},
         memory=memory or {},
+        notices=loaded.notices,
     )
     names = [entry.group.name for entry in scores.groups if entry.group.covered]
     known = {"cell": cell.cell, "groups": "\n".join(names), "modality": cell.modality}

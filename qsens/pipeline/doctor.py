@@ -12,7 +12,7 @@ from typing import Any
 from qsens.config import Roots, choices, load_sweep
 from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
-from qsens.engine.files import weight_files
+from qsens.engine.quantized import refuse_quantized
 from qsens.errors import QsensError
 from qsens.pipeline.plan import installed_version, picture_reader
 
@@ -60,8 +60,8 @@ def _preset(name: str, roots: Roots) -> str:
     """Say whether a preset could be planned; hashes nothing."""
     try:
         config = load_sweep(name, roots=roots).config
+        refuse_quantized(config.model.path)
         resolve_parts(config.model)
-        weight_files(config.model.path)
         identify_samples(config.dataset, config.dataset.size)
         picture_reader(config, roots)
     except QsensError as error:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from qsens.config import Roots, choices, load_sweep
 from qsens.config.base import Frozen
 from qsens.config.models import HubConfig
-from qsens.engine.files import INDEX, read_config, weight_files
+from qsens.engine.files import INDEX, SINGLE, read_config, weight_files
 from qsens.errors import TryAgain, UserError
 from qsens.pipeline.hub import Hub, Listing, RemoteFile
 from qsens.store import held, make_directory, write_text
@@ -40,7 +40,6 @@ _SMALL = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
-_SINGLE = "model.safetensors"
 _GIB = 1 << 30
 # A disk that is full to the last byte breaks other programs.
 _RESERVE = _GIB
@@ -210,8 +209,14 @@ def _chosen(listing: Listing, directory: Path) -> list[RemoteFile]:
                 remedy="Choose another revision.",
             )
         weights = shards
-    elif _SINGLE in weights:
-        weights = [_SINGLE]
+    elif SINGLE in weights:
+        weights = [SINGLE]
+    elif weights:
+        raise UserError(
+            f"holds neither {SINGLE} nor {INDEX}, but {weights[0]}: transformers would not find it",
+            where=where,
+            remedy="Choose another revision, or the repository in the layout of transformers.",
+        )
     if not weights:
         pickles = [name for name in listing.files if name.endswith((".bin", ".pt", ".pth"))]
         raise UserError(

@@ -14,15 +14,18 @@ from torch import nn
 from qsens.config.models import Modality
 from qsens.engine.captions import read_samples
 from qsens.engine.chat import chat_samples, load_processor
-from qsens.engine.checkpoint import load_model, load_tokenizer, resolve_device
+from qsens.engine.checkpoint import has_tied_head, load_model, load_tokenizer, resolve_device
+from qsens.engine.files import find_weights
 from qsens.engine.groups import Group, find_groups
 from qsens.engine.pictures import PictureReader
 from qsens.engine.records import Record
 from qsens.engine.samples import Samples, tokenize
 from qsens.engine.scores import Progress
+from qsens.engine.unused import unused_notices
 from qsens.errors import UserError
 from qsens.grid import Cell, Plan
 from qsens.manifest import Dataset
+from qsens.pipeline.plan import identify_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -36,12 +39,14 @@ class Checkpoint:
         tokenizer: The tokenizer.
         device: The device.
         seconds: What loading took.
+        notices: What a reader should know about the checkpoint.
     """
 
     model: nn.Module
     tokenizer: Any
     device: torch.device
     seconds: float
+    notices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -53,26 +58,58 @@ class Loaded:
         samples: The samples, of one modality.
         device: The device.
         seconds: What loading took, the model included.
+        notices: What a reader should know about the checkpoint.
     """
 
     model: nn.Module
     samples: Samples
     device: torch.device
     seconds: float
+    notices: tuple[str, ...]
 
 
 def load_checkpoint(plan: Plan, progress: Progress) -> Checkpoint:
-    """Load the model of ``plan``."""
+    """Load the model of ``plan``.
+
+    Raises:
+        UserError: It cannot be loaded, or is not what it was when the sweep was planned.
+    """
     config = plan.config
     device = resolve_device(config.autoquant.device)
     progress("load", 0, 1)
     started = time.monotonic()
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, device)
+    _check_identity(plan, model)
+    unused = unused_notices(model, find_weights(config.model.path).tensors)
     progress("load", 1, 1)
+    for notice in unused:
+        log.warning(notice)
     if device.type == "cpu" and config.model.dtype == "bfloat16":
         log.warning("bfloat16 on a CPU is slow: set model.dtype=float32 for work on a CPU")
-    return Checkpoint(model, tokenizer, device, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return Checkpoint(model, tokenizer, device, seconds, (*plan.checkpoint.notices, *unused))
+
+
+def _check_identity(plan: Plan, model: nn.Module) -> None:
+    """Refuse a model whose files are not those of the plan, or whose head the plan got wrong."""
+    config, planned = plan.config.model, plan.checkpoint
+    # A plan may outlive the results that it was made for.
+    there = identify_checkpoint(config, plan.results if plan.results.is_dir() else None)
+    if (there.digest, there.tokenizer_digest) != (planned.digest, planned.tokenizer_digest):
+        raise UserError(
+            "the checkpoint is not that of the plan: its files were changed, added or removed",
+            where=f"model.path = {config.path}",
+            remedy="Plan the sweep again.",
+        )
+    tied = has_tied_head(model)
+    if planned.tied_head not in (None, tied):
+        raise UserError(
+            f"the head is {'' if tied else 'not '}tied to the embedding as it is loaded, and the "
+            f"files with config.json say that it is {'not' if tied else 'so'}",
+            where=f"model.path = {config.path}",
+            remedy=f'Write "tie_word_embeddings": {str(tied).lower()} into its config.json.',
+        )
 
 
 def with_samples(plan: Plan, cell: Cell, checkpoint: Checkpoint) -> Loaded:
@@ -93,7 +130,7 @@ def with_samples(plan: Plan, cell: Cell, checkpoint: Checkpoint) -> Loaded:
             )
     samples = read_as(cell.modality, records, plan, checkpoint)
     seconds = checkpoint.seconds + time.monotonic() - started
-    return Loaded(checkpoint.model, samples, checkpoint.device, seconds)
+    return Loaded(checkpoint.model, samples, checkpoint.device, seconds, checkpoint.notices)
 
 
 def load(plan: Plan, cell: Cell, progress: Progress) -> Loaded:

@@ -13,13 +13,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qsens.config import Roots, SweepConfig, load_sweep
+from qsens.config import ModelConfig, Roots, SweepConfig, load_sweep
 from qsens.documents import dump_document
 from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
-from qsens.engine.files import check_chat_template, identify, read_config, shapes
+from qsens.engine.files import identify, read_config, shapes
 from qsens.engine.pictures import PictureReader, cache_of, read_resolution
-from qsens.grid import Plan, calibration_digest, make_plan
+from qsens.engine.quantized import refuse_quantized
+from qsens.engine.templates import check_chat_template
+from qsens.grid import CheckpointIdentity, Plan, calibration_digest, make_plan
 from qsens.identity import identify_patterns
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
 from qsens.store import Store, write_text
@@ -51,8 +53,9 @@ def plan_sweep(
     roots = roots or Roots.from_environment()
     loaded = load_sweep(preset, overrides, roots=roots)
     given = loaded.config.model
+    refuse_quantized(given.path)
     config = loaded.config.model_copy(update={"model": resolve_parts(given)})
-    checkpoint = identify(config.model.path, cache=roots.results / ".cells" / "digests.json")
+    checkpoint = identify_checkpoint(config.model, roots.results)
     reader = picture_reader(config, roots)
     samples, notices = identify_samples(config.dataset, config.dataset.size, reader)
     weights = shapes(config.model.path)
@@ -70,7 +73,7 @@ def plan_sweep(
             weights,
         ),
         lanes=lanes or config.dag.lanes or 1,
-        notices=(*loaded.notices, *notices),
+        notices=(*loaded.notices, *checkpoint.notices, *notices),
     )
     check_disk(plan, weights)
     _mark_used(plan)
@@ -80,6 +83,25 @@ def plan_sweep(
     if out is not None:
         write_text(out, plan_json(plan))
     return plan
+
+
+def identify_checkpoint(config: ModelConfig, results: Path | None) -> CheckpointIdentity:
+    """Read what the checkpoint of a sweep is; of a file that did not change, the digest is known.
+
+    Args:
+        config: The checkpoint, with its patterns resolved.
+        results: Results root, where digests are kept, if anywhere.
+
+    Raises:
+        UserError: Its files are not whole, or leave open which of them count.
+    """
+    return identify(
+        config.path,
+        cache=results / ".cells" / "digests.json" if results else None,
+        trust_remote_code=config.trust_remote_code,
+        heads=config.head_patterns,
+        dtype=config.dtype,
+    )
 
 
 def picture_reader(config: SweepConfig, roots: Roots) -> PictureReader | None:

@@ -41,9 +41,10 @@ def publish(plan: Plan) -> dict[str, Any]:
     """Publish what the cells of ``plan`` have; what is missing is named with its reason.
 
     Returns:
-        ``{sweep_id, index, complete, cells, missing, counts, top}``, as the command prints it:
-        ``counts`` are the cells in all, done, partial and missing; ``top`` the five groups with the
-        largest mean share of the sensitivity.
+        ``{sweep_id, index, complete, cells, missing, partial, counts, top}``, as the command prints
+        it: ``missing`` and ``partial`` are ``{cell, reason}``; ``counts`` are the cells in all,
+        done, partial and missing; ``top`` the five groups with the largest mean share of the
+        sensitivity.
 
     Raises:
         DiskFull: Nothing is half-written, and the next run completes it.
@@ -118,6 +119,9 @@ def publish(plan: Plan) -> dict[str, Any]:
             for cell in plan.cells
         ],
         "missing": [{"cell": cell, "reason": reason} for cell, reason in missing.items()],
+        "partial": [
+            {"cell": cell.cell, "reason": "; ".join(cell.partial)} for cell in summary.partial
+        ],
         "counts": {
             "cells": len(summary.cells),
             "done": len(summary.done),

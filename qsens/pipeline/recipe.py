@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from qsens.analysis.options import UNQUANTIZED_BITS, matches
 from qsens.analysis.prices import price
-from qsens.config import PairConfig, Roots
+from qsens.config import Roots
 from qsens.config.models import SIZES, Coverage, Size
-from qsens.errors import UserError
+from qsens.errors import AnswerIsNo, UserError
 from qsens.export import llm_compressor, modelopt
 from qsens.export.recipe import LeftOut, Recipe, choose, tally
 from qsens.grid import Plan
 from qsens.manifest import dump_json
+from qsens.pipeline.packing import Packing, pack
 from qsens.pipeline.stored import read_sweep
 from qsens.report.findings import of_coverage, series_of
 from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell
@@ -69,7 +70,6 @@ def write_recipe(
             f"{bits:g} bits a weight are no target", where="--bits", remedy="Ask for 0 to 16 bits."
         )
     directory = find_sweep(where, roots or Roots.from_environment())
-    refusal = llm_compressor.refusal if target == "llm-compressor" else None
     summary, plan = read_sweep(directory)
     recipe = recipe_of(
         summary,
@@ -80,7 +80,7 @@ def write_recipe(
         pairs=pairs,
         keep=keep,
         tied_head=tied_head,
-        refusal=refusal,
+        target=target,
     )
     text = dump(recipe, target)
     if out is not None:
@@ -90,7 +90,7 @@ def write_recipe(
         from qsens.pipeline.check import check_recipe
 
         cells = _cells(summary, recipe.size, coverage, pairs)
-        left_out = {entry.format for entry in recipe.left_out}
+        left_out = {entry.format for entry in recipe.left_out if not entry.modules}
         checked = check_recipe(
             recipe,
             plan,
@@ -144,7 +144,7 @@ def recipe_of(
     pairs: Sequence[str] = (),
     keep: Sequence[str] = (),
     tied_head: bool = False,
-    refusal: Callable[[PairConfig], str | None] | None = None,
+    target: Target = "json",
 ) -> Recipe:
     """Choose a recipe from a sweep.
 
@@ -157,7 +157,7 @@ def recipe_of(
         pairs: The pairs to choose from; all of the sweep when not given.
         keep: Patterns (fnmatch) of groups or modules that stay at 16 bits.
         tied_head: Whether a head that is tied to the embedding may be quantized too.
-        refusal: Returns why a pair is no option; none where it is one.
+        target: Who takes it: what that cannot take is no option.
 
     Raises:
         UserError: No results at that size, or a pattern matches nothing.
@@ -173,8 +173,9 @@ def recipe_of(
         and not cell.done
         and (not pairs or cell.pair in pairs)
     ]
+    packs = target == "llm-compressor"
     for name, pair in list(formats.items()):
-        reason = refusal(pair) if refusal is not None else None
+        reason = (llm_compressor.refusal(pair) or llm_compressor.misread(pair)) if packs else None
         if reason is not None:
             del formats[name]
             left_out.append(LeftOut(format=name, reason=reason))
@@ -216,21 +217,38 @@ def recipe_of(
     if keep_head:
         known = "is tied to the embedding" if tied else "may be tied to the embedding"
         notices.append(f"the head {known}: it is left at 16 bits")
-    return choose(
-        rows,
-        {name: formats[name] for name in rows},
-        bits,
-        prices=priced.prices,
-        sweep_id=summary.sweep_id,
-        model=summary.model,
-        checkpoint_digest=summary.checkpoint_digest,
-        size=chosen_size,
-        method=plan.config.autoquant.method,
-        keep=keep,
-        keep_head=keep_head,
-        left_out=left_out,
-        notices=notices,
-    )
+    packing = pack(rows, formats, plan.checkpoint.path) if packs else Packing(rows)
+    left_out += packing.left_out
+    notices += packing.notices
+    try:
+        recipe = choose(
+            packing.rows,
+            {name: formats[name] for name in rows},
+            bits,
+            prices=priced.prices,
+            sweep_id=summary.sweep_id,
+            model=summary.model,
+            checkpoint_digest=summary.checkpoint_digest,
+            size=chosen_size,
+            method=plan.config.autoquant.method,
+            keep=keep,
+            keep_head=keep_head,
+            refused=packing.refused,
+            left_out=left_out,
+            notices=notices,
+        )
+    except AnswerIsNo as error:
+        if left_out:
+            error.remedy += f" Left out: {_listed(left_out)}."
+        raise
+    if not packs:
+        return recipe
+    said = [
+        f"{name}: {words}"
+        for name, pair in recipe.formats.items()
+        if (words := llm_compressor.served(pair)) is not None
+    ]
+    return recipe.model_copy(update={"notices": (*recipe.notices, *said)})
 
 
 def format_name(cell: SummaryCell) -> str:
@@ -298,7 +316,7 @@ def _cells(
 
 
 def _listed(left_out: Sequence[LeftOut]) -> str:
-    return "; ".join(f"{entry.format}: {entry.reason}" for entry in left_out)
+    return "; ".join(entry.words for entry in left_out)
 
 
 def _refuse_idle_patterns(rows: Mapping[str, Sequence[Any]], keep: Sequence[str]) -> None:

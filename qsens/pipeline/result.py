@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -38,6 +38,7 @@ def build_manifest(
     device: str,
     timings: Mapping[str, float],
     memory: Mapping[str, float],
+    notices: Sequence[str] = (),
 ) -> Manifest:
     """Return the manifest of ``cell``.
 
@@ -49,6 +50,7 @@ def build_manifest(
         device: The device in words.
         timings: Seconds by phase, the engine's own included.
         memory: GiB above the weights, predicted and taken.
+        notices: What a reader should know about the checkpoint.
     """
     config, pair = plan.config, plan.pair(cell)
     covered = [score for score in scores.groups if score.group.covered]
@@ -78,6 +80,7 @@ def build_manifest(
             auto_quantize_bits=config.autoquant.effective_bits,
             auto_quantize_method=config.autoquant.method,
             auto_quantize_score_size=config.autoquant.score_size,
+            auto_quantize_batch_size=config.autoquant.batch_size,
             coverage_mode=cell.coverage,
             coverage_fraction=scored / len(covered) if covered else 0.0,
             quant_formats=[pair.format],
@@ -106,9 +109,10 @@ def build_manifest(
             device=device,
         ),
         partial=_partial(plan, cell, dataset, covered),
-        notices=[*_skipped(plan, cell), *scores.notices],
+        notices=[*notices, *_skipped(plan, cell), *scores.notices],
         timings={phase: round(seconds, 3) for phase, seconds in timings.items()},
         memory={name: round(value, 4) for name, value in memory.items()},
+        floor=scores.floor,
         num_quantized_layers=len(scores.module_types),
         layers={
             name: Layer(quantized=quantized.get(name, False), module_type=kind)
@@ -122,16 +126,15 @@ def build_manifest(
         ),
         layer_sensitivity=rows,
         sensitivity_ranking=[
-            RankedGroup(name=name, importance=row.importance)
-            for name, row in sorted(rows.items(), key=lambda item: item[1].rank)
+            RankedGroup(name=name, importance=rows[name].importance)
+            for name in (score.group.name + GROUP_SUFFIX for score in _ranked(scores.groups))
         ],
     )
 
 
 def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, GroupSensitivity]:
-    """Return a row a group in model order, with ModelOpt's rank: 1 is the least sensitive."""
-    order = sorted(groups, key=lambda score: (score.sensitivity or 0.0, score.group.name))
-    ranks = {score.group.name: rank for rank, score in enumerate(order, start=1)}
+    """Return a row a group in model order."""
+    ranks = {score.group.name: rank for rank, score in enumerate(_ranked(groups), start=1)}
     rows = {}
     for score in groups:
         group = score.group
@@ -143,7 +146,7 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
             scores=[measured, 0.0] if group.covered else [0.0],
             costs=[cost, whole] if group.covered else [whole],
             importance=measured,
-            rank=ranks[group.name],
+            rank=ranks.get(group.name),
             members=list(group.members),
             kind=group.kind,
             depth=group.depth,
@@ -158,6 +161,16 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
             experts=_experts(score),
         )
     return rows
+
+
+def _ranked(groups: tuple[GroupScore, ...]) -> list[GroupScore]:
+    """Return the groups that have a rank, least sensitive first, ties by name: ModelOpt's order.
+
+    A disabled group has one format, no quantization, whose score is 0 as in ModelOpt. A group whose
+    score is not known has no rank: it would come first, as if least sensitive.
+    """
+    known = [score for score in groups if score.status in ("scored", "disabled")]
+    return sorted(known, key=lambda score: (score.sensitivity or 0.0, score.group.name))
 
 
 def _experts(score: GroupScore) -> Experts | None:
@@ -195,9 +208,13 @@ def _partial(plan: Plan, cell: Cell, dataset: Dataset, covered: list[GroupScore]
         ("no_gradient", "no gradient"),
         ("failed", "no score"),
     ):
-        names = [score.group.name for score in covered if score.status == status]
-        if names:
-            reasons.append(f"{len(names)} of {len(covered)} groups got {words}, first {names[0]}")
+        found = [score for score in covered if score.status == status]
+        if found:
+            first = found[0]
+            reasons.append(
+                f"{len(found)} of {len(covered)} groups got {words}, first {first.group.name}"
+                + (f": {first.reason}" if first.reason else "")
+            )
     return reasons
 
 

@@ -16,6 +16,7 @@ from qsens.engine.candidates import distinct
 from qsens.engine.checkpoint import device_name
 from qsens.engine.divergence import diverge
 from qsens.engine.scores import Progress
+from qsens.errors import Fault
 from qsens.grid import Cell
 from qsens.pipeline.compute import request_of, widest
 from qsens.pipeline.loading import Checkpoint, groups_of, load_checkpoint, with_samples
@@ -30,13 +31,18 @@ class Truth:
 
     Attributes:
         nats: KL divergence a real token of each group, by cell and group.
-        failures: Why a group could not be measured, by cell and group.
+        failures: Why the numerics refuse to measure a group, by cell and group.
+        faults: What went wrong otherwise: nothing of these cells was measured.
+        floor: Divergence of the model as it is from itself in float32, nats a token; none where it
+            rounds no more than that.
         seconds: What it took, loading left out.
         device: The device, in words.
     """
 
     nats: Mapping[str, Mapping[str, float]]
     failures: Mapping[str, dict[str, str]]
+    faults: Mapping[str, Fault]
+    floor: float | None
     seconds: float
     device: str
 
@@ -102,20 +108,28 @@ def _measured(
     at = {group.name: position for position, group in enumerate(found.groups)}
     nats: dict[str, dict[str, float]] = {}
     failures: dict[str, dict[str, str]] = {}
+    faults: dict[str, Fault] = {}
     for cell in cells:
+        fault = found.failures.fault(of_cell[cell.cell], f"audit of {cell.cell}")
+        if fault is not None:
+            faults[cell.cell] = fault
+            continue
         nats[cell.cell], failures[cell.cell] = {}, {}
         tokens = loaded.samples.predictions(plan.samples_scored(cell))
         for name in wanted[cell.cell]:
             candidate = of_cell[cell.cell]
             value = float(found.per_sample[at[name], candidate].sum()) / tokens
-            reason = found.failures.get((at[name], candidate))
+            reason = found.failures.refused.get((at[name], candidate))
             if reason is None and not math.isfinite(value):
                 reason = "its divergence is not finite"
             if reason is None:
                 nats[cell.cell][name] = value
             else:
                 failures[cell.cell][name] = reason
-    return Truth(nats, failures, seconds, device_name(loaded.device))
+    floor = None
+    if found.floor is not None:
+        floor = float(found.floor.sum()) / loaded.samples.predictions(len(found.floor))
+    return Truth(nats, failures, faults, floor, seconds, device_name(loaded.device))
 
 
 def _maxima(store: Store, cells: Sequence[Cell], snapshots: Sequence[int]) -> dict[int, Maxima]:

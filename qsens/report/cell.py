@@ -10,7 +10,8 @@ from typing import Any
 from qsens.analysis.experts import Mixture, mixtures
 from qsens.analysis.ranking import Part, Row, Totals, by_depth, by_kind, finite, rank
 from qsens.analysis.samples import SampleScores
-from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, bootstrap, settled
+from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, settled, spread
+from qsens.analysis.statistic import Statistic
 from qsens.config.models import Frozen
 from qsens.manifest import (
     Audit,
@@ -94,6 +95,9 @@ class CellReport(Frozen):
     """How sure the ranking is; none without scores of every sample."""
     audit: Audit | None = None
     """The scores of its pair against the true divergence of some groups; none without an audit."""
+    floor: float | None = None
+    """What rounding activations costs the unquantized model, nats a token, where its divergence was
+    measured; no property of a format."""
     mixtures: tuple[Mixture, ...] = ()
     """The experts of each mixture, in model order; empty where there are none."""
     rows: tuple[Row, ...]
@@ -165,9 +169,10 @@ def write_cell(
         "picture": f"{BASENAME}.svg" if picture else None,
     }
     scores = [row.sensitivity for row in report.ranked if row.sensitivity]
+    statistic = report.stability.statistic if report.stability else "sensitivity"
     drawn = {
         "profile": charts.profile(report.ranked),
-        "first": charts.first_groups(report.ranked),
+        "first": charts.first_groups(report.ranked, statistic),
         "audit": charts.audited(report.audit),
     }
     pages = {
@@ -198,8 +203,11 @@ def write_cell(
 
 def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellReport:
     """Return the report of a cell from its manifest, and the scores of its samples if any."""
-    spreads = bootstrap(samples) if samples is not None else {}
-    ranking = rank(manifest, spreads)
+    ranking, spreads = rank(manifest), {}
+    if samples is not None:
+        batch_size = manifest.scheme.auto_quantize_batch_size
+        spreads = spread(samples, ranking.stated, ranking.statistic, batch_size)
+        ranking = rank(manifest, spreads)
     state = manifest.autoquant_state
     return CellReport(
         cell=manifest.cell,
@@ -222,8 +230,11 @@ def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellR
         totals=ranking.totals,
         by_kind=by_kind(ranking.rows),
         by_depth=by_depth(ranking.rows),
-        stability=_stability(samples, spreads) if samples is not None and spreads else None,
+        stability=_stability(ranking.statistic, samples.count, spreads)
+        if samples is not None and spreads
+        else None,
         audit=manifest.audit,
+        floor=manifest.audit.floor if manifest.audit else manifest.floor,
         mixtures=mixtures(manifest),
         rows=ranking.rows,
     )
@@ -272,6 +283,8 @@ def facts(report: CellReport) -> list[tuple[str, str]]:
     ]
     if report.audit is not None:
         known.append(("Audit", audit_words(report.audit)))
+    if (floor := report.floor) is not None:
+        known.append(("Rounding activations alone", f"{look.scientific(floor)} nats a token"))
     if (versions := report.versions) is not None:
         stated = f"qsens {versions.qsens}, torch {versions.torch}"
         stated += f", transformers {versions.transformers}"
@@ -281,11 +294,12 @@ def facts(report: CellReport) -> list[tuple[str, str]]:
     return [(label, value) for label, value in known if value is not None]
 
 
-def _stability(samples: SampleScores, spreads: Mapping[str, Spread]) -> CellStability:
+def _stability(statistic: Statistic, samples: int, spreads: Mapping[str, Spread]) -> CellStability:
     first = settled(spreads, PROTECTED)
     stable = sum(spread.verdict == "stable" for spread in spreads.values())
     return CellStability(
-        samples=samples.count,
+        statistic=statistic,
+        samples=samples,
         resamples=RESAMPLES,
         level=LEVEL,
         stable=stable,

@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 from qsens.analysis.allocation import ParetoPoint
 from qsens.analysis.audit import Z90
 from qsens.analysis.ranking import Row, normalise_name
+from qsens.analysis.statistic import Statistic, compared_by, value_of
 from qsens.grid import unusual
 from qsens.manifest import Audit
 from qsens.names import Kind
@@ -81,14 +82,15 @@ def profile(rows: Sequence[Row]) -> Chart | None:
     }
 
 
-def first_groups(rows: Sequence[Row]) -> Chart | None:
-    """Return the first groups of a cell with the intervals of their scores per token."""
+def first_groups(rows: Sequence[Row], statistic: Statistic) -> Chart | None:
+    """Return the first groups of a cell with the intervals of their scores in ``statistic``."""
     kept = [row for row in rows if row.interval is not None][:_FIRST]
     if not kept:
         return None
     return {
         "names": [look.shown(row.layer) for row in kept],
-        "scores": [row.sensitivity_per_token for row in kept],
+        "per_token": statistic == "sensitivity_per_token",
+        "scores": [value_of(row, statistic) for row in kept],
         "low": [row.interval[0] if row.interval else None for row in kept],
         "high": [row.interval[1] if row.interval else None for row in kept],
         "stable": [row.verdict == "stable" for row in kept],
@@ -115,18 +117,22 @@ def profiles(cells: Sequence[Any]) -> Chart:
 
 
 def sizes(cells: Sequence[Any]) -> Chart:
-    """Return of every pair its first groups at all sizes, with intervals where there are any."""
+    """Return of every pair its first groups at all sizes, per token where all of them have that.
+
+    Intervals stand where they are of what is shown: not with ``gradient``, whose intervals are of
+    the sum over samples, which sizes are not compared by.
+    """
     found: Chart = {}
     for largest in largest_cells(cells):
         members = [c for c in cells if c.done and series_of(c) == series_of(largest)]
         if len(members) < 2:
             continue
         names = [row.layer for row in largest.rows if row.position is not None][:_FIRST]
-        per_token = all(cell.total_per_token is not None for cell in members)
+        statistic = compared_by(*(cell.rows for cell in members))
         found[look.shown(column_name(largest))] = {
             "names": [look.shown(name) for name in names],
-            "per_token": per_token,
-            "sizes": [_size(cell, names, per_token) for cell in members],
+            "per_token": statistic == "sensitivity_per_token",
+            "sizes": [_size(cell, names, statistic) for cell in members],
         }
     return found
 
@@ -205,14 +211,12 @@ def column_name(cell: Any) -> str:
     return " ".join(parts)
 
 
-def _size(cell: Any, names: Sequence[str], per_token: bool) -> Chart:
+def _size(cell: Any, names: Sequence[str], statistic: Statistic) -> Chart:
     rows = {normalise_name(row.layer): row for row in cell.rows}
     found = [rows.get(normalise_name(name)) for name in names]
-    scores = [
-        (row.sensitivity_per_token if per_token else row.sensitivity) if row else None
-        for row in found
-    ]
-    ends = [row.interval if row and per_token else None for row in found]
+    scores = [value_of(row, statistic) if row else None for row in found]
+    known = cell.stability is not None and cell.stability.statistic == statistic
+    ends = [row.interval if row and known else None for row in found]
     return {
         "size": cell.size,
         "scores": [value if value is None or math.isfinite(value) else None for value in scores],

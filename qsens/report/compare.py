@@ -29,7 +29,7 @@ class ComparedGroup(Frozen):
     share_after: float | None
     """Share of the total in the second result, 0 to 1."""
     position_before: int | None
-    """Position in the first result, 1 the most sensitive."""
+    """Position in the first result, 1 the most sensitive, by its method's own statistic."""
     position_after: int | None
     """Position in the second result."""
     half_width: float | None

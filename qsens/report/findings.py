@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from qsens.analysis.ranking import Row, normalise_name
 from qsens.analysis.reasons import Difference
 from qsens.analysis.stability import compare_sizes
+from qsens.analysis.statistic import Statistic, compared_by, value_of
 from qsens.config.models import COVERAGES, SIZES, Coverage, Frozen, Modality, Size
 from qsens.grid import Cell
 from qsens.manifest import Audit
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 class CellStability(Frozen):
     """How sure the ranking of one cell is, by the bootstrap over its samples."""
 
+    statistic: Statistic = "sensitivity_per_token"
+    """The score that intervals, positions and verdicts are of; sweeps published before this key
+    was written have those of the score per token."""
     samples: int
     """Samples that were resampled: those scored."""
     resamples: int
@@ -39,7 +43,7 @@ class CellStability(Frozen):
 
 
 class SizesCompared(Frozen):
-    """How well two sizes of one pair agree."""
+    """How well two sizes of one pair agree, by their scores per token."""
 
     pair: str
     """Precision pair."""
@@ -123,20 +127,14 @@ class Drift(Frozen):
     """Cells at their largest size that could not be compared."""
 
 
-def scores(rows: Iterable[Row]) -> dict[str, float]:
-    """Return the score of every scored group by name: per token where all have it."""
-    ranked = [row for row in rows if row.sensitivity is not None]
-    per_token = all(row.sensitivity_per_token is not None for row in ranked)
-    return {
-        normalise_name(row.layer): (
-            (row.sensitivity_per_token if per_token else row.sensitivity) or 0.0
-        )
-        for row in ranked
-    }
+def scores(rows: Iterable[Row], statistic: Statistic) -> dict[str, float]:
+    """Return the score of every scored group by name, as names compare."""
+    found = {normalise_name(row.layer): value_of(row, statistic) for row in rows}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def compare_all_sizes(cells: Sequence[SummaryCell]) -> tuple[SizesCompared, ...]:
-    """Compare each size with the next one that has a result, pair by pair."""
+    """Compare each size with the next one that has a result, pair by pair, per token."""
     series: dict[tuple[str, str, Coverage, Modality], list[SummaryCell]] = {}
     for cell in cells:
         if cell.done:
@@ -145,7 +143,8 @@ def compare_all_sizes(cells: Sequence[SummaryCell]) -> tuple[SizesCompared, ...]
     for (pair, granularity, coverage, modality), members in series.items():
         members.sort(key=lambda cell: SIZES.index(cell.size))
         for one, other in itertools.pairwise(members):
-            agreed = compare_sizes(scores(one.rows), scores(other.rows))
+            statistic = compared_by(one.rows, other.rows)
+            agreed = compare_sizes(scores(one.rows, statistic), scores(other.rows, statistic))
             found.append(
                 SizesCompared(
                     pair=pair,

@@ -34,6 +34,7 @@ _FILTERS = {
     "ratio": look.ratio,
     "scientific": look.scientific,
     "settled_words": words.settled_words,
+    "statistic_words": words.statistic_words,
     "shown": look.shown,
     "signed_percent": look.signed_percent,
     "span": look.span,

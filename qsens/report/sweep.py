@@ -11,6 +11,7 @@ from qsens.analysis.options import build_units
 from qsens.analysis.prices import price
 from qsens.analysis.ranking import Row, total_per_token
 from qsens.analysis.samples import SampleScores
+from qsens.analysis.statistic import statistic_of
 from qsens.config.models import SIZES, Coverage, Frozen, Modality, Size
 from qsens.documents import dump_document, read_document
 from qsens.grid import Cell, Plan, refuse_another_sweep
@@ -32,6 +33,7 @@ from qsens.report.findings import (
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import heat_svg
 from qsens.report.views import heat_table, pair_lines, protected, stable_in
+from qsens.report.words import statistic_words
 from qsens.store import write_text
 
 SUMMARY_VERSION = 2
@@ -137,7 +139,7 @@ class Summary(Frozen):
     """Id of the sweep before this one; none where this is the first."""
     pareto: tuple[ParetoPoint, ...] = ()
     """The least damage at so many bits over all pairs at the largest size, from the cheapest to 16
-    bits; a head tied to the embedding stays at 16."""
+    bits; a head tied to the embedding stays at 16. Damages are in the statistic of the method."""
     complete: bool
     """Whether every cell has a result and none of them is partial."""
     cells: tuple[SummaryCell, ...]
@@ -266,6 +268,13 @@ def write_sweep(summary: Summary, directory: Path, *, single_file: bool = False)
         "per_token": any(cell.total_per_token is not None for cell in summary.cells),
         "index_link": look.link(up, PAGE) if nested else None,
         "picture": CHART if picture else None,
+        "placed_by": statistic_words(
+            statistic_of(summary.method, (row for cell in summary.cells for row in cell.rows))
+        ),
+        "interval_of": next(
+            (statistic_words(cell.stability.statistic) for cell in summary.done if cell.stability),
+            None,
+        ),
         "modalities": sorted({cell.modality for cell in summary.cells}),
     }
     drawn = {
@@ -335,7 +344,10 @@ def _pareto(plan: Plan, cells: Sequence[SummaryCell], audits: Sequence[Audit]) -
         {"-".join(series_of(audit)): audit for audit in audits},
         {name: cell.digest for name, cell in largest.items()},
     )
-    return pareto(build_units(priced.rows, keep_head=plan.checkpoint.tied_head is not False))
+    rows = (row for each in priced.rows.values() for row in each)
+    statistic = statistic_of(plan.config.autoquant.method, rows)
+    keep_head = plan.checkpoint.tied_head is not False
+    return pareto(build_units(priced.rows, statistic, keep_head=keep_head))
 
 
 def _in_order(plan: Plan) -> list[Cell]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qsens.analysis.experts import Expert
+from qsens.analysis.statistic import Statistic
 from qsens.manifest import Judgement
 from qsens.report import format as look
 from qsens.report.findings import CellStability, Drift, SizesCompared
@@ -34,6 +35,11 @@ def idle_words(experts: Sequence[int]) -> str:
     if len(experts) <= _LISTED:
         return ", ".join(map(str, experts)) or "none"
     return f"{len(experts)}: {', '.join(map(str, experts[:_LISTED]))}, ..."
+
+
+def statistic_words(statistic: Statistic) -> str:
+    """Name a score."""
+    return "sensitivity" if statistic == "sensitivity" else "score per token"
 
 
 def settled_words(found: CellStability) -> str:

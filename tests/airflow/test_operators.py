@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -364,6 +365,32 @@ def test_the_gate_fails_for_an_incomplete_grid_and_lists_what_is_missing(
     printed = capsys.readouterr().out
     assert state == (TaskInstanceState.SUCCESS if complete else TaskInstanceState.FAILED)
     assert ("wfp4_afp8-small: does not divide" in printed) is not complete
+
+
+def test_the_gate_says_why_a_sweep_without_a_missing_cell_is_partial(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [{"cell": f"c{at}-small", "partial": [f"reason {at}", "more"]} for at in range(7)]
+    cells.append({"cell": "whole-small", "partial": []})
+    (tmp_path / "summary.json").write_text(json.dumps({"cells": cells}))
+    published = {
+        "sweep_id": "s",
+        "index": str(tmp_path / "index.html"),
+        "complete": False,
+        "missing": [],
+        "counts": {"cells": 8},
+        "top": [],
+    }
+    with DAG(f"dag_{tmp_path.name}", schedule=None):
+        operator = GateOperator(task_id="gate", published=published, retries=2)
+    ended = run(operator)
+    printed = capsys.readouterr().out
+    assert ended.state == TaskInstanceState.FAILED
+    assert "is PARTIAL: c0-small: reason 0; more; c1-small: reason 1; more; " in printed
+    assert "c4-small: reason 4; more; and 2 more" in printed
+    for at in range(7):
+        assert f"partial: c{at}-small: reason {at}; more" in printed
+    assert "whole-small" not in printed
 
 
 def test_an_error_is_one_line_with_where_what_and_remedy() -> None:

@@ -78,13 +78,15 @@ def test_groups_that_must_go_together() -> None:
     assert len(build_units({"w8": rows}, together=[{"a", "b"}, {"b", "c"}])) == 1
 
 
-def test_per_token_only_where_all_have_it() -> None:
-    old = row("a", 8.0, 1.0, sensitivity_per_token=None)
-    new = row("a", 4.5, 7.0, sensitivity_per_token=0.5)
-    (unit,) = build_units({"w8": [old], "w4": [new]})
+def test_the_damage_is_the_statistic_that_is_asked_for() -> None:
+    formats = {
+        "w8": [row("a", 8.0, 1.0, sensitivity_per_token=0.25)],
+        "w4": [row("a", 4.5, 7.0, sensitivity_per_token=0.5)],
+    }
+    (unit,) = build_units(formats, "sensitivity")
     assert [option.damage for option in unit.options] == [0.0, 1.0, 7.0]
-    (unit,) = build_units({"w4": [new]})
-    assert unit.options[-1].damage == 0.5
+    (unit,) = build_units(formats, "sensitivity_per_token")
+    assert [option.damage for option in unit.options] == [0.0, 0.25, 0.5]
 
 
 def test_weights_that_differ_are_no_one_sweep() -> None:

@@ -141,7 +141,7 @@ def test_or_is_priced_by_its_measured_truth() -> None:
     assert found.prices["a"].source == "true divergences"
     assert found.prices["a"].ratio is None
     # An unknown damage is no option, and the others keep their unit.
-    units = build_units(found.rows)
+    units = build_units(found.rows, "sensitivity_per_token")
     assert [[option.damage for option in unit.options] for unit in units] == [[0, 2.0], [0], [0]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -112,11 +113,50 @@ def test_overrides_of_every_kind(roots: Roots) -> None:
 
 def test_path_alone_names_the_model(roots: Roots) -> None:
     loaded = load_sweep("single", ["model.path=/somewhere/My Model-7B"], roots=roots)
-    assert loaded.config.model.name == loaded.config.model.short_name == "My_Model-7B"
-    assert any("My_Model-7B" in notice for notice in loaded.notices)
+    name = loaded.config.model.name
+    assert loaded.config.model.short_name == name
+    # The first digits of the SHA-256 of "My Model-7B", as sha256sum prints them.
+    assert name == "My_Model-7B-3822601d"
+    assert any(name in notice for notice in loaded.notices)
     named = load_sweep("single", ["model.path=/x/Y", "model.name=z"], roots=roots)
     assert named.config.model.name == "z"
     assert named.config.model.short_name == "tiny_qwen3_vl"
+
+
+def named(roots: Roots, path: Path | str) -> str:
+    """Return the name that a checkpoint's path gives its results; it must have been said."""
+    loaded = load_sweep("single", [f"model.path={path}"], roots=roots)
+    name = loaded.config.model.name
+    assert loaded.config.model.short_name == name
+    assert f"'{name}'" in loaded.notices[0]
+    return name
+
+
+@pytest.mark.parametrize("name", ["Qwen3-VL-4B-Instruct", "a", "x.y", "a_b", "a_", "A" * 120])
+def test_a_path_that_ends_in_a_name_gives_it_as_it_is(name: str, roots: Roots) -> None:
+    assert named(roots, f"/somewhere/{name}") == name
+    assert named(roots, f"/somewhere/{name}/") == name
+    assert named(roots, f"/somewhere/{name}/.") == name
+
+
+def test_no_two_directories_share_a_name(roots: Roots) -> None:
+    """Neither those that differ in what no name may hold, nor those of nothing else."""
+    parts = ["a b", "a_b", "a  b", "a\tb", "a+b", "ä b", "a_b_", "-a_b", "_a_b"]
+    parts += ["模型", "Модель", "模型2", "...", "---", "_", "x.y", "x.y ", " x.y", "é", "e"]
+    parts += ["A" * 120, "A" * 121, "A" * 122]
+    names = [named(roots, f"/somewhere/{part}") for part in parts]
+    assert len(set(names)) == len(parts)
+    assert all(re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,119}", name) for name in names)
+
+
+def test_a_path_without_a_last_part_takes_that_of_the_directory(
+    roots: Roots, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+    assert named(roots, tmp_path / "one" / "inner" / "..") == "one"
+    assert named(roots, tmp_path / "two" / "inner" / "..") == "two"
+    assert named(roots, "/").startswith("model-")
 
 
 def test_experimental_pair_is_said_once(roots: Roots) -> None:

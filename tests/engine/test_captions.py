@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -82,3 +86,54 @@ def test_a_file_too_short_is_said(tmp_path: Path) -> None:
     assert len(notices) == 1
     assert "3 captions, fewer than the 4" in notices[0]
     assert "PARTIAL" in notices[0]
+
+
+def write_as(file: Path, captions: list[str]) -> None:
+    """Write a sample file as its suffix, in lower case, says."""
+    suffix = file.suffix.lower()
+    if suffix == ".txt":
+        file.write_text("\n".join(captions) + "\n")
+    elif suffix in (".jsonl", ".ndjson"):
+        file.write_text("".join(f"{json.dumps({'caption': one})}\n" for one in captions))
+    else:
+        with closing(sqlite3.connect(file)) as opened, opened:
+            opened.execute(
+                "CREATE TABLE vlm_calib_samples "
+                "(split, image_relpath, image_id, caption_id, caption)"
+            )
+            rows = [("small", "", 0, at, one) for at, one in enumerate(captions)]
+            opened.executemany("INSERT INTO vlm_calib_samples VALUES (?, ?, ?, ?, ?)", rows)
+
+
+@pytest.mark.parametrize(
+    "suffix", [".TXT", ".Txt", ".JSONL", ".Jsonl", ".NDJSON", ".SQLite", ".SQLITE3", ".DB"]
+)
+def test_a_suffix_says_what_a_file_is_in_any_case(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"captions{suffix}"
+    write_as(path, ["one", "two"])
+    assert read_captions(path, "small") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "captions.json",
+        "captions.csv",
+        "captions.tsv",
+        "captions.parquet",
+        "captions.txt.gz",
+        "captions.jsonl.bak",
+        "captions",
+        ".txt",
+    ],
+)
+def test_another_suffix_is_refused_with_those_that_are_known(name: str, tmp_path: Path) -> None:
+    """Whatever stands in it: brackets and keys are no captions."""
+    content = b"one\ntwo\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    data = DatasetConfig(directory=tmp_path, files={"small": name}, size=("small",))
+    with pytest.raises(UserError, match="is no file of samples that qsens knows") as caught:
+        identify_samples(data, ("small",))
+    assert name in caught.value.where
+    for suffix in (".txt", ".jsonl", ".ndjson", ".sqlite", ".sqlite3", ".db"):
+        assert suffix in caught.value.remedy

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qsens.engine import kl
+from qsens.engine import copies, kl
 from qsens.engine.budget import Budget
 from qsens.engine.calibrate import calibrate
 from qsens.engine.candidates import Request, distinct
@@ -114,7 +116,7 @@ def test_every_group_alone(sees: bool, tokens: int) -> None:
     maxima = calibrate(model, samples, groups, snapshots=[4])
     budget = Budget(limit=0, max_tokens=tokens, predicted=0)
     found = diverge(model, samples, groups, CANDIDATES, maxima, boundaries=[2], budget=budget)
-    assert found.failures == {}
+    assert found.failures.refused == {}
     assert len(found.groups) == (19 + 13 if sees else 13)
     for at, group in enumerate(found.groups):
         for candidate, amax in ((0, None), (1, maxima[4].__getitem__)):
@@ -159,3 +161,59 @@ def test_divergences_of_rows(device: str, scale: float) -> None:
     found = divergences(p.to(device), q.flatten(0, 1).to(device)).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
     assert torch.equal(divergences(p, p), torch.zeros(1, 7, dtype=torch.float64))
+
+
+def test_a_model_in_bfloat16_is_measured_as_if_nothing_rounded() -> None:
+    """A gentle format moves a model by far less than rounding its activations does."""
+    model, samples = text_model().bfloat16(), text_samples()
+    groups = find_groups(model)
+    gentle = {"num_bits": 8, "axis": 0}
+    candidates = distinct([Request("cell", gentle, None, 4, 4)])
+    found = diverge(model, samples, groups, candidates, {}, boundaries=[2])
+
+    stored = copy.deepcopy(model)
+    whole = copy.deepcopy(model).float()
+    before = distributions(whole, samples)
+    for at, group in enumerate(found.groups):
+        changed = copy.deepcopy(whole)
+        for name in group.members:
+            weight = fake_quantize(stored.get_submodule(name).weight.data, gentle)
+            changed.get_submodule(name).weight.data = weight.float()
+        after = distributions(changed, samples)
+        expected = [nats(*pair) for pair in zip(before, after, strict=True)]
+        assert found.per_sample[at, 0].tolist() == pytest.approx(expected, rel=1e-2), group.name
+
+    rounded = distributions(stored, samples)
+    floor = [nats(*pair) for pair in zip(before, rounded, strict=True)]
+    assert found.floor is not None
+    # Rounding depends on what a sample is batched with.
+    assert float(found.floor.sum()) == pytest.approx(sum(floor), rel=0.2)
+    assert sum(floor) > 3 * float(found.per_sample[:, 0].sum(dim=-1).median())
+    assert diverge(whole, samples, groups, candidates, {}, boundaries=[]).floor is None
+
+
+def nats(log_p: torch.Tensor, log_q: torch.Tensor) -> float:
+    return float((log_p.exp() * (log_p - log_q)).sum())
+
+
+def test_a_passing_fault_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk under a compiler's cache, say, in one format; the others are measured."""
+    model, samples = text_model(), text_samples()
+    groups = find_groups(model)
+    quantize_weight = copies.quantize_weight
+
+    def fails(weight: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tensor:
+        if cfg["num_bits"] == 8:
+            raise OSError(28, "No space left on device")
+        return quantize_weight(weight, cfg)
+
+    monkeypatch.setattr(copies, "quantize_weight", fails)
+    candidates = distinct([Request("4", INT4, None, 4, 4), Request("8", INT8, None, 4, 4)])
+    found = diverge(model, samples, groups, candidates, {}, boundaries=[])
+    assert found.failures.refused == {}
+    assert list(found.failures.broken) == [1]
+    assert found.failures.fault(0, "4") is None
+    fault = found.failures.fault(1, "8")
+    assert "No space left" in str(fault)
+    assert fault.exit_code == 1
+    assert bool((found.per_sample[:, 0] > 0).all())

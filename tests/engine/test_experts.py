@@ -102,7 +102,7 @@ def test_a_layer_of_experts_is_one_group(work: tuple[Any, ...]) -> None:
 def test_fused_equals_auto_quantize(
     name: str, work: tuple[Any, ...], found: PassScores, pairs: dict[str, PairConfig]
 ) -> None:
-    assert found.failures == {}
+    assert found.failures.refused == {}
     theirs = reference.score_cell(
         mixtures.model(),
         mixtures.samples(),
@@ -145,7 +145,7 @@ def test_bfloat16(pairs: dict[str, PairConfig], samples: Samples) -> None:
     batches = equal_length_batches(samples, boundaries=[6], batch_size=BATCH_SIZE)
     maxima = calibrate(model, samples, groups, snapshots=[6], batches=batches)
     ours = fused.score(model, samples, groups, candidates, maxima, batches=batches)
-    assert ours.failures == {}
+    assert ours.failures.refused == {}
     expected = by_modelopt(mixtures.model().bfloat16(), samples, pair)
     assert of_cell(ours, candidates, "cell-6", 6) == pytest.approx(expected, rel=2e-2)
 
@@ -183,7 +183,7 @@ def test_a_gpu_finds_the_same(method: str, work: tuple[Any, ...]) -> None:
     expected = measure(*work, boundaries=[4, 6], **more)
     there = copy.deepcopy(model).cuda()
     found = measure(there, samples, groups, candidates, maxima, boundaries=[4, 6], **more)
-    assert found.failures == {}
+    assert found.failures.refused == {}
     torch.testing.assert_close(
         found.per_sample.sum(-1), expected.per_sample.sum(-1), rtol=5e-3, atol=1e-9
     )
@@ -309,7 +309,7 @@ def test_budgets(method: str, budget: Budget, work: tuple[Any, ...]) -> None:
     single = equal_length_batches(work[1], boundaries=[4, 6], batch_size=1)
     expected = measure(*work, batches=single, **more)
     split = measure(*work, boundaries=[4, 6], budget=budget, **more)
-    assert split.failures == {}
+    assert split.failures.refused == {}
     torch.testing.assert_close(split.per_sample, expected.per_sample, rtol=1e-3, atol=1e-9)
     for name in LAYERS:
         ours, theirs = split.experts[name], expected.experts[name]
@@ -335,9 +335,9 @@ def test_one_format_that_fails_leaves_the_others(work: tuple[Any, ...]) -> None:
     )
     passed = fused.score(model, samples, groups, candidates, {})
     bad = candidates.of_cell["bad"]
-    assert {candidate for _, candidate in passed.failures} == {bad}
+    assert {candidate for _, candidate in passed.failures.refused} == {bad}
     position = [group.name for group in passed.groups].index(LAYERS[0])
-    assert passed.failures[position, bad].startswith(f"{LAYERS[0]}: ")
+    assert passed.failures.refused[position, bad].startswith(f"{LAYERS[0]}: ")
     lone = fused.score(model, samples, groups, distinct([Request("good", good, None, 6, 6)]), {})
     torch.testing.assert_close(
         passed.experts[LAYERS[0]].per_sample[:, candidates.of_cell["good"]],
@@ -396,7 +396,7 @@ def test_divergence_equals_auto_quantize(
 ) -> None:
     """ModelOpt's own KL divergence, and copies of a batch beside one at a time."""
     truth = diverge(*work, boundaries=[4, 6])
-    assert truth.failures == {}
+    assert truth.failures.refused == {}
     assert all(truth.reached)
     split = diverge(*work, boundaries=[4, 6], budget=Budget(limit=0, max_tokens=1, predicted=0))
     torch.testing.assert_close(split.per_sample, truth.per_sample, rtol=1e-4, atol=1e-8)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qsens.checksums import sealed
-from qsens.engine.files import identify, read_header, shapes, weight_files
+from qsens.engine.files import find_weights, identify, read_header, shapes, weight_files
 from qsens.errors import UserError
 
 
@@ -153,3 +153,232 @@ def test_what_is_missing_is_named(checkpoint: Path, break_it, said: str) -> None
 def test_no_directory_says_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="qsens demo-model"):
         identify(tmp_path / "nothing")
+
+
+# Which files count
+
+
+def write_index(path: Path, **places: str) -> None:
+    index = {"metadata": {}, "weight_map": places}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def sharded(checkpoint: Path) -> Path:
+    (checkpoint / "model.safetensors").unlink()
+    write_safetensors(checkpoint / ONE, {"a": ([1], b"a")})
+    write_safetensors(checkpoint / TWO, {"b": ([1], b"b")})
+    write_index(checkpoint, a=ONE, b=TWO)
+    return checkpoint
+
+
+def read_names(path: Path) -> list[str]:
+    return [file.relative_to(path).as_posix() for file in find_weights(path).files]
+
+
+def test_files_beside_those_that_count_are_named_and_not_hashed(sharded: Path) -> None:
+    before = identify(sharded)
+    assert before.notices == []
+    names = ["consolidated.safetensors", "model-00003-of-00003.safetensors", "MODEL.SAFETENSORS"]
+    names += ["model.fp16.safetensors", "model.Q4_K.gguf", "pytorch_model-00001-of-00002.bin"]
+    for name in names:
+        write_safetensors(sharded / name, {"c": ([1], b"c")})
+    (sharded / "training_args.bin").write_bytes(b"no weights")
+    assert read_names(sharded) == [ONE, TWO]
+    after = identify(sharded)
+    assert after.digest == before.digest
+    (said,) = after.notices
+    assert said.startswith("6 weight files beside those of the checkpoint are not read")
+    assert said.endswith("the first is MODEL.SAFETENSORS")
+
+
+def test_an_index_beside_another_file_is_refused(sharded: Path) -> None:
+    """The weights are there twice: who loads the one must not be told the other."""
+    write_safetensors(sharded / "model.safetensors", {"a": ([1], b"x"), "b": ([1], b"y")})
+    with pytest.raises(UserError, match="which names other files") as caught:
+        identify(sharded)
+    assert "model.safetensors.index.json" in caught.value.what
+    (sharded / "model.safetensors.index.json").unlink()
+    assert read_names(sharded) == ["model.safetensors"]
+    assert find_weights(sharded).beside == (ONE, TWO)
+
+
+def test_an_index_of_the_one_file_may_lie_beside_it(checkpoint: Path) -> None:
+    alone = identify(checkpoint)
+    write_index(checkpoint, a="model.safetensors", b="model.safetensors")
+    assert identify(checkpoint) == alone
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([ONE, TWO], "holds 2 weight files and no model.safetensors.index.json"),
+        (["weights.safetensors"], "weights are in weights.safetensors, and transformers reads"),
+        (["consolidated.safetensors"], "weights are in consolidated.safetensors"),
+        (["MODEL.SAFETENSORS"], "weights are in MODEL.SAFETENSORS"),
+        (["model.fp16.safetensors"], "weights are in model.fp16.safetensors"),
+    ],
+)
+def test_what_transformers_would_not_find_is_refused(
+    names: list[str], said: str, checkpoint: Path
+) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    for at, name in enumerate(names):
+        write_safetensors(checkpoint / name, {f"a{at}": ([1], b"a")})
+    with pytest.raises(UserError, match=said) as caught:
+        identify(checkpoint)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("../model.safetensors", "outside the checkpoint"),
+        ("/somewhere/model.safetensors", "outside the checkpoint"),
+        ("pytorch_model.bin", "no .safetensors file"),
+        ("model-2.SAFETENSORS", "no .safetensors file"),
+        ("model-2.safetensors", "1 of 2 weight files are missing"),
+    ],
+)
+def test_an_index_that_leads_astray_is_refused(place: str, said: str, sharded: Path) -> None:
+    write_index(sharded, a=ONE, b=place)
+    (sharded / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match=said):
+        identify(sharded)
+
+
+def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
+    write_safetensors(sharded / TWO, {"b": ([1], b"b"), "a": ([1], b"x")})
+    with pytest.raises(UserError, match=f"two weight files hold a: {ONE} and {TWO}"):
+        identify(sharded)
+
+
+def test_an_index_without_metadata_is_refused(sharded: Path) -> None:
+    index = {"weight_map": {"a": ONE, "b": TWO}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="has no metadata"):
+        identify(sharded)
+
+
+def test_config_may_name_the_file(checkpoint: Path) -> None:
+    write_safetensors(checkpoint / "consolidated.safetensors", {"a": ([1], b"z")})
+    config = checkpoint / "config.json"
+    config.write_text('{"transformers_weights": "consolidated.safetensors"}')
+    assert read_names(checkpoint) == ["consolidated.safetensors"]
+    assert find_weights(checkpoint).beside == ("model.safetensors",)
+    for name, said in {"gone.safetensors": "is not there", "model.bin": "neither"}.items():
+        config.write_text(json.dumps({"transformers_weights": name}))
+        with pytest.raises(UserError, match=said):
+            find_weights(checkpoint)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+)
+def test_an_adapter_is_refused(name: str, alone: bool, checkpoint: Path) -> None:
+    if alone:
+        for file in checkpoint.iterdir():
+            file.unlink()
+    (checkpoint / name).write_text("{}")
+    with pytest.raises(UserError, match=f"holds an adapter, {name}") as caught:
+        identify(checkpoint)
+    assert "Merge the adapter" in caught.value.remedy
+
+
+# Digests
+
+
+def test_digests_see_the_whole_path(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    write_index(checkpoint, a="a/model.safetensors", b="b/model.safetensors")
+
+    def digest(a: bytes, b: bytes) -> str:
+        for name, data in (("a", a), ("b", b)):
+            (checkpoint / name).mkdir(exist_ok=True)
+            write_safetensors(checkpoint / name / "model.safetensors", {name: ([1], data)})
+        return identify(checkpoint).digest
+
+    before = digest(b"1", b"2")
+    assert digest(b"3", b"2") != before
+    assert digest(b"1", b"4") != before
+    assert digest(b"1", b"2") == before
+
+
+def test_digests_cover_code_that_runs(checkpoint: Path) -> None:
+    """All of it, whoever imports it; not a byte where it does not run."""
+    config = {"auto_map": {"AutoModelForCausalLM": "modeling_my.MyModel"}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    (checkpoint / "modeling_my.py").write_text("from .parts import layers\n")
+    (checkpoint / "parts" / "deep").mkdir(parents=True)
+    (checkpoint / "parts" / "deep" / "layers.py").write_text("SCALE = 1\n")
+    idle, runs = identify(checkpoint), identify(checkpoint, trust_remote_code=True)
+    assert idle.digest != runs.digest
+    assert "own code does not run (auto_map: modeling_my.MyModel)" in idle.notices[0]
+    assert runs.notices == []
+    (checkpoint / "parts" / "deep" / "layers.py").write_text("SCALE = 2\n")
+    assert identify(checkpoint) == idle
+    changed = identify(checkpoint, trust_remote_code=True)
+    assert changed.digest not in (idle.digest, runs.digest)
+    (checkpoint / "parts" / "more.py").write_text("")
+    assert identify(checkpoint, trust_remote_code=True).digest != changed.digest
+
+
+def test_code_of_another_repository_is_refused(checkpoint: Path) -> None:
+    config = {"auto_map": {"AutoModelForCausalLM": "owner/base--modeling_my.MyModel"}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert identify(checkpoint).notices
+    with pytest.raises(UserError, match="owner/base--modeling_my"):
+        identify(checkpoint, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "spiece.model", "qwen.tiktoken", "tekken.json"])
+def test_digests_cover_what_a_tokenizer_is_made_from(name: str, checkpoint: Path) -> None:
+    """Beside a tokenizer.json, nobody reads it."""
+    plain = identify(checkpoint).tokenizer_digest
+    (checkpoint / name).write_text("one")
+    assert identify(checkpoint).tokenizer_digest == plain
+    (checkpoint / "tokenizer.json").rename(checkpoint / "tokenizer_config.json")
+    one = identify(checkpoint).tokenizer_digest
+    (checkpoint / name).write_text("two")
+    assert identify(checkpoint).tokenizer_digest != one
+
+
+def test_links_count_as_what_they_lead_to(checkpoint: Path, tmp_path: Path) -> None:
+    """As caches of the hub keep files."""
+    plain = identify(checkpoint)
+    (tmp_path / "blobs").mkdir()
+    for file in list(checkpoint.iterdir()):
+        blob = file.rename(tmp_path / "blobs" / hashlib.sha256(file.name.encode()).hexdigest())
+        file.symlink_to(Path("..") / "blobs" / blob.name)
+    assert identify(checkpoint) == plain
+
+
+# As commit 40ef52d, before digests saw whole paths, has them.
+SINGLE_DIGEST = "19e161b39f9beb4a998ab8db53f483eabfe8c5ea435b8ae4500c8b0b0ffdc794"
+SHARDED_DIGEST = "7c3f97605b723f76a1071fe95a02b9396137c9b4499f89aa26871f337f9794c1"
+TOKENIZER_DIGEST = "283c63de3126245cd0577f7620f390e1733561961eacac97448351e7ea1de9af"
+PROCESSOR_DIGEST = "46c751b05585be1b6249d431988af8b645254c907ba9b40b98d645d0fbb91428"
+
+
+def test_golden_digests(tmp_path: Path) -> None:
+    """Those of the first version: results are found by them."""
+    single, shards = tmp_path / "single", tmp_path / "shards"
+    for path in (single, shards):
+        path.mkdir()
+        (path / "config.json").write_bytes(b'{"architectures": ["Some"], "model_type": "some"}')
+        (path / "tokenizer.json").write_bytes(b"{}")
+        (path / "preprocessor_config.json").write_bytes(b'{"patch_size": 16}')
+    write_safetensors(single / "model.safetensors", {"a": ([2, 3], b"abcdef"), "b": ([1], b"g")})
+    write_safetensors(shards / ONE, {"a": ([2, 3], b"abcdef")})
+    write_safetensors(shards / TWO, {"b": ([1], b"g")})
+    write_index(shards, a=ONE, b=TWO)
+    found = {path.name: identify(path) for path in (single, shards)}
+    assert found["single"].digest == SINGLE_DIGEST
+    assert found["shards"].digest == SHARDED_DIGEST
+    for identity in found.values():
+        assert identity.tokenizer_digest == TOKENIZER_DIGEST
+        assert identity.processor_digest == PROCESSOR_DIGEST

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import numpy as np
@@ -86,7 +87,7 @@ def test_against_an_enumeration_of_all_labels(tiny):
     found = [
         estimate(tiny, samples, groups, candidates, {}, draws=256, seed=seed) for seed in range(8)
     ]
-    assert found[0].failures == {}
+    assert found[0].failures.refused == {}
     draws = torch.cat([each.draws for each in found], dim=-1)[:, 0]
     for position, group in enumerate(found[0].groups):
         for sample, tokens in enumerate(TOKENS):
@@ -153,3 +154,33 @@ def test_draws_belong_to_samples_not_to_batches(work, whole):
     torch.testing.assert_close(split.loss, whole.loss, rtol=1e-5, atol=0)
     again = estimate(*work, draws=16, seed=4)
     assert not torch.allclose(again.draws.sum(2), whole.draws.sum(2), rtol=0.01)
+
+
+def test_in_bfloat16_no_rounding_of_outputs_is_counted():
+    """8-bit integers under powers of two are exact in bfloat16: both models have these weights."""
+    gentle = {"num_bits": 8, "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    rounds = LlamaForCausalLM(config).eval().requires_grad_(False).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 200, (8, 14), generator=generator).tolist()
+    samples = Samples(tuple(map(tuple, ids)), (False,) * 8)
+    groups = find_groups(rounds)
+    candidates = distinct([Request("cell", gentle, gentle, 8, 8)])
+    found, expected = (
+        estimate(model, samples, groups, candidates, {}, draws=64, seed=0).per_sample[:, 0].sum(-1)
+        for model in (rounds, copy.deepcopy(rounds).float())
+    )
+    ratios = found / expected
+    assert groups[-1].name == "lm_head"
+    assert float(ratios[-1]) == pytest.approx(1, abs=0.05)
+    assert float(ratios.median()) == pytest.approx(1, abs=0.1)
+    assert float(ratios.max()) < 1.4

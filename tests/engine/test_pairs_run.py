@@ -141,7 +141,7 @@ def test_there_are_nineteen_pairs() -> None:
 def test_every_format_scores_every_group_in_one_pass(samples: Samples) -> None:
     cells = {**PAIRS, **LAID_OVER}
     found, candidates, names = one_pass(cells, samples)
-    assert found.failures == {}
+    assert found.failures.refused == {}
     assert len(names) == GROUPS
     scores = {cell: sensitivities(found, candidates, cell, samples) for cell in cells}
     for cell, values in scores.items():
@@ -172,9 +172,9 @@ def test_an_input_that_cannot_be_quantized_fails_every_pair_that_reads_it(
         "c": good,
     }
     found, candidates, _ = one_pass(cells, samples)
-    failed = {candidate for _, candidate in found.failures}
+    failed = {candidate for _, candidate in found.failures.refused}
     assert failed == {candidates.of_cell["a"], candidates.of_cell["b"]}
-    assert len(found.failures) == 2 * len(found.groups)
+    assert len(found.failures.refused) == 2 * len(found.groups)
     alone, others, _ = one_pass({"c": good}, samples)
     torch.testing.assert_close(
         found.per_sample[:, candidates.of_cell["c"]], alone.per_sample[:, others.of_cell["c"]]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from qsens.analysis.ranking import Row
-from qsens.config import PairConfig
+from qsens.config import PairConfig, choices, load_sweep
 from qsens.errors import UserError
 from qsens.export import llm_compressor
 from qsens.export.recipe import choose
@@ -132,3 +132,103 @@ def test_applied_to_the_demo_checkpoint(
     unquantized = {"lm_head", "model.language_model.layers.0.mlp.down_proj"}
     assert not unquantized & schemes.keys()
     assert not any("visual" in name for name in schemes)
+
+
+def at_all_granularities(pairs: dict[str, PairConfig]) -> dict[str, PairConfig]:
+    """Return every pair at every granularity that suits it, by the name of the format."""
+    words = [f"{what}={','.join(choices(what))}" for what in ("quant_pair", "quant_granularity")]
+    granularities = load_sweep("demo-text", words).config.quant_granularity
+    return {
+        f"{name}-{granularity.name}": pair.with_granularity(granularity)
+        for name, pair in pairs.items()
+        for granularity in granularities
+        if pair.refusal(granularity) is None
+    }
+
+
+def test_what_vllm_reads_as_another_format_is_refused(pairs: dict[str, PairConfig]) -> None:
+    found = at_all_granularities(pairs)
+    wrong = {name for name, pair in found.items() if llm_compressor.misread(pair) is not None}
+    # INT8 with FP8 and FP8 with INT8, however they are scaled: static or per token.
+    assert wrong == {name for name in found if name.split("-")[0] in ("wint8_afp8", "wfp8_aint8")}
+    assert {"wint8_afp8-default", "wint8_afp8-a_token", "wfp8_aint8-default"} <= wrong
+
+
+NONE = "no server is known to load"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("wint8_aint8-default", None),
+        ("wint8_aint8-a_token", None),
+        ("wint8_aint8-w_group64", NONE),
+        ("wint8_afp16-default", None),
+        ("wint8_afp16-w_group128", None),
+        ("wint8_afp16-w_tensor", NONE),
+        ("wint4_afp16-default", None),
+        ("wint4_afp8-default", NONE),
+        ("wint4_aint8-default", NONE),
+        ("wint4_aint8-a_token", "Arm and XPU"),
+        ("wint4_aint4-default", NONE),
+        ("wfp8_afp8-default", None),
+        ("wfp8_afp8-a_token", None),
+        ("wfp8_afp8-w_group128", NONE),
+        ("wfp8_afp16-default", None),
+        ("wfp8_afp16-w_group64", NONE),
+        ("wfp4_afp16-default", "MXFP4 activations on Blackwell"),
+        ("wfp4_afp8-default", "MXFP4 activations on Blackwell"),
+        ("wfp4_afp8-a_token", "may fall back to MXFP4 activations"),
+        ("wnvfp4_anvfp4-default", None),
+        ("wnvfp4_afp16-default", None),
+        ("wnvfp4_afp8-default", NONE),
+    ],
+)
+def test_what_servers_make_of_a_format_is_said(
+    name: str, words: str | None, pairs: dict[str, PairConfig]
+) -> None:
+    said = llm_compressor.served(at_all_granularities(pairs)[name])
+    assert said is None if words is None else words in (said or "")
+
+
+@pytest.mark.parametrize("columns", [16, 48, 64, 96, 192, 272, 576, 640])
+def test_a_width_is_refused_where_compressed_tensors_refuses_it(
+    columns: int, pairs: dict[str, PairConfig]
+) -> None:
+    import torch
+
+    seen = set()
+    for name, pair in at_all_granularities(pairs).items():
+        module = torch.nn.Linear(columns, 24, bias=False)
+        scheme = compressed.QuantizationScheme(targets=["Linear"], **llm_compressor.scheme(pair))
+        compressed.initialize_module_for_quantization(module, scheme)
+        for parameter in module.parameters():
+            if parameter is not module.weight:
+                parameter.data = torch.ones_like(parameter)
+        module.quantization_status = compressed.QuantizationStatus.FROZEN
+        error = ""
+        try:
+            module(torch.randn(2, columns))
+        except ValueError as raised:
+            error = str(raised)
+        refused = "divisble by the given group_size" in error
+        assert refused or not error, (name, error)
+        reason = llm_compressor.unfit(pair, (24, columns))
+        assert (reason is not None) == refused, (name, reason)
+        assert reason is None or f"{columns} columns do not divide into blocks of" in reason
+        seen.add(refused)
+    assert seen == ({True, False} if columns % 128 else {False})
+
+
+def test_blocks_of_rows_and_columns_must_divide_the_columns_alone() -> None:
+    scales = {"num_bits": (4, 3), "block_sizes": {"-1": 128, "-2": 128}}
+    pair = PairConfig(
+        name="wblock_afp16",
+        weight="block",
+        activation="fp16",
+        format="BLOCK",
+        weight_quantizer=scales,
+        effective_bits=8.0,
+    )
+    assert llm_compressor.unfit(pair, (100, 256)) is None
+    assert llm_compressor.unfit(pair, (256, 100)) == "100 columns do not divide into blocks of 128"

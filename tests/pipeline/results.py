@@ -19,11 +19,19 @@ from qsens.store import Store
 LAYERS = [f"model.layers.{depth}.mlp.down_proj" for depth in range(12)]
 
 
-def plan(root: Path, *, day: int, checkpoint: str = "a", captions: str = "c", **auto: Any) -> Plan:
+def plan(
+    root: Path,
+    *,
+    day: int,
+    checkpoint: str = "a",
+    captions: str = "c",
+    dtype: str = "bfloat16",
+    **auto: Any,
+) -> Plan:
     """Return a plan of one pair at two sizes, made on that day of a month."""
     config = SweepConfig(
         preset="nightly",
-        model=ModelConfig(name="tiny", short_name="tiny"),
+        model=ModelConfig(name="tiny", short_name="tiny", dtype=dtype),
         dataset=DatasetConfig(size=("small", "medium")),
         quant_pair=(
             PairConfig(

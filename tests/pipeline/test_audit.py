@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qsens.documents import dump_document
-from qsens.manifest import read_manifest
+from qsens.analysis.audit import digest_of, judge
+from qsens.documents import dump_document, dump_json
+from qsens.manifest import Audit, Point, read_manifest
+from qsens.pipeline.audit import find_audits
+from qsens.store import Store
+
+from . import results
 
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult
@@ -288,3 +293,46 @@ def test_a_sweep_audits_where_it_is_told_to(place: Place) -> None:
     assert entry["method"] == "gradient"
     assert entry["judgement"]["ratio"] is None
     assert entry["judgement"]["verdict"] in ("rank only", "do not trust")
+
+
+def test_an_older_audit_of_gradient_is_judged_by_what_places_groups(tmp_path: Path) -> None:
+    made = results.whole(results.plan(tmp_path, day=1, dtype="float32"), seed=1)
+    store = Store(made)
+    cell = made.cell("wint8_afp16-small")
+    manifest = json.loads(store.manifest(cell).read_text())
+    # The truth has the order of the sensitivities, and the reverse of that per token.
+    points = []
+    for at, layer in enumerate(results.LAYERS):
+        row = manifest["layer_sensitivity"][f"{layer}.quant_recipe"]
+        row |= {"sensitivity": 7.0 * (at + 1), "sensitivity_per_token": 100.0 - at}
+        points.append(
+            Point(
+                layer=layer, kind="down", estimate=100.0 - at, standard_error=None, truth=1.0 + at
+            )
+        )
+    store.manifest(cell).write_text(dump_document(manifest))
+    older = Audit(
+        cell=cell.cell,
+        pair=cell.pair,
+        granularity=cell.granularity,
+        size=cell.size,
+        cell_digest=cell.digest,
+        method="gradient",
+        mode="full",
+        samples=16,
+        points=tuple(points),
+        judgement=judge(points, in_nats=False),
+        seconds=1.0,
+        device="cpu",
+    )
+    assert older.judgement.verdict == "do not trust"
+    older = older.model_copy(update={"digest": digest_of(older)})
+    store.audit(cell).parent.mkdir(parents=True, exist_ok=True)
+    data = older.model_dump(mode="json", exclude={"statistic", "measured_kl", "checksum"})
+    store.audit(cell).write_text(dump_json({**data, "schema_version": 1}))
+    (found,) = find_audits(store)
+    assert found.statistic == "sensitivity"
+    assert [point.estimate for point in found.points] == [7.0 * (at + 1) for at in range(12)]
+    assert [point.truth for point in found.points] == [1.0 + at for at in range(12)]
+    assert (found.judgement.rho, found.judgement.verdict) == (1.0, "rank only")
+    assert found.digest == digest_of(found) != older.digest

@@ -232,6 +232,7 @@ def test_one_message_for_what_the_hub_refuses(
     [
         (["config.json"], "has no config.json"),
         (["model-00002-of-00002.safetensors"], "names model-00002-of-00002.safetensors"),
+        (["model.safetensors.index.json"], "holds neither model.safetensors nor"),
         (
             ["*.safetensors", "model.safetensors.index.json"],
             "holds weights as pickle only",

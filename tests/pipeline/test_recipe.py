@@ -90,7 +90,7 @@ def test_the_recipe_is_the_sum_of_its_rows(sweep: Sweep, tmp_path: Path) -> None
             continue
         row = rows[choice["format"], group]
         used += row["num_bits"] * weights
-        damage += row["sensitivity_per_token"]
+        damage += row["sensitivity"]
     assert len(recipe["choices"]) == 17
     assert recipe["bits"] == answer["bits"] == pytest.approx(used / total)
     assert recipe["damage"] == pytest.approx(damage)
@@ -186,8 +186,8 @@ def test_a_recipe_that_a_single_pair_beats_is_told_with_exit_code_3(
     summary = json.loads((sweep.directory / "summary.json").read_text())
     for cell in summary["cells"]:
         for row in cell["rows"]:
-            if row["sensitivity_per_token"] is not None:
-                row["sensitivity_per_token"] = 1.0 if cell["pair"] == "wfp8_afp8" else 0.0
+            if row["sensitivity"] is not None:
+                row["sensitivity"] = 1.0 if cell["pair"] == "wfp8_afp8" else 0.0
     (tmp_path / "summary.json").write_text(dump_document(summary))
     (tmp_path / "plan.json").write_bytes((sweep.directory / "plan.json").read_bytes())
     (tmp_path / "some.txt").write_text("A red cube on a table.\nTwo green balls in a box.\n")

@@ -40,7 +40,9 @@ def scored(names: list[str], seed: int, cell: str) -> tuple[Manifest, SampleScor
     rows = {}
     for index, (name, row) in enumerate(zip(names, samples.per_token(), strict=True)):
         kind = next((k for part, k in zip(KINDS, NAMES, strict=True) if part in name), "other")
-        rows[name] = Make.group(float(row) * 4, kind=kind, depth=index // 4)
+        # A batch is one sample of 10 tokens.
+        value, per_token = float(scores[index].sum()) / 100, float(row)
+        rows[name] = Make.group(value, kind=kind, depth=index // 4, sensitivity_per_token=per_token)
     return Make.manifest(rows, cell=cell), samples
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qsens.analysis.samples import SampleScores
-from qsens.manifest import read_manifest
+from qsens.manifest import Manifest, read_manifest
 from qsens.report import build_cell, write_cell
 from qsens.report.charts import depth_map
 
@@ -289,7 +289,7 @@ def test_how_to_read_it_speaks_of_the_method_used(
 
 def test_samples_say_how_sure_each_row_is(make: Any, tmp_path: Path) -> None:
     steps = np.tile([0.5, 1.5], 8)
-    scores = np.stack([steps * 3, steps, 5 * steps])
+    scores = 4 * np.stack([steps * 3, steps, 5 * steps])
     samples = SampleScores(("b", "a", "c"), scores, np.full(16, 4.0))
     manifest = make.manifest({"a": make.group(4.0), "b": make.group(12.0), "c": make.group(20.0)})
     paths = write_cell(manifest, tmp_path, samples)
@@ -297,7 +297,9 @@ def test_samples_say_how_sure_each_row_is(make: Any, tmp_path: Path) -> None:
     assert [row["layer"] for row in data["rows"]] == ["c", "b", "a"]
     assert [row["positions"] for row in data["rows"]] == [[1, 1], [2, 2], [3, 3]]
     low, high = data["rows"][2]["interval"]
-    assert 0.15 < low < data["rows"][2]["sensitivity_per_token"] / 4 < high < 0.35
+    # A batch is one sample of 4 tokens: 16 of them at 4 x 0.5 or 4 x 1.5, over 4^2.
+    assert 2.4 < low < data["rows"][2]["sensitivity"] == 4.0 < high < 5.6
+    assert data["stability"]["statistic"] == "sensitivity"
     assert data["stability"]["first_stable"] is True
     assert {row["verdict"] for row in data["rows"]} == {"stable"}
     rows = table(paths[0].read_text(encoding="utf-8"))
@@ -305,6 +307,111 @@ def test_samples_say_how_sure_each_row_is(make: Any, tmp_path: Path) -> None:
     without = json.loads(write_cell(manifest, tmp_path)[1].read_text(encoding="utf-8"))
     assert "stability" not in without
     assert "interval" not in without["rows"][0]
+
+
+def two_batches(make: Any, method: str, **scheme: Any) -> tuple[Manifest, SampleScores]:
+    """Return two groups, the one first by the batches' sum and the other first per token.
+
+    Eight samples of 10 tokens are one batch, eight of 100 the other. Each group has its scores in
+    one of them: 8 x 100 / 80^2 = 0.125 against 8 x 1000 / 800^2 = 0.0125; over all 880 tokens,
+    800 / 880 against 8000 / 880.
+    """
+    tokens = np.repeat([10.0, 100.0], 8)
+    short, long = np.repeat([[100.0, 0.0], [0.0, 1000.0]], 8, axis=1)
+    rows = {
+        "short": make.group(0.125, sensitivity_per_token=800 / 880),
+        "long": make.group(0.0125, sensitivity_per_token=8000 / 880),
+    }
+    found = make.manifest(rows)
+    changed = {"auto_quantize_method": method, **scheme}
+    found = found.model_copy(update={"scheme": found.scheme.model_copy(update=changed)})
+    return found, SampleScores(("short", "long"), np.stack([short, long]), tokens)
+
+
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_place_share_and_interval_follow_one_statistic(make: Any, batch_size: int | None) -> None:
+    report = build_cell(*two_batches(make, "gradient", auto_quantize_batch_size=batch_size))
+    first, second = report.rows
+    assert (first.layer, first.position, first.positions) == ("short", 1, (1, 1))
+    assert (second.layer, second.position, second.positions) == ("long", 2, (2, 2))
+    assert first.share == pytest.approx(10 / 11)
+    assert report.stability is not None
+    assert report.stability.statistic == "sensitivity"
+    # k of 16 draws are short ones; 4 to 12 of them in 95 % of resamples, each 100 / 80^2.
+    assert first.interval == pytest.approx((4 / 64, 12 / 64))
+    assert second.interval == pytest.approx((4 / 640, 12 / 640))
+
+
+def test_nats_a_token_place_groups_by_fisher(make: Any) -> None:
+    manifest, samples = two_batches(make, "fisher")
+    rows = {
+        key: row.model_copy(update={"sensitivity": (row.sensitivity_per_token or 0.0) * 880})
+        for key, row in manifest.layer_sensitivity.items()
+    }
+    report = build_cell(manifest.model_copy(update={"layer_sensitivity": rows}), samples)
+    assert [(row.layer, row.positions) for row in report.rows] == [
+        ("long", (1, 1)),
+        ("short", (2, 2)),
+    ]
+    assert report.stability is not None
+    assert report.stability.statistic == "sensitivity_per_token"
+    low, high = report.rows[0].interval or (0.0, 0.0)
+    # 4 to 12 of 16 draws are long ones: 4000 / 520 to 12000 / 1240 a token.
+    assert (low, high) == pytest.approx((4000 / 520, 12000 / 1240))
+
+
+def test_pages_say_which_score_intervals_are_of(make: Any, tmp_path: Path) -> None:
+    for method, words in (("gradient", "sensitivity"), ("fisher", "score per token")):
+        manifest, samples = two_batches(make, method)
+        if method == "fisher":
+            rows = {
+                key: row.model_copy(update={"sensitivity": (row.sensitivity_per_token or 0) * 880})
+                for key, row in manifest.layer_sensitivity.items()
+            }
+            manifest = manifest.model_copy(update={"layer_sensitivity": rows})
+        paths = write_cell(manifest, tmp_path / method, samples)
+        text, page = paths[0].read_text(encoding="utf-8"), make.page(paths[2])
+        assert f"| {words.capitalize()}, 95 % |" in text
+        for said in (text, page.text):
+            assert f"Intervals are of the {words}, which positions follow." in said
+        assert f"95 % intervals of their {words}" in page.text
+        data = next(json.loads(script) for script in page.scripts if script.startswith("{"))
+        chart = data["charts"]["first"]
+        assert chart["per_token"] == (method == "fisher")
+        for at, row in enumerate(json.loads(paths[1].read_text(encoding="utf-8"))["rows"]):
+            assert [chart["low"][at], chart["high"][at]] == row["interval"]
+            assert chart["low"][at] < chart["scores"][at] < chart["high"][at]
+
+
+@pytest.mark.parametrize(
+    ("change", "batch_size"),
+    [(1.0, 4), (1.0, 3), (1.001, None), (1.001, 8)],
+)
+def test_no_interval_where_samples_do_not_give_the_stated_scores(
+    make: Any, change: float, batch_size: int | None
+) -> None:
+    manifest, samples = two_batches(make, "gradient", auto_quantize_batch_size=batch_size)
+    samples = SampleScores(samples.groups, samples.scores * change, samples.tokens)
+    report = build_cell(manifest, samples)
+    assert report.stability is None
+    assert [(row.position, row.interval, row.verdict) for row in report.rows] == [
+        (1, None, None),
+        (2, None, None),
+    ]
+
+
+def test_groups_without_a_score_take_no_place_in_the_bootstrap(make: Any) -> None:
+    manifest, samples = two_batches(make, "gradient")
+    rows = dict(manifest.layer_sensitivity)
+    rows["lost.quant_recipe"] = rows["short.quant_recipe"].model_copy(
+        update={"status": "no_gradient", "sensitivity": None, "sensitivity_per_token": None}
+    )
+    held = SampleScores(
+        (*samples.groups, "lost"), np.vstack([samples.scores, np.zeros(16)]), samples.tokens
+    )
+    report = build_cell(manifest.model_copy(update={"layer_sensitivity": rows}), held)
+    assert report.stability is not None
+    assert report.stability.stable + report.stability.undecided == 2
 
 
 def test_the_depth_map_adds_up(make: Any) -> None:

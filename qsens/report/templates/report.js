@@ -320,7 +320,7 @@
         }),
         layout: {
           height: 120 + 24 * chart.names.length,
-          xaxis: { type: "log", title: { text: "score per token" }, exponentformat: "e", dtick: narrow ? 1 : undefined },
+          xaxis: { type: "log", title: { text: chart.per_token ? "score per token" : "sensitivity" }, exponentformat: "e", dtick: narrow ? 1 : undefined },
           yaxis: labels(chart.names, narrow),
           showlegend: true,
         },

@@ -1,0 +1,66 @@
+"""Shapes of the modules of a sweep, from the headers of its checkpoint. Never imports torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from qsens.analysis.options import weights_of
+from qsens.analysis.ranking import Row
+from qsens.engine.files import shapes
+from qsens.errors import UserError
+from qsens.pipeline.checks import covered_shapes
+
+Shape = tuple[int, ...]
+# What the names of modules and of the weights in files may begin with, each at its own place.
+_OUTER = ("model", "language_model")
+
+
+def module_shapes(checkpoint: Path, rows: Iterable[Row]) -> dict[str, tuple[Shape, ...]]:
+    """Return the shapes of the weights of each module, ``(out, in, ...)``, by the module's name.
+
+    A dense module has one weight; a layer of experts has those of every expert. A head without a
+    weight of its own has the embedding's. Modules whose weights are not found, or do not add up to
+    what the sweep scored, are left out: the checkpoint is another one by now.
+
+    Args:
+        checkpoint: The checkpoint's directory.
+        rows: The rows of one cell.
+
+    Raises:
+        UserError: The checkpoint is gone, or broken.
+    """
+    try:
+        stored = shapes(checkpoint)
+    except OSError as error:
+        raise UserError(
+            f"cannot be read: {error}", where=str(checkpoint), remedy="Put it back."
+        ) from error
+    oriented = {**stored, **covered_shapes(stored, ())}
+    named = {_inner(name): name for name in stored}
+    found = {}
+    for row in rows:
+        weights = {member: _weights_of(member, row, named) for member in row.members}
+        elements = sum(math.prod(stored[name]) for names in weights.values() for name in names)
+        if all(weights.values()) and elements == weights_of(row):
+            for member, names in weights.items():
+                found[member] = tuple(oriented[name] for name in names)
+    return found
+
+
+def _weights_of(member: str, row: Row, named: Mapping[str, str]) -> list[str]:
+    """Return the names in the files of a module's weights."""
+    inner = _inner(member)
+    if row.kind == "experts":
+        return [name for key, name in named.items() if key.startswith(f"{inner}.")]
+    own = named.get(f"{inner}.weight")
+    if own is None and row.kind == "head":
+        own = named.get("embed_tokens.weight")
+    return [own] if own is not None else []
+
+
+def _inner(name: str) -> str:
+    """Return a name without what it begins with: files may be older than the modules' names."""
+    head, _, rest = name.partition(".")
+    return _inner(rest) if head in _OUTER and rest else name
