@@ -15,13 +15,13 @@ from safetensors.numpy import load_file
 
 from qsens.config import Roots
 from qsens.documents import dump_document
-from qsens.errors import Damaged, QsensError, UserError
+from qsens.errors import Damaged, Fault, OutOfMemory, QsensError, TryAgain, UserError
 from qsens.grid import Plan, calibration_digest, read_plan
 from qsens.manifest import read_manifest
 from qsens.pipeline import compute
 from qsens.pipeline.audit import audit, find_audits, is_audited
 from qsens.pipeline.cell import calibrate, score
-from qsens.pipeline.failures import failure_to_tell, keep_failure
+from qsens.pipeline.failures import failure_to_tell, keep_failure, tell
 from qsens.pipeline.plan import plan_json, plan_sweep
 from qsens.pipeline.publish import publish, report
 from qsens.pipeline.recipe import write_recipe
@@ -480,6 +480,20 @@ def test_a_failure_that_is_not_what_was_written_counts_as_not_there(
     with pytest.raises(QsensError):
         score(made, cell.cell)
     assert len(passes) == 2
+
+
+@pytest.mark.parametrize("kind", [UserError, OutOfMemory, Fault])
+def test_a_failure_is_told_as_the_error_that_it_was(kind: type[QsensError], whole: Plan) -> None:
+    store, (cell, other) = Store(whole), whole.cells
+    error = kind("no such format", where=cell.cell, remedy="Mend it.")
+    keep_failure(store, cell, error)
+    with pytest.raises(kind) as caught:
+        tell(store, cell)
+    assert caught.value.as_dict() == error.as_dict()
+    tell(store, cell)  # once
+    # What may pass by itself is told of nobody else: each one tries.
+    keep_failure(store, other, TryAgain("is being computed by another process"))
+    tell(store, other)
 
 
 def test_no_bit_that_flips_in_a_failure_is_told(whole: Plan) -> None:
