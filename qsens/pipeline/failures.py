@@ -15,6 +15,7 @@ from qsens.errors import (
     AnswerIsNo,
     Damaged,
     DiskFull,
+    Fault,
     OutOfMemory,
     QsensError,
     TryAgain,
@@ -26,7 +27,7 @@ from qsens.store import Store, write_text
 VERSION = 2
 _KINDS = {
     kind.__name__: kind
-    for kind in (UserError, Damaged, AnswerIsNo, OutOfMemory, TryAgain, DiskFull)
+    for kind in (Fault, UserError, Damaged, AnswerIsNo, OutOfMemory, TryAgain, DiskFull)
 }
 
 log = logging.getLogger(__name__)

@@ -15,13 +15,13 @@ from safetensors.numpy import load_file
 
 from qsens.config import Roots
 from qsens.documents import dump_document
-from qsens.errors import Damaged, UserError
+from qsens.errors import Damaged, Fault, OutOfMemory, QsensError, TryAgain, UserError
 from qsens.grid import Plan, calibration_digest, read_plan
 from qsens.manifest import read_manifest
 from qsens.pipeline import compute
 from qsens.pipeline.audit import audit, find_audits, is_audited
 from qsens.pipeline.cell import calibrate, score
-from qsens.pipeline.failures import failure_to_tell, keep_failure
+from qsens.pipeline.failures import failure_to_tell, keep_failure, tell
 from qsens.pipeline.plan import plan_json, plan_sweep
 from qsens.pipeline.publish import publish, report
 from qsens.pipeline.recipe import write_recipe
@@ -436,18 +436,18 @@ def test_each_step_tells_once_and_then_computes_again(
     assert len(passes) == 1
     for cell in (one, two):
         assert calibrate(made, cell.cell)["computed"] is False
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(QsensError) as caught:
             score(made, cell.cell)
         assert caught.value.where == cell.cell
     assert len(passes) == 1
     # A retry computes, for the others as well.
-    with pytest.raises(UserError):
+    with pytest.raises(QsensError):
         score(made, one.cell)
     assert len(passes) == 2
-    with pytest.raises(UserError):
+    with pytest.raises(QsensError):
         score(made, two.cell)
     assert len(passes) == 2
-    with pytest.raises(UserError):
+    with pytest.raises(QsensError):
         score(made, two.cell)
     assert len(passes) == 3
 
@@ -477,9 +477,23 @@ def test_a_failure_that_is_not_what_was_written_counts_as_not_there(
     cell = made.cell("wone_afp16-small")
     path = Store(made).failure(cell)
     path.write_text(path.read_text().replace("wone", "wtwo"))
-    with pytest.raises(UserError):
+    with pytest.raises(QsensError):
         score(made, cell.cell)
     assert len(passes) == 2
+
+
+@pytest.mark.parametrize("kind", [UserError, OutOfMemory, Fault])
+def test_a_failure_is_told_as_the_error_that_it_was(kind: type[QsensError], whole: Plan) -> None:
+    store, (cell, other) = Store(whole), whole.cells
+    error = kind("no such format", where=cell.cell, remedy="Mend it.")
+    keep_failure(store, cell, error)
+    with pytest.raises(kind) as caught:
+        tell(store, cell)
+    assert caught.value.as_dict() == error.as_dict()
+    tell(store, cell)  # once
+    # What may pass by itself is told of nobody else: each one tries.
+    keep_failure(store, other, TryAgain("is being computed by another process"))
+    tell(store, other)
 
 
 def test_no_bit_that_flips_in_a_failure_is_told(whole: Plan) -> None:
@@ -501,10 +515,10 @@ def test_a_step_that_is_told_takes_its_whole_lane_only_once(
 ) -> None:
     """In another order: the failing one comes first, as its own step computes."""
     made = plan(BROKEN)
-    with pytest.raises(UserError):
+    with pytest.raises(QsensError):
         score(made, "wone_afp16-small")
     for name in ("wtwo", "wthree"):
-        with pytest.raises(UserError):
+        with pytest.raises(QsensError):
             score(made, f"{name}_afp16-small")
     assert score(made, "wint8_afp16-small")["computed"] is False
     assert len(passes) == 1
