@@ -16,11 +16,9 @@ MIB = 1 << 20
 V1 = "9:name=systemd:/\n4:cpuset,memory:/docker/abc\n0::/\n"
 
 
-def tree(root: Path, files: dict[str, str], *, cgroup: str, available_mib: int = 4096) -> Path:
+def tree(root: Path, files: dict[str, str], *, cgroup: str) -> Path:
     """Write the files of a host with 1 GiB free, and 4 GiB available."""
-    meminfo = (
-        f"MemTotal: 9000000 kB\nMemFree: 1048576 kB\nMemAvailable: {available_mib * 1024} kB\n"
-    )
+    meminfo = "MemTotal: 9000000 kB\nMemFree: 1048576 kB\nMemAvailable: 4194304 kB\n"
     for name, text in {"proc/meminfo": meminfo, "proc/self/cgroup": cgroup, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
