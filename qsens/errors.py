@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from qsens.visible import visible
+
 
 class QsensError(Exception):
     """Base of all errors that qsens raises on purpose.
@@ -38,9 +40,9 @@ class QsensError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        """Return what, where and remedy as one or two lines."""
-        head = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{head}\n{self.remedy}" if self.remedy else head
+        """Return what, where and remedy as one or two lines, whatever the names in them hold."""
+        head = visible(f"{self.where}: {self.what}" if self.where else self.what)
+        return f"{head}\n{visible(self.remedy)}" if self.remedy else head
 
     def as_dict(self) -> dict[str, str]:
         """Return the error as the command line prints it under ``--json``."""

@@ -40,7 +40,7 @@ class ProgressLine:
         """Start a bar on a terminal."""
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
@@ -78,7 +78,7 @@ class ProgressLine:
             left = (now - self._started) / done * (total - done) if done else None
             tail = f", {left:.0f} s left" if left is not None and done < total else ""
             text = f"{self._label(cell, phase)} {done}/{total}{tail}"
-            self._console.print(text, markup=False)
+            self._console.print(text)
 
     def _label(self, cell: str, phase: str) -> str:
         if len(self._cells) < 2 or cell not in self._cells:

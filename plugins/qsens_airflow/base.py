@@ -14,6 +14,7 @@ from airflow.sdk.exceptions import (
 )
 
 from qsens.errors import AnswerIsNo, DiskFull, OutOfMemory, TryAgain, UserError
+from qsens.visible import visible
 from qsens_airflow.child import Child, Ended
 
 _FINAL = (UserError.exit_code, AnswerIsNo.exit_code)
@@ -121,4 +122,4 @@ def one_line(error: dict[str, str]) -> str:
     """Return an error, as the command line prints it, in one line: where, what, remedy."""
     where = f"{error['where']}: " if error.get("where") else ""
     remedy = f" | {error['remedy']}" if error.get("remedy") else ""
-    return " ".join(f"{where}{error.get('what', '')}{remedy}".split())
+    return visible(" ".join(f"{where}{error.get('what', '')}{remedy}".split()))

@@ -6,17 +6,18 @@ JSON goes to stdout with ``--json``; progress and messages go to stderr. Exit co
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import traceback
+from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
 
 from qsens import __version__
-from qsens.cli.base import app, stderr
+from qsens.cli.base import app, print_json, say_error
 from qsens.errors import Fault, QsensError
+from qsens.visible import LINES, visible
 
 # Each adds its verbs; help lists them in this order.
 from qsens.cli import steps  # isort: skip
@@ -28,7 +29,11 @@ __all__ = ["app", "fail", "findings", "inputs", "main", "steps"]
 def main() -> None:
     """Run the command line; an error on purpose is one message and its exit code."""
     as_json = "--json" in sys.argv[1:]
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Visible("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    logging.captureWarnings(True)
+    sys.excepthook = _show_bug
     try:
         app(standalone_mode=True)
     except QsensError as error:
@@ -41,11 +46,24 @@ def main() -> None:
 def fail(error: QsensError, *, as_json: bool) -> NoReturn:
     """Print an error once and leave with its exit code."""
     if as_json:
-        print(json.dumps(error.as_dict(), ensure_ascii=False))
+        print_json(error.as_dict())
     if isinstance(error, Fault) and error.__cause__ is not None:
-        traceback.print_exception(error.__cause__)
-    stderr.print("error: " + str(error), style="red", markup=False)
+        _show(error.__cause__)
+    say_error(error)
     sys.exit(error.exit_code)
+
+
+class _Visible(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), LINES)
+
+
+def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _show(error)
+
+
+def _show(error: BaseException) -> None:
+    sys.stderr.write(visible("".join(traceback.format_exception(error)), LINES))
 
 
 @app.callback(invoke_without_command=True)

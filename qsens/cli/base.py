@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from qsens.config import choices
-from qsens.errors import UserError
+from qsens.errors import QsensError, UserError
+from qsens.visible import visible, visible_json
 
 app = typer.Typer(
     name="qsens",
@@ -20,8 +22,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-stdout = Console(highlight=False, soft_wrap=True)
+
+
+class Terminal(Console):
+    """A console that shows text as it is: neither as markup, nor as what controls a terminal."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def render_str(self, text: str, **kwargs: Any) -> Text:
+        """Return the one line that is printed for ``text``, in messages and tables alike."""
+        return super().render_str(visible(text), **kwargs)
+
+
+stderr = Terminal(stderr=True)
+stdout = Terminal()
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 PlanFile = Annotated[Path, typer.Option("--plan", help="plan.json, from `qsens plan --out`.")]
@@ -53,9 +68,15 @@ def split(words: list[str] | None) -> tuple[str, list[str]]:
 def say_notices(notices: list[str]) -> None:
     """Print the notices of a plan."""
     for notice in notices:
-        stderr.print(f"note: {notice}", style="yellow", markup=False)
+        stderr.print(f"note: {notice}", style="yellow")
+
+
+def say_error(error: QsensError) -> None:
+    """Print the lines of an error."""
+    for line in f"error: {error}".splitlines():
+        stderr.print(line, style="red")
 
 
 def print_json(value: Any) -> None:
     """Print a value as one line of JSON."""
-    print(json.dumps(value, ensure_ascii=False))
+    print(visible_json(json.dumps(value, ensure_ascii=False)))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from qsens.cli.base import (
@@ -25,6 +24,7 @@ from qsens.config.models import Coverage
 from qsens.errors import AnswerIsNo
 from qsens.grid import read_plan
 from qsens.progress import ProgressLine
+from qsens.visible import LINES, visible
 
 if TYPE_CHECKING:
     from qsens.report.compare import Comparison
@@ -51,7 +51,7 @@ def report(
         print_json(written)
         return
     for path in written["reports"]:
-        stdout.print(path, markup=False)
+        stdout.print(path)
 
 
 @app.command()
@@ -79,7 +79,7 @@ def compare(
         return
     _print_comparison(found, count)
     if html is not None:
-        stdout.print(str(html), markup=False)
+        stdout.print(str(html))
 
 
 @app.command()
@@ -213,11 +213,12 @@ def _say_recipe(found: dict[str, Any], *, as_json: bool) -> None:
 
     say_notices(found["notices"])
     for entry in found["left_out"]:
-        stderr.print(f"left out: {LeftOut(**entry).words}", style="yellow", markup=False)
+        stderr.print(f"left out: {LeftOut(**entry).words}", style="yellow")
     if "check" in found:
         _print_check(found["check"])
     if found["path"] is None:
-        sys.stdout.write(found["recipe"])
+        recipe = found["recipe"]
+        sys.stdout.write(visible(recipe, LINES) if sys.stdout.isatty() else recipe)
         return
     _print_recipe(found)
 
@@ -249,10 +250,9 @@ def _print_check(found: dict[str, Any]) -> None:
         stderr.print(
             f"rounding activations costs the unquantized model {floor:.1e} nats a token by itself; "
             f"the recipe {found['measured'][0]['divergence'] / floor:.1f} times that",
-            markup=False,
         )
     for name in found["better"]:
-        stderr.print(f"better than the recipe: {name}", style="yellow", markup=False)
+        stderr.print(f"better than the recipe: {name}", style="yellow")
 
 
 def _print_audits(found: dict[str, Any]) -> None:
@@ -278,10 +278,9 @@ def _print_audits(found: dict[str, Any]) -> None:
         stdout.print(
             f"true KL divergence is measured in float32; rounding activations alone costs a whole "
             f"model {max(floors):.1e} nats a token, in any format",
-            markup=False,
         )
     for entry in found["missing"]:
-        stdout.print(f"not audited: {entry['cell']}: {entry['reason']}", markup=False)
+        stdout.print(f"not audited: {entry['cell']}: {entry['reason']}")
 
 
 def _print_recipe(found: dict[str, Any]) -> None:
@@ -302,7 +301,7 @@ def _print_recipe(found: dict[str, Any]) -> None:
             f"{price['source']}{over}" if price else "",
         )
     stdout.print(table)
-    stdout.print(found["path"], markup=False)
+    stdout.print(found["path"])
 
 
 def _print_verified(result: dict[str, Any], method: str) -> None:
@@ -310,7 +309,6 @@ def _print_verified(result: dict[str, Any], method: str) -> None:
         stdout.print(
             f"both scored by {result['method']}, not by the plan's {method}: it is the score that "
             "ModelOpt defines",
-            markup=False,
         )
     verdict = "agree" if result["agrees"] else "DISAGREE"
     rho = "" if result["spearman"] is None else f", Spearman's rho {result['spearman']:.6f}"
@@ -318,7 +316,6 @@ def _print_verified(result: dict[str, Any], method: str) -> None:
         f"{result['cell']}: the engines {verdict}: largest relative difference "
         f"{result['largest']:.2e} (allowed {result['tolerance']:.0e}), "
         f"median {result['median']:.2e}{rho}",
-        markup=False,
     )
     table = Table(title="groups that differ most", title_justify="left")
     for column in ("group", "fused", "modelopt", "relative difference"):
@@ -327,12 +324,12 @@ def _print_verified(result: dict[str, Any], method: str) -> None:
         table.add_row(name, f"{ours:.6e}", f"{theirs:.6e}", f"{difference:.2e}")
     stdout.print(table)
     for name in result["only_in_one"]:
-        stdout.print(f"only one engine scored {name}", markup=False)
+        stdout.print(f"only one engine scored {name}")
 
 
 def _print_comparison(found: Comparison, count: int) -> None:
     for entry in found.differences:
-        stdout.print(f"{entry.cause}: {entry.what}: {entry.before} -> {entry.after}", markup=False)
+        stdout.print(f"{entry.cause}: {entry.what}: {entry.before} -> {entry.after}")
     table = Table(title=f"{found.before} against {found.after}", title_justify="left")
     for column in ("cell", "samples", "total A", "total B", "Spearman", "moved"):
         table.add_column(column)
@@ -350,5 +347,5 @@ def _print_comparison(found: Comparison, count: int) -> None:
     for cell, group in changed[:count]:
         scores = ("-" if value is None else f"{value:.3e}" for value in (group.before, group.after))
         change = "-" if group.relative is None else f"{100 * group.relative:+.1f} %"
-        table.add_row(escape(cell.name), escape(group.layer), *scores, change, group.status)
+        table.add_row(cell.name, group.layer, *scores, change, group.status)
     stdout.print(table)

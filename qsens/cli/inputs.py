@@ -55,7 +55,7 @@ def demo_model(
         print_json(described)
         return
     for name, value in described.items():
-        stdout.print(f"{name}: {value}", markup=False)
+        stdout.print(f"{name}: {value}")
 
 
 @app.command("fetch-model")
@@ -83,7 +83,7 @@ def fetch_model(
         print_json(fetched)
         return
     for name, value in fetched.items():
-        stdout.print(f"{name}: {value}", markup=False)
+        stdout.print(f"{name}: {value}")
 
 
 @app.command()
@@ -123,9 +123,9 @@ def captions(
         print_json(made)
         return
     for name, file in made["files"].items():
-        stdout.print(f"{name}: {file['samples']} samples, {file['path']}", markup=False)
+        stdout.print(f"{name}: {file['samples']} samples, {file['path']}")
     for reason, count in made["left_out"].items():
-        stderr.print(f"note: left out: {count} {reason}", style="yellow", markup=False)
+        stderr.print(f"note: left out: {count} {reason}", style="yellow")
 
 
 @app.command()
@@ -170,6 +170,6 @@ def doctor(as_json: Json = False) -> None:
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             if isinstance(value, dict):
                 text = "; ".join(f"{key}: {item}" for key, item in value.items())
-            stdout.print(f"{name}: {text}", markup=False)
+            stdout.print(f"{name}: {text}")
     for problem in found["problems"]:
-        stdout.print(f"problem: {problem}", style="yellow", markup=False)
+        stdout.print(f"problem: {problem}", style="yellow")

@@ -16,6 +16,7 @@ from qsens.cli.base import (
     Words,
     app,
     print_json,
+    say_error,
     say_notices,
     split,
     stderr,
@@ -78,7 +79,7 @@ def sweep(
     with ProgressLine(stderr, cells=[cell.cell for cell in made.cells]) as line:
         published, errors = run_sweep(made, progress=line.update)
     for error in errors:
-        stderr.print("error: " + str(error), style="red", markup=False)
+        say_error(error)
     _print_published(published, as_json)
     if errors:
         sys.exit(errors[0].exit_code)
@@ -123,7 +124,7 @@ def _print_step(outcome: dict[str, Any], as_json: bool) -> None:
         print_json(outcome)
         return
     words = "computed" if outcome["computed"] else outcome["status"]
-    stdout.print(f"{outcome['cell']}: {words} in {outcome['seconds']} s", markup=False)
+    stdout.print(f"{outcome['cell']}: {words} in {outcome['seconds']} s")
 
 
 def _print_published(published: dict[str, Any], as_json: bool) -> None:
@@ -131,8 +132,8 @@ def _print_published(published: dict[str, Any], as_json: bool) -> None:
         print_json(published)
         return
     for entry in (*published["missing"], *published["partial"]):
-        stdout.print(f"PARTIAL: {entry['cell']}: {entry['reason']}", style="red", markup=False)
-    stdout.print(published["index"], markup=False)
+        stdout.print(f"PARTIAL: {entry['cell']}: {entry['reason']}", style="red")
+    stdout.print(published["index"])
 
 
 def _print_keys(as_json: bool) -> None:
@@ -145,4 +146,4 @@ def _print_keys(as_json: bool) -> None:
         table.add_column(column, overflow="fold")
     for row in described:
         table.add_row(row["key"], row["default"], row["allowed"], row["meaning"])
-    stdout.print(table, markup=False)
+    stdout.print(table)
