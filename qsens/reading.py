@@ -197,6 +197,11 @@ def files_in(directory: Path, *, remedy: str) -> list[Path]:
         raise _refused(error, shown(directory), remedy, UserError) from error
 
 
+def may_pass(error: OSError) -> bool:
+    """Return whether another try may succeed: it is the machine that fails, not the file."""
+    return error.errno in _PASSING
+
+
 def shown(value: object) -> str:
     """Return what a file says, or a path, as a message shows it: on one line, not too long."""
     if isinstance(value, Path):
@@ -227,11 +232,10 @@ def _mode(path: Path, remedy: str) -> int | None:
 def _refused(
     cause: OSError | ValueError, where: str, remedy: str, error: type[UserError]
 ) -> QsensError:
-    number = cause.errno if isinstance(cause, OSError) else None
-    if number is None:  # a name that no file can have
+    if not isinstance(cause, OSError) or cause.errno is None:  # a name that no file can have
         return error(f"cannot be read: {cause}", where=where, remedy=remedy)
-    words = f"cannot be read: {os.strerror(number)}"
-    if number in _PASSING:
+    words = f"cannot be read: {os.strerror(cause.errno)}"
+    if may_pass(cause):
         return TryAgain(words, where=where, remedy="Try again; look after the disk if it stays.")
     return error(words, where=where, remedy=remedy)
 
