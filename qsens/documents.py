@@ -7,6 +7,7 @@ of the first version have none: they are read, and nobody can tell whether they 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,12 +18,22 @@ from qsens.errors import Damaged, UserError
 
 # Documents of this version and later ones have a checksum.
 SEALED_SINCE = 2
+# Documents hold some MiB, and a ModelOpt configuration is their deepest part.
+_MOST_BYTES = 1 << 26
+_DEEPEST = 50
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def read_document(
-    model: type[_Model], path: Path, *, what: str, version: int, name: str, again: str
+    model: type[_Model],
+    path: Path,
+    *,
+    what: str,
+    version: int,
+    name: str,
+    again: str,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> _Model:
     """Read a file that qsens wrote from ``model``.
 
@@ -33,6 +44,7 @@ def read_document(
         version: The newest version of its schema that this qsens reads.
         name: Remedy where it cannot be read.
         again: Remedy where it is something else, or not what was written.
+        prepare: Makes of the data of an older version what ``model`` reads.
 
     Raises:
         Damaged: It cannot be read, is something else, or does not match its checksum; the message
@@ -40,9 +52,10 @@ def read_document(
         UserError: A newer qsens wrote it.
     """
     try:
-        data = json.loads(path.read_bytes())
+        data = _read(path)
     except OSError as error:
-        raise Damaged(f"cannot be read: {error.strerror}", where=str(path), remedy=name) from error
+        reason = error.strerror or str(error)
+        raise Damaged(f"cannot be read: {reason}", where=str(path), remedy=name) from error
     except (ValueError, RecursionError) as error:
         raise Damaged(f"cannot be read: {error}", where=str(path), remedy=name) from error
     if isinstance(data, dict):
@@ -52,6 +65,8 @@ def read_document(
         refuse_newer(what, known, version, where=str(path))
         if data.get(CHECKSUM) is not None or known >= SEALED_SINCE:
             _refuse_broken_seal(data, path, again)
+        if prepare is not None:
+            data = prepare(data)
     try:
         return model.model_validate(data)
     except UserError as error:  # of a document inside it
@@ -94,6 +109,27 @@ def dump_document(document: BaseModel | dict[str, Any]) -> str:
     """Return a document as its file holds it, with the checksum of its content."""
     data = document.model_dump(mode="json") if isinstance(document, BaseModel) else document
     return dump_json(sealed(data))
+
+
+def _read(path: Path) -> Any:
+    """Return the JSON of a file; what is read is bounded in length and in depth."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError("it is no file")
+    if path.stat().st_size > _MOST_BYTES:
+        raise OSError(f"it has more than {_MOST_BYTES >> 20} MiB")
+    data = json.loads(path.read_bytes())
+    level = [data]
+    for _ in range(_DEEPEST):
+        level = [item for node in level for item in _items(node)]
+        if not level:
+            return data
+    raise ValueError(f"it is nested more than {_DEEPEST} deep")
+
+
+def _items(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return list(node.values())
+    return node if isinstance(node, list) else []
 
 
 def _refuse_broken_seal(data: dict[str, Any], path: Path, again: str) -> None:

@@ -2,11 +2,13 @@
 
 Keys that older tools read (``scheme``, ``model.id``, ``layers``, ``autoquant_state``,
 ``layer_sensitivity``, ``sensitivity_ranking``) keep their names and meaning; what is newer is
-optional here, so that manifests of the older layout load as well.
+optional here. Of the older layout only ``layer_sensitivity`` is required: whatever else is missing
+there is unknown.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +21,7 @@ from qsens.documents import dump_document as dump_document
 from qsens.documents import dump_json as dump_json
 from qsens.documents import read_document, refuse_newer
 from qsens.errors import UserError
+from qsens.lenient import read_leniently
 from qsens.names import FUSED, Kind, depth_of, group_name, kind_of
 
 SCHEMA_VERSION = 2
@@ -31,7 +34,10 @@ Verdict = Literal["trust", "rank only", "do not trust"]
 
 
 class Section(BaseModel):
-    """Base of the manifest's sections: immutable; unknown keys are kept, for newer writers."""
+    """Base of the manifest's sections: immutable; unknown keys are kept, for newer writers.
+
+    What is null, or ``unknown``, is not recorded: results of the older layout lack much.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="allow", use_attribute_docstrings=True, protected_namespaces=()
@@ -43,18 +49,18 @@ class Scheme(Section):
 
     name: str
     """Name of the scheme, ``wfp8_afp8_autoquant_lm``."""
-    auto_quantize_bits: float
+    auto_quantize_bits: float | None
     """Target of the search, in bits a weight."""
     auto_quantize_method: str
     """The score: ``gradient``."""
-    auto_quantize_score_size: int
+    auto_quantize_score_size: int | None
     """Samples scored at most."""
     auto_quantize_batch_size: int | None = None
     """Samples of a nominal batch, consecutive ones in file order: ``T_b`` counts the label tokens
     of one. Null in results older than this key."""
     coverage_mode: str
     """Part of the model that may be quantized: ``lm_only``, ``all_layers``."""
-    coverage_fraction: float
+    coverage_fraction: float | None
     """Share of the covered groups that took part, 0 to 1."""
     quant_formats: list[str]
     """Names of the formats searched, one here."""
@@ -90,21 +96,21 @@ class Dataset(Section):
     """What a sample is: ``text``, a caption alone; ``image_text``, a picture and its caption."""
     size: str
     """Calibration size: ``small``, ``medium``, ``large``."""
-    samples_asked: int
+    samples_asked: int | None
     """Samples that the size asks for."""
-    samples_used: int
+    samples_used: int | None
     """Samples that calibration used."""
-    samples_scored: int
+    samples_scored: int | None
     """Samples that the score used."""
-    tokens: int
+    tokens: int | None
     """Real tokens of the samples used."""
-    label_tokens: int
+    label_tokens: int | None
     """Label tokens of the samples scored: real tokens predicted from real tokens."""
-    padding_share: float
+    padding_share: float | None
     """Padded tokens over all tokens that went through the model, 0 to 1; none enters a number."""
-    truncated: int
+    truncated: int | None
     """Samples cut at ``calib_seq_len`` tokens."""
-    calib_seq_len: int
+    calib_seq_len: int | None
     """Longest sample, in tokens."""
     pictures_digest: str | None = None
     """SHA-256 over the contents of the pictures; null for ``text``."""
@@ -125,9 +131,9 @@ class Quantization(Section):
     """Name of the precision pair, ``wfp8_afp8``."""
     granularity: str
     """Name of the granularity."""
-    experimental: bool
+    experimental: bool | None
     """Whether nobody is known to deploy the pair."""
-    effective_bits: float
+    effective_bits: float | None
     """Bits a weight costs in this format, block scales included."""
     modelopt_config: dict[str, Any]
     """The ModelOpt configuration in full."""
@@ -151,7 +157,7 @@ class Versions(Section):
 class Layer(Section):
     """One module that can be quantized."""
 
-    quantized: bool
+    quantized: bool | None
     """Whether the search chose to quantize it, at the target of effective bits."""
     module_type: str
     """Its class under ModelOpt."""
@@ -185,11 +191,11 @@ class Experts(Section):
 class GroupSensitivity(Section):
     """Modules that share one format, and how much the format hurts them."""
 
-    formats: list[str]
+    formats: list[str] = Field(min_length=1)
     """Format names with their effective bits; the last is no quantization."""
-    scores: list[float | None]
+    scores: list[float | None] = Field(min_length=1)
     """Raw score of each format; none where it is not a finite number or was not computed."""
-    costs: list[float]
+    costs: list[float] | None = Field(min_length=1)
     """ModelOpt's size of the group in each format, in 16-bit words."""
     importance: float | None
     """The score of the format searched."""
@@ -354,7 +360,7 @@ class Manifest(Section):
     """Seconds by phase: ``load``, ``calibrate``, ``score``; of the whole pass."""
     memory: dict[str, float] = {}
     """GiB above the weights in that pass: ``predicted`` and ``peak``."""
-    num_quantized_layers: int
+    num_quantized_layers: int | None
     """Modules that can be quantized, covered or not."""
     layers: dict[str, Layer]
     """Those modules, by name."""
@@ -394,6 +400,7 @@ def read_manifest(path: Path) -> Manifest:
         version=SCHEMA_VERSION,
         name="Name a whole manifest.",
         again=f"Name a manifest that ends in {MANIFEST_SUFFIX}, or publish its sweep again.",
+        prepare=_of_today,
     )
     if manifest.schema_version > 0:
         return manifest
@@ -423,6 +430,19 @@ def find_manifest(directory: Path) -> Path:
     )
 
 
+def _of_today(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest of the older layout as one of today; what it lacks is unknown."""
+    if data.get("schema_version", 0) > 0:
+        return data
+    rows = data.get("layer_sensitivity")
+    if isinstance(rows, dict):
+        unknown = dict.fromkeys(("costs", "importance", "rank"))
+        rows = {key: unknown | row if isinstance(row, dict) else row for key, row in rows.items()}
+    # The rows are read strictly: a message names what is wrong with them.
+    strictly = {"layer_sensitivity": rows} if "layer_sensitivity" in data else {}
+    return read_leniently(Manifest, data) | strictly
+
+
 def _complete(key: str, row: GroupSensitivity, layers: Mapping[str, Layer]) -> GroupSensitivity:
     """Give a row of the older layout what the newer one states."""
     name = group_name(key)
@@ -434,11 +454,11 @@ def _complete(key: str, row: GroupSensitivity, layers: Mapping[str, Layer]) -> G
     status: Status = "scored"
     if unquantized:
         status = "disabled"
-    elif score is None:
+    elif score is None or not math.isfinite(score):
         status = "non_finite"
     elif score == 0:
         status = "no_gradient"
-    bits = re.search(r"effective-bits: ([\d.]+)", row.formats[0])
+    bits = re.search(r"effective-bits: ([0-9]{1,3}(?:\.[0-9]+)?)\)", row.formats[0])
     return row.model_copy(
         update={
             "members": row.members or members or [name],
@@ -447,6 +467,6 @@ def _complete(key: str, row: GroupSensitivity, layers: Mapping[str, Layer]) -> G
             "status": status,
             "num_bits": float(bits.group(1)) if bits else None,
             "sensitivity": score if status == "scored" else None,
-            "size_cost": row.costs[0],
+            "size_cost": row.costs[0] if row.costs else None,
         }
     )

@@ -36,5 +36,5 @@ def kind_of(name: str, vision: bool = False) -> Kind:
 
 def depth_of(name: str) -> int | None:
     """Return the index of a module's layer, from its name; none outside the layers."""
-    match = re.search(r"\.(?:layers|blocks|h)\.(\d+)\.", name)
+    match = re.search(r"\.(?:layers|blocks|h)\.([0-9]{1,4})\.", name)
     return int(match.group(1)) if match else None

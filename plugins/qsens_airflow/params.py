@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from qsens.config import Roots, SweepConfig, choices, load_sweep
 from qsens.config.models import Frozen
+from qsens.config.overrides import LONGEST
 from qsens.errors import UserError
 
 # Params that stand for one key of the configuration; a param's name is the key's last part.
@@ -27,6 +28,8 @@ _OWN = {key: name for name, key in AXES.items()} | {
     "runner.force": "force",
     "runner.report_only": "mode",
 }
+# Characters of all overrides of a run; one may have LONGEST.
+MOST_OVERRIDES = 2 * LONGEST
 SWEEP_ID = r"^(\d{8}T\d{9}Z-[0-9a-f]{8})?$"
 _AS_PRESET = "Empty: as the preset says."
 
@@ -51,7 +54,7 @@ class SweepParams(Frozen):
     again, from its manifests, and computes nothing."""
     force: bool = False
     """Compute again what is there already, as new results."""
-    overrides: str | None = None
+    overrides: str | None = Field(default=None, max_length=MOST_OVERRIDES)
     """More of the configuration, as on the command line: ``key=value`` separated by spaces or line
     ends, for example ``autoquant.score_size=64 dataset.max_calib_samples=8``."""
     sweep: str | None = Field(default=None, pattern=SWEEP_ID)
@@ -154,9 +157,12 @@ def dag_params(preset: str, roots: Roots | None = None) -> dict[str, Param]:
         elif allowed := _literals(field):
             params[name] = Param(field.default, description_md=text, type="string", enum=allowed)
         else:
-            rule = ("pattern", SWEEP_ID) if name == "sweep" else ("format", "multiline")
-            schema: dict[str, Any] = {"type": ["null", "string"], rule[0]: rule[1]}
-            params[name] = Param(None, description_md=text, **schema)
+            schema: dict[str, Any] = (
+                {"pattern": SWEEP_ID}
+                if name == "sweep"
+                else {"format": "multiline", "maxLength": MOST_OVERRIDES}
+            )
+            params[name] = Param(None, description_md=text, type=["null", "string"], **schema)
     return params
 
 

@@ -14,6 +14,8 @@ from qsens.manifest import GroupSensitivity, Manifest, Status
 from qsens.names import Kind, group_name, kind_of
 
 _Key = TypeVar("_Key", bound=Hashable)
+# No score is near it, and the sum of a hundred million such numbers is still finite.
+_LARGEST = 1e300
 
 
 class Row(Frozen):
@@ -213,8 +215,8 @@ def normalise_name(name: str) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """Return ``value``, or none where it is not a finite number."""
-    return value if value is not None and math.isfinite(value) else None
+    """Return ``value``, or none where it is no finite number, or a sum of such would be none."""
+    return value if value is not None and abs(value) <= _LARGEST else None
 
 
 def _parts(rows: Iterable[tuple[_Key, Row]]) -> dict[_Key, Part]:

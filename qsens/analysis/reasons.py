@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qsens.config.models import Frozen
+from qsens.lenient import UNKNOWN
 from qsens.manifest import Manifest
 
 Cause = Literal["checkpoint", "captions", "versions", "configuration"]
@@ -71,7 +72,7 @@ def inputs(manifest: Manifest) -> dict[tuple[Cause, str], str]:
             ("versions", "modelopt"): versions.modelopt,
             ("versions", "device"): versions.device,
         }
-    return {key: str(value) for key, value in found.items() if value is not None}
+    return {key: str(value) for key, value in found.items() if value not in (None, "", UNKNOWN)}
 
 
 def settings(config: Mapping[str, Any]) -> dict[tuple[Cause, str], str]:

@@ -19,22 +19,11 @@ from pydantic import BaseModel, ValidationError
 
 from qsens.config.base import LONGEST_NAME, NAME
 from qsens.config.models import SweepConfig
+from qsens.config.overrides import CHOICES, COMMAND_LINE, nest, parse_overrides, quoted, unknown_key
 from qsens.config.pairs import GranularityConfig, PairConfig
 from qsens.config.roots import Roots
 from qsens.errors import UserError
 
-# Keys that choose a file below configs/, and whether several may be chosen.
-_CHOICES = {"model": False, "dataset": False, "quant_pair": True, "quant_granularity": True}
-_LISTS = {
-    "quant_pair",
-    "quant_granularity",
-    "coverage",
-    "dataset.size",
-    "model.language_patterns",
-    "model.vision_patterns",
-    "model.head_patterns",
-}
-_COMMAND_LINE = "the command line"
 # Set in each file's own section, so that paths can start where the file lies.
 _HERE = "here"
 
@@ -104,7 +93,7 @@ def load_sweep(
             where the value came from.
     """
     roots = roots or Roots.from_environment()
-    given = _parse(overrides)
+    given = parse_overrides(overrides)
     sources = _Sources()
     sweep, label = _read("sweep", preset, roots, where="PRESET")
     chosen = _choose(sweep.pop("defaults", None) or {}, label, given)
@@ -118,15 +107,14 @@ def load_sweep(
                 section["name"] = name
             sections.append(section)
             sources.layers.append((file, {group: section}))
-        tree[group] = sections if _CHOICES[group] else sections[0]
+        tree[group] = sections if CHOICES[group] else sections[0]
     sources.layers.append((label, sweep))
-    nested = _nest(given)
-    sources.layers.append((_COMMAND_LINE, nested))
+    nested = nest(given)
+    sources.layers.append((COMMAND_LINE, nested))
 
     # A data set may lie beside the checkpoint, wherever that is.
     path = {"model": {"path": given["model.path"]}} if given.get("model.path") else {}
     resolved = _resolve(OmegaConf.merge(tree, sweep, path), label)
-    _refuse_unknown(nested, SweepConfig, "", sources)
     notices = _names_from_path(nested, given, roots)
     config = _validate(OmegaConf.to_container(OmegaConf.merge(resolved, nested)), sources)
     config = _absolute(config, roots)
@@ -139,51 +127,20 @@ def load_sweep(
     return Loaded(config, tuple(notices))
 
 
-def _parse(overrides: Iterable[str]) -> dict[str, Any]:
-    parsed: dict[str, Any] = {}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        key = key.strip().lstrip("+")
-        if not separator or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-            raise UserError(
-                f"'{override}' is no override",
-                where=_COMMAND_LINE,
-                remedy="Write key=value, for example dataset.size=small,medium.",
-            )
-        if "${" in text:
-            raise UserError(
-                f"'{text}' holds an interpolation",
-                where=f"{key} ({_COMMAND_LINE})",
-                remedy="${...} works in files below configs/ only; write the value itself.",
-            )
-        if key in _LISTS:
-            parsed[key] = [part.strip() for part in text.strip("[] ").split(",") if part.strip()]
-            continue
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        # A path or a name may look like anything to YAML; only these are meant as such.
-        parsed[key] = value if isinstance(value, bool | int | float | dict | list) else text
-        if value is None and text.strip() in ("null", "~"):
-            parsed[key] = None
-    return parsed
-
-
 def _choose(
     defaults: dict[str, Any], label: str, given: dict[str, Any]
 ) -> dict[str, tuple[list[str], str]]:
     """Say which files are chosen; takes the choices out of ``given``."""
-    unknown = sorted(set(defaults) - set(_CHOICES))
+    unknown = sorted(set(defaults) - set(CHOICES))
     if unknown:
         raise UserError(
             f"unknown key '{unknown[0]}'",
             where=f"defaults ({label})",
-            remedy=f"Allowed: {', '.join(_CHOICES)}.",
+            remedy=f"Allowed: {', '.join(CHOICES)}.",
         )
     chosen: dict[str, tuple[list[str], str]] = {}
-    for group, several in _CHOICES.items():
-        origin = _COMMAND_LINE if group in given else label
+    for group, several in CHOICES.items():
+        origin = COMMAND_LINE if group in given else label
         value = given.pop(group) if group in given else defaults.get(group)
         if value is None and group == "quant_granularity":
             value = "default"
@@ -235,40 +192,10 @@ def _resolve(tree: Any, label: str) -> dict[str, Any]:
             remedy="Mend the ${...} in the file.",
         ) from error
     assert isinstance(data, dict)
-    for group, several in _CHOICES.items():
+    for group, several in CHOICES.items():
         for section in data[group] if several else [data[group]]:
             section.pop(_HERE, None)
     return {str(key): value for key, value in data.items()}
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, leaf = key.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
-
-
-def _refuse_unknown(
-    tree: dict[str, Any], model: type[BaseModel], prefix: str, sources: _Sources
-) -> None:
-    for key, value in tree.items():
-        dotted = f"{prefix}{key}"
-        if key not in model.model_fields:
-            raise _unknown_key(dotted, list(model.model_fields), sources)
-        annotation = model.model_fields[key].annotation
-        if isinstance(value, dict) and isinstance(annotation, type):
-            if issubclass(annotation, BaseModel):
-                _refuse_unknown(value, annotation, f"{dotted}.", sources)
-        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            raise UserError(
-                "is a section, not a value",
-                where=f"{dotted} ({_COMMAND_LINE})",
-                remedy=f"Allowed: {', '.join(f'{dotted}.{k}' for k in annotation.model_fields)}.",
-            )
 
 
 def _names_from_path(nested: dict[str, Any], given: dict[str, Any], roots: Roots) -> list[str]:
@@ -304,10 +231,10 @@ def _validate(tree: Any, sources: _Sources) -> SweepConfig:
         first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
     if first["type"] == "extra_forbidden":
-        raise _unknown_key(key, _siblings(first["loc"]), sources)
+        raise unknown_key(key, _siblings(first["loc"]), sources.of(key))
     message = first["msg"].removeprefix("Value error, ")
     value = first.get("input")
-    got = f", got {value!r}" if isinstance(value, str | int | float | bool) else ""
+    got = f", got {quoted(value)}" if isinstance(value, str | int | float | bool) else ""
     raise UserError(
         f"{message}{got}",
         where=f"{key or 'sweep'} ({sources.of(key)})",
@@ -366,16 +293,6 @@ def _siblings(location: Sequence[int | str]) -> list[str]:
         models = [a for a in [annotation, *arguments] if isinstance(a, type)]
         model = next((a for a in models if issubclass(a, BaseModel)), model)
     return list(model.model_fields)
-
-
-def _unknown_key(key: str, allowed: list[str], sources: _Sources) -> UserError:
-    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], allowed, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return UserError(
-        "unknown key",
-        where=f"{key} ({sources.of(key)})",
-        remedy=f"Allowed here: {', '.join(allowed)}.{hint}",
-    )
 
 
 def _absolute(config: SweepConfig, roots: Roots) -> SweepConfig:

@@ -15,6 +15,7 @@ from qsens.engine.candidates import Candidates
 from qsens.engine.experts import expert_weights, is_experts
 from qsens.engine.families import head_of
 from qsens.engine.groups import Group
+from qsens.engine.host_memory import available_memory
 from qsens.engine.parts import HEAD_ROWS, layers_of
 from qsens.engine.quantizer import WEIGHT_CHUNK
 from qsens.engine.samples import BATCH_TOKENS, Samples
@@ -76,7 +77,7 @@ def plan_budget(
         samples: The samples: how many patches of pictures a token brings along.
     """
     parameter = next(model.parameters())
-    free = limit_gb * GIB if limit_gb else _free(parameter.device) * _SHARE_OF_FREE
+    free = limit_gb * GIB if limit_gb else free_memory(parameter.device) * _SHARE_OF_FREE
     limit = int(free * memory_share())
     # Measured divergences are taken in float32; so are changes of outputs under several losses.
     wide = parameter.element_size() if losses == 1 else max(4, parameter.element_size())
@@ -290,8 +291,9 @@ def _of_experts(
     return first[0].numel() + second[0].numel(), kept, working
 
 
-def _free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be taken on a device."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_memory()

@@ -218,12 +218,12 @@ class PictureReader:
         width, height = picture.size
         if width * height > MOST_PIXELS:
             raise _Unusable(f"is enormous: {width}x{height} pixels")
-        if picture.mode != "RGB":
-            raise _Unusable(f"is not RGB: mode {picture.mode}")
         if max(width, height) > _MOST_RATIO * min(width, height):
             raise _Unusable(f"is too narrow: {width}x{height} pixels")
         picture.load()
         upright = ImageOps.exif_transpose(picture)
+        if upright.mode != "RGB":  # as processors do: transparency is left out, 16 bits are cut off
+            upright = upright.convert("RGB")
         size = self.resolution.of(*upright.size)
         return np.asarray(upright.resize(size, Image.Resampling.BICUBIC))
 

@@ -198,9 +198,10 @@ def _partial(plan: Plan, cell: Cell, dataset: Dataset, covered: list[GroupScore]
     reasons = []
     taken, allowed = plan.samples_taken(cell), plan.config.dataset.max_skipped
     beyond = too_many(dataset.skipped, taken, allowed)
-    if taken < dataset.samples_asked or beyond:
+    asked = plan.config.dataset.asked(cell.size)
+    if taken < asked or beyond:
         reasons.append(
-            f"{dataset.samples_used} of {dataset.samples_asked} samples of size '{dataset.size}'"
+            f"{dataset.samples_used} of {asked} samples of size '{dataset.size}'"
             + (f", {dataset.skipped} skipped where {allowed:.0%} may be" if beyond else "")
         )
     for status, words in (

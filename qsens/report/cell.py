@@ -13,6 +13,7 @@ from qsens.analysis.samples import SampleScores
 from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, settled, spread
 from qsens.analysis.statistic import Statistic
 from qsens.config.models import Frozen
+from qsens.lenient import UNKNOWN
 from qsens.manifest import (
     Audit,
     Dataset,
@@ -43,7 +44,7 @@ _ROWS_IN_PAGE = 300
 class Search(Frozen):
     """The outcome of ModelOpt's search at the target of effective bits."""
 
-    effective_bits_target: float
+    effective_bits_target: float | None
     """Target, in bits a weight."""
     effective_bits_reached: float | None
     """What the search reached, in bits a weight."""
@@ -116,7 +117,12 @@ class CellReport(Frozen):
     @property
     def experimental(self) -> bool:
         """Return whether nobody is known to deploy the pair."""
-        return self.quantization is not None and self.quantization.experimental
+        return self.quantization is not None and bool(self.quantization.experimental)
+
+    @property
+    def formats(self) -> str:
+        """Return the names of the formats searched."""
+        return ", ".join(self.scheme.quant_formats) or UNKNOWN
 
     @property
     def ranked(self) -> tuple[Row, ...]:
@@ -222,7 +228,7 @@ def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellR
         partial=tuple(manifest.partial),
         notices=tuple(manifest.notices),
         search=Search(
-            effective_bits_target=manifest.scheme.auto_quantize_bits,
+            effective_bits_target=finite(manifest.scheme.auto_quantize_bits),
             effective_bits_reached=finite(state.constraints.get("effective_bits")),
             score=finite(state.score),
             constraint_met=state.is_satisfied,
@@ -241,11 +247,11 @@ def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellR
 
 
 def facts(report: CellReport) -> list[tuple[str, str]]:
-    """Return label and value of all that the header states; what is not known is left out."""
+    """Return label and value of all that the header states; absent sections are left out."""
     scheme, model, search = report.scheme, report.model, report.search
     known: list[tuple[str, str | None]] = [
         ("Scheme", look.shown(scheme.name)),
-        ("Formats", ", ".join(scheme.quant_formats)),
+        ("Formats", report.formats),
         ("Model", look.shown(report.model_name)),
         ("Checkpoint", _with_digest(checkpoint_name(model.id), model.digest)),
     ]
@@ -254,8 +260,8 @@ def facts(report: CellReport) -> list[tuple[str, str]]:
         known.insert(1, ("Pair", f"{pair}, granularity {granularity}"))
     if (dataset := report.dataset) is not None:
         samples = (
-            f"{dataset.samples_asked} asked, {dataset.samples_used} used, "
-            f"{dataset.samples_scored} scored"
+            f"{look.known(dataset.samples_asked)} asked, {look.known(dataset.samples_used)} used, "
+            f"{look.known(dataset.samples_scored)} scored"
         )
         if dataset.skipped:
             samples += f", {look.count(dataset.skipped, 'picture')} skipped"
@@ -263,14 +269,21 @@ def facts(report: CellReport) -> list[tuple[str, str]]:
             ("Dataset", f"{look.shown(dataset.name)}, {dataset.size}"),
             ("Read as", samples_words(dataset.modality)),
             ("Samples", samples),
-            ("Tokens", f"{dataset.tokens}, of which {dataset.label_tokens} scored as labels"),
+            (
+                "Tokens",
+                f"{look.known(dataset.tokens)}, of which {look.known(dataset.label_tokens)} scored "
+                "as labels",
+            ),
         ]
     else:
-        known.append(("Samples scored at most", str(scheme.auto_quantize_score_size)))
+        known.append(("Samples scored at most", look.known(scheme.auto_quantize_score_size)))
     reached = search.effective_bits_reached
-    target = f"target {look.bits(search.effective_bits_target)}"
+    target = f"target {look.known(search.effective_bits_target, look.bits)}"
     known += [
-        ("Coverage", f"{scheme.coverage_mode}, {look.percent(scheme.coverage_fraction)}"),
+        (
+            "Coverage",
+            f"{scheme.coverage_mode}, {look.known(scheme.coverage_fraction, look.percent)}",
+        ),
         (
             "Effective bits",
             target if reached is None else f"{target}, reached {look.bits(reached)}",

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import posixpath
 import re
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
 
 from qsens.analysis.ranking import MeanShare, Row
+from qsens.lenient import UNKNOWN
 
 ABSENT = "–"
 NAME_LIMIT = 120
@@ -76,6 +77,11 @@ def units(method: str) -> tuple[str, str]:
         "fisher": ("nats", "nats a token"),
         "kl_div": ("nats", "nats a token"),
     }.get(method, ("unit of the method", "unit of the method"))
+
+
+def known(value: Any, show: Callable[[Any], str] = str) -> str:
+    """Return ``value`` as ``show`` shows it, or that it is not recorded."""
+    return UNKNOWN if value is None else show(value)
 
 
 def signed_percent(change: float | None) -> str:

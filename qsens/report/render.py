@@ -24,6 +24,7 @@ _FILTERS = {
     "experts_words": words.experts_words,
     "idle_words": words.idle_words,
     "independent_words": words.independent_words,
+    "known": look.known,
     # What `link` returns, or a name of our own: nothing in it needs an escape.
     "link_target": Markup,
     "mebibytes": look.mebibytes,
@@ -41,6 +42,7 @@ _FILTERS = {
     "stable_words": words.stable_words,
     "trusted_ratio": words.trusted_ratio,
     "units": look.units,
+    "unmeasured_words": words.unmeasured_words,
     "yes_no": look.yes_no,
 }
 

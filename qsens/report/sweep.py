@@ -377,14 +377,15 @@ def _done(
     report = build_cell(manifest, samples)
     dataset, quantization = report.dataset, report.quantization
     # The older layout does not say how many samples it used.
-    scored = min(plan.config.dataset.limit(cell.size), report.scheme.auto_quantize_score_size)
+    limits = (plan.config.dataset.limit(cell.size), report.scheme.auto_quantize_score_size)
+    scored = min(limit for limit in limits if limit is not None)
     return SummaryCell(
         **_identity(cell),
         status="done",
         reason=None,
         directory=directory,
         partial=report.partial,
-        experimental=quantization.experimental if quantization else plan.pair(cell).experimental,
+        experimental=report.experimental if quantization else plan.pair(cell).experimental,
         total_sensitivity=report.totals.sensitivity,
         effective_bits_reached=report.search.effective_bits_reached,
         constraint_met=report.search.constraint_met,

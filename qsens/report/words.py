@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qsens.analysis.experts import Expert
+from qsens.analysis.ranking import Totals
 from qsens.analysis.statistic import Statistic
 from qsens.manifest import Judgement
 from qsens.report import format as look
@@ -15,6 +16,24 @@ if TYPE_CHECKING:
     from qsens.report.sweep import SummaryCell
 
 _LISTED = 8
+_UNMEASURED = {
+    "disabled": "left unquantized",
+    "failed": "that failed",
+    "no_gradient": "with a score of exactly 0, which no gradient reached",
+    "non_finite": "whose score is no finite number",
+    "scored": "",
+}
+
+
+def unmeasured_words(totals: Totals) -> str | None:
+    """Say why no group has a score; none where one has."""
+    if totals.scored:
+        return None
+    found = [
+        f"{look.count(number, 'group')} {_UNMEASURED[status]} ({status})"
+        for status, number in totals.statuses.items()
+    ]
+    return f"No group has a score: {'; '.join(found)}."
 
 
 def stable_words(stable: bool | None) -> str:

@@ -64,9 +64,7 @@ def test_more_directories_can_be_allowed(
         ("dataset.files={{small: /etc/passwd}}", "dataset.files.small"),
         ("model.trust_remote_code=true", "model.trust_remote_code"),
         ("runner.output_dir=x", "runner.output_dir"),
-        ("runner={{output_dir: x}}", "runner.output_dir"),
         ("dag.pool=other", "dag.pool"),
-        ("dag.notify=[{{notifier: os.system}}]", "dag.notify"),
     ],
 )
 def test_what_a_run_may_not_set_is_refused_by_name(
@@ -78,6 +76,15 @@ def test_what_a_run_may_not_set_is_refused_by_name(
             "demo-text", ["dataset.size=small", override.format(root=tmp_path / "root")], roots
         )
     assert caught.value.where.startswith(key)
+
+
+@pytest.mark.parametrize(
+    "override", ["runner={output_dir: x}", "dag.notify=[{notifier: os.system}]"]
+)
+def test_sections_are_set_in_files_alone(roots: Roots, override: str) -> None:
+    with pytest.raises(UserError, match="section") as caught:
+        load_run("demo-text", [override], roots)
+    assert caught.value.where.startswith(override.partition("=")[0])
 
 
 @pytest.mark.parametrize(
@@ -98,4 +105,5 @@ def test_an_escaped_interpolation_reads_nothing(
     with pytest.raises(UserError) as caught:
         load_run("demo-text", ["dataset.size=small", override], roots)
     assert "hidden" not in str(caught.value)
-    assert "${oc.env:SECRET}" in caught.value.what
+    # What is escaped for YAML is text like any other.
+    assert "\\u0024{oc.env:SECRET}" in caught.value.what

@@ -96,6 +96,7 @@ def test_good_values_pass(params: dict[str, Param], conf: dict[str, Any]) -> Non
         {"force": "yes"},
         {"preset": None},
         {"sweep": "../../etc"},
+        {"overrides": "dataset.name=" + "x" * 20_000},
     ],
 )
 def test_bad_values_are_refused_by_airflow_before_the_run(
@@ -141,11 +142,21 @@ def test_params_become_overrides_that_the_configuration_takes() -> None:
         ({"mode": "report_only", "force": True}, "param force"),
         ({"sweep": SWEEP}, "param sweep"),
         ({"sweep": "../x"}, "param sweep"),
+        ({"overrides": "dataset.name=" + "x" * 20_000}, "param overrides"),
     ],
 )
 def test_contradictions_are_refused(given: dict[str, Any], names: str) -> None:
     with pytest.raises(UserError, match=names):
         SweepParams.read({"preset": "nightly"} | given).as_overrides()
+
+
+def test_overrides_of_the_form_are_typed_by_their_fields() -> None:
+    words = "model.path=2024\nmodel.name=on 'dataset.prompt=Question: describe it.' dag.lanes=null"
+    read = SweepParams.read({"preset": "demo-text", "overrides": words})
+    config = load_sweep(read.preset, read.as_overrides()).config
+    assert (config.model.path, config.model.name) == (ROOT / "2024", "on")
+    assert config.dataset.prompt == "Question: describe it."
+    assert config.dag.lanes is None
 
 
 def test_the_plan_of_a_run_stays_below_the_results(tmp_path: Path) -> None:

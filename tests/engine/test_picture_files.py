@@ -13,7 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.image_utils import load_image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
 
 from qsens.config import ModelConfig
 from qsens.engine.pictures import PictureReader, Resolution, read_resolution, too_many
@@ -101,6 +105,49 @@ def test_a_picture_lies_as_its_camera_says(reader: PictureReader) -> None:
     assert np.array_equal(pixels, np.rot90(np.asarray(picture), -1))
 
 
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        *((mode, "png") for mode in ("1", "L", "LA", "P", "RGBA", "I;16")),
+        *((mode, "tiff") for mode in ("L", "P", "RGBA", "CMYK", "I;16", "I", "F", "LAB")),
+        *((mode, "jpg") for mode in ("L", "CMYK", "YCbCr")),
+        *((mode, "gif") for mode in ("L", "P")),
+        ("RGBA", "webp"),
+    ],
+)
+def test_a_picture_of_any_mode_is_what_processors_see(
+    reader: PictureReader, mode: str, suffix: str
+) -> None:
+    drawn = np.random.default_rng(1).integers(0, 1 << 16, (33, 50), dtype=np.uint16)
+    if mode.startswith(("I", "F")):
+        picture = Image.fromarray(drawn).convert(mode)
+    else:
+        alpha = Image.fromarray((drawn >> 8).astype(np.uint8))
+        picture = noise(50, 33)
+        if mode in ("RGBA", "LA"):
+            picture.putalpha(alpha)
+        picture = picture.convert("LAB") if mode == "LAB" else picture.convert(mode)
+    file = reader.root / f"a.{suffix}"
+    picture.save(file)
+    assert Image.open(file).mode != "RGB" or mode == "YCbCr"
+    pixels = reader.read(file.name)
+    assert pixels is not None
+    seen = Qwen2VLImageProcessorPil().convert_to_rgb(Image.open(file))
+    assert seen.mode == "RGB"
+    assert np.array_equal(pixels, np.asarray(seen.resize((48, 32), Image.Resampling.BICUBIC)))
+    assert np.array_equal(pixels, np.asarray(load_image(str(file)).resize((48, 32), 3)))
+
+
+def test_grey_is_equal_in_all_channels_and_transparency_is_left_out(reader: PictureReader) -> None:
+    Image.new("L", (32, 32), 77).save(reader.root / "grey.png")
+    Image.new("RGBA", (32, 32), (9, 8, 7, 0)).save(reader.root / "clear.png")
+    Image.fromarray(np.full((32, 32), 200, np.uint16)).save(reader.root / "deep.png")
+    for name, colour in (("grey", (77,) * 3), ("clear", (9, 8, 7)), ("deep", (200,) * 3)):
+        pixels = reader.read(f"{name}.png")
+        assert pixels is not None
+        assert (pixels == np.array(colour, np.uint8)).all()
+
+
 def test_every_bad_picture_is_named_with_its_reason(reader: PictureReader, tmp_path: Path) -> None:
     root = reader.root
     noise(32, 32).save(root / "good.png")
@@ -114,8 +161,6 @@ def test_every_bad_picture_is_named_with_its_reason(reader: PictureReader, tmp_p
     (root / "lies.png").write_bytes(claims(300, 300))
     (root / "bomb.png").write_bytes(claims(20_000, 20_000))
     (root / "huge.png").write_bytes(claims(13_000, 11_000))
-    Image.new("L", (32, 32)).save(root / "gray.png")
-    Image.new("RGBA", (32, 32)).save(root / "clear.png")
     Image.new("RGB", (2000, 4)).save(root / "narrow.png")
     (root / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     expected = {
@@ -130,8 +175,6 @@ def test_every_bad_picture_is_named_with_its_reason(reader: PictureReader, tmp_p
         "lies.png": "is broken",
         "bomb.png": "is enormous",
         "huge.png": "is enormous: 13000x11000 pixels",
-        "gray.png": "is not RGB: mode L",
-        "clear.png": "is not RGB: mode RGBA",
         "narrow.png": "is too narrow: 2000x4 pixels",
         "page.eps": "is no JPEG",
     }
