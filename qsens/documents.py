@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from qsens.checksums import CHECKSUM, is_sealed, sealed
 from qsens.errors import Damaged, UserError
+from qsens.reading import MOST_BYTES, read_json
 
 # Documents of this version and later ones have a checksum.
 SEALED_SINCE = 2
@@ -37,14 +38,10 @@ def read_document(
     Raises:
         Damaged: It cannot be read, is something else, or does not match its checksum; the message
             names the first key that is wrong.
+        TryAgain: It is being written to, or the machine fails.
         UserError: A newer qsens wrote it.
     """
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise Damaged(f"cannot be read: {error.strerror}", where=str(path), remedy=name) from error
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"cannot be read: {error}", where=str(path), remedy=name) from error
+    data = read_json(path, most=MOST_BYTES, remedy=name, broken="cannot be read", error=Damaged)
     if isinstance(data, dict):
         known = data.get("schema_version", 0)
         if type(known) is not int:
