@@ -134,12 +134,13 @@ def read_json(
         raise error(f"{broken}: {cause}", where=shown(path), remedy=remedy) from cause
 
 
-def parse_json(data: bytes, *, strict: bool = False) -> Any:
+def parse_json(data: bytes, *, strict: bool = False, halves: bool = False) -> Any:
     """Return what JSON in UTF-8 says.
 
     Args:
         data: The JSON; a byte-order mark before it is left out.
         strict: Whether a key that stands twice in an object, or a number that is none, is refused.
+        halves: Whether half of a surrogate pair is taken, for the caller to say where.
 
     Raises:
         ValueError: It is no JSON, nests deeper than :data:`DEEPEST` levels, has an integer of
@@ -155,7 +156,7 @@ def parse_json(data: bytes, *, strict: bool = False) -> Any:
     except RecursionError:
         raise ValueError(f"it nests deeper than {DEEPEST} levels") from None
     _check_depth(found)
-    if _SURROGATE.search(text):
+    if not halves and _SURROGATE.search(text):
         try:
             json.dumps(found, ensure_ascii=False).encode()
         except UnicodeEncodeError:

@@ -326,7 +326,7 @@ def _present(path: Path, names: Sequence[str]) -> list[Path]:
 
 def _architecture(config: Mapping[str, Any]) -> str:
     named = config.get("architectures")
-    return str(named[0]) if isinstance(named, list) and named else "unknown"
+    return shown(str(named[0])) if isinstance(named, list) and named else "unknown"
 
 
 def _code(path: Path, *, trusted: bool) -> tuple[list[Path], list[str]]:
@@ -334,13 +334,14 @@ def _code(path: Path, *, trusted: bool) -> tuple[list[Path], list[str]]:
     classes = _own_classes(path)
     if not trusted:
         return [], [
-            f"the checkpoint's own code does not run (auto_map: {classes[0]}): transformers' "
-            "class is used instead; model.trust_remote_code=true would run it"
+            f"the checkpoint's own code does not run (auto_map: {shown(classes[0])}): "
+            "transformers' class is used instead; model.trust_remote_code=true would run it"
         ] if classes else []
     elsewhere = next((name for name in classes if "--" in name), None)
     if elsewhere is not None:
         raise UserError(
-            f"auto_map names code of another repository, {elsewhere}, which may change unseen",
+            f"auto_map names code of another repository, {shown(elsewhere)}, which may change "
+            "unseen",
             where=f"model.path = {path}",
             remedy="Copy that code beside the weights, and take the repository out of auto_map.",
         )
