@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 CHECKSUM = "checksum"
 # Keys of a safetensors file's metadata: its checksum, and the digest that it is stored under.
@@ -22,19 +23,24 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest_file(path: Path, part: tuple[int, int] | None = None) -> str:
-    """Return the SHA-256 of a file's content, in hex.
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hex."""
+    with path.open("rb") as opened:
+        return digest_opened(opened)
+
+
+def digest_opened(opened: BinaryIO, part: tuple[int, int] | None = None) -> str:
+    """Return the SHA-256 of an opened file's content, in hex.
 
     Args:
-        path: The file.
+        opened: The file.
         part: Where the bytes that count begin and end; all of them when not given.
     """
-    begin, end = part or (0, path.stat().st_size)
+    begin, end = part or (0, os.fstat(opened.fileno()).st_size)
     digest = hashlib.sha256()
-    with path.open("rb") as opened:
-        opened.seek(begin)
-        while block := opened.read(min(1 << 22, end - opened.tell())):
-            digest.update(block)
+    opened.seek(begin)
+    while block := opened.read(min(1 << 22, end - opened.tell())):
+        digest.update(block)
     return digest.hexdigest()
 
 

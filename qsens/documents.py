@@ -15,12 +15,10 @@ from pydantic import BaseModel, ValidationError
 
 from qsens.checksums import CHECKSUM, is_sealed, sealed
 from qsens.errors import Damaged, UserError
+from qsens.reading import MOST_BYTES, read_json
 
 # Documents of this version and later ones have a checksum.
 SEALED_SINCE = 2
-# Documents hold some MiB, and a ModelOpt configuration is their deepest part.
-_MOST_BYTES = 1 << 26
-_DEEPEST = 50
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -49,15 +47,10 @@ def read_document(
     Raises:
         Damaged: It cannot be read, is something else, or does not match its checksum; the message
             names the first key that is wrong.
+        TryAgain: It is being written to, or the machine fails.
         UserError: A newer qsens wrote it.
     """
-    try:
-        data = _read(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise Damaged(f"cannot be read: {reason}", where=str(path), remedy=name) from error
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"cannot be read: {error}", where=str(path), remedy=name) from error
+    data = read_json(path, most=MOST_BYTES, remedy=name, broken="cannot be read", error=Damaged)
     if isinstance(data, dict):
         known = data.get("schema_version", 0)
         if type(known) is not int:
@@ -109,27 +102,6 @@ def dump_document(document: BaseModel | dict[str, Any]) -> str:
     """Return a document as its file holds it, with the checksum of its content."""
     data = document.model_dump(mode="json") if isinstance(document, BaseModel) else document
     return dump_json(sealed(data))
-
-
-def _read(path: Path) -> Any:
-    """Return the JSON of a file; what is read is bounded in length and in depth."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise OSError("it is no file")
-    if path.stat().st_size > _MOST_BYTES:
-        raise OSError(f"it has more than {_MOST_BYTES >> 20} MiB")
-    data = json.loads(path.read_bytes())
-    level = [data]
-    for _ in range(_DEEPEST):
-        level = [item for node in level for item in _items(node)]
-        if not level:
-            return data
-    raise ValueError(f"it is nested more than {_DEEPEST} deep")
-
-
-def _items(node: Any) -> list[Any]:
-    if isinstance(node, dict):
-        return list(node.values())
-    return node if isinstance(node, list) else []
 
 
 def _refuse_broken_seal(data: dict[str, Any], path: Path, again: str) -> None:

@@ -204,7 +204,7 @@ def test_numbers_in_names_may_be_of_any_length(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / NAME).layer_sensitivity[name].depth is None
 
 
-@pytest.mark.parametrize("name", ["\ud800", "\x1b[2J\x07", "\n# a\r", "\u202e", ""])
+@pytest.mark.parametrize("name", ["\x1b[2J\x07", "\n# a\r", "\u202e", ""])
 def test_names_may_hold_anything(name: str, tmp_path: Path) -> None:
     changed = json.loads(json.dumps(OLDER).replace("some-model", json.dumps(name)[1:-1]))
     for section, key in (("scheme", "name"), ("dataset", "name"), ("scheme", "coverage_mode")):
@@ -223,6 +223,7 @@ def test_names_may_hold_anything(name: str, tmp_path: Path) -> None:
         "[" * 100_000 + "]" * 100_000,
         json.dumps(OLDER | {"deep": json.loads("[" * 400 + "]" * 400)}),
         json.dumps(OLDER).replace("8.5", "9" * 5000),
+        json.dumps(OLDER).replace("0.o_proj", "\\ud800"),
         "",
         "[]",
         "7",

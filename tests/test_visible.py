@@ -22,6 +22,7 @@ from .test_manifest import NAME, OLDER, ROW
 # A screen cleared, a title set, a line ended, writing turned round, C1 controls, half a character.
 FOREIGN = "a\x1b[2J\x1b]0;t\x07\r\nerror: b\u202ec\x9b31m\x7f\ud800[/x] [red]:smile:"
 SHOWN = "a\\x1b[2J\\x1b]0;t\\x07\\r\\nerror: b\\u202ec\\x9b31m\\x7f\\ud800[/x] [red]:smile:"
+WHOLE = FOREIGN.replace("\ud800", "")
 HOSTILE = set("\x1b\x07\r\x7f\x9b\u202e\ud800")
 
 
@@ -94,8 +95,9 @@ def manifests(tmp_path: Path) -> list[str]:
         changed: dict[str, Any] = copy.deepcopy(OLDER)
         row = changed["layer_sensitivity"].pop(ROW)
         row["scores"][0] *= 1 + at
-        changed["layer_sensitivity"][FOREIGN] = row
-        changed["model"]["id"] = f"{FOREIGN}{name}"
+        # Half of a character is refused when it is read.
+        changed["layer_sensitivity"][WHOLE] = row
+        changed["model"]["id"] = f"{WHOLE}{name}"
         (tmp_path / name).mkdir()
         (tmp_path / name / NAME).write_text(json.dumps(changed))
         found.append(str(tmp_path / name))
@@ -110,13 +112,13 @@ def test_names_of_manifests_are_text_on_a_terminal(manifests: list[str]) -> None
         assert hostile not in said
     code, said = ran("compare", *manifests, "--json")
     assert code == 0
-    assert json.loads(said)["cells"][0]["groups"][0]["layer"] == FOREIGN
+    assert json.loads(said)["cells"][0]["groups"][0]["layer"] == WHOLE
     assert not HOSTILE & {*said}
 
 
 def test_messages_about_foreign_names_are_one_message(tmp_path: Path) -> None:
     changed = copy.deepcopy(OLDER)
-    changed["layer_sensitivity"][FOREIGN] = {}
+    changed["layer_sensitivity"][WHOLE] = {}
     (tmp_path / NAME).write_text(json.dumps(changed))
     code, said = ran("report", str(tmp_path))
     assert code == 2

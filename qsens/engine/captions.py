@@ -10,9 +10,10 @@ from qsens.checksums import digest_file
 from qsens.config import DatasetConfig
 from qsens.config.models import JSONL, SIZES, SQLITE, TEXT, Size, has_suffix
 from qsens.engine.pictures import PictureReader, identify_pictures
-from qsens.engine.records import Record, read_records
+from qsens.engine.records import CHOOSE, Record, read_records
 from qsens.errors import UserError
 from qsens.grid import SamplesIdentity
+from qsens.reading import read_bytes
 
 
 def read_captions(path: Path, split: str = "") -> list[str]:
@@ -31,8 +32,8 @@ def read_samples(path: Path, split: str = "") -> list[Record]:
         split: Which samples of an SQLite file: the name of the size.
 
     Raises:
-        UserError: The file has another suffix, is missing, empty, broken, or no UTF-8; the message
-            names the line.
+        UserError: The file has another suffix, is missing, empty, broken, no regular file, or no
+            UTF-8; the message names the line.
     """
     if not has_suffix(path, (*TEXT, *JSONL, *SQLITE)):
         raise UserError(
@@ -42,19 +43,10 @@ def read_samples(path: Path, split: str = "") -> list[Record]:
             '({"image": PATH, "caption": TEXT} a line) and '
             f"{', '.join(SQLITE)} (a table).",
         )
-    try:
-        with path.open("rb"):
-            pass
-        if has_suffix(path, TEXT):
-            samples = [Record("", caption) for caption in _lines(path)]
-        else:
-            samples = read_records(path, split)
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}",
-            where=f"captions file {path}",
-            remedy="Set dataset.directory, or choose another data set, such as dataset=demo.",
-        ) from error
+    if has_suffix(path, TEXT):
+        samples = [Record("", caption) for caption in _lines(path)]
+    else:
+        samples = read_records(path, split)
     if not samples:
         raise UserError(
             "holds no caption", where=f"captions file {path}", remedy="Write one caption a line."
@@ -63,7 +55,7 @@ def read_samples(path: Path, split: str = "") -> list[Record]:
 
 
 def _lines(path: Path) -> list[str]:
-    data = path.read_bytes()
+    data = read_bytes(path, where=f"captions file {path}", remedy=CHOOSE)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -10,13 +10,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qsens.config import ModelConfig
 from qsens.engine.pictures import Pixels
-from qsens.engine.samples import Picture, Samples
+from qsens.engine.refusals import refusals
+from qsens.engine.samples import Picture, Samples, token_ids
 from qsens.errors import UserError
+
+_NO_PICTURE = "its chat template shows no picture"
+_TOKENIZER = "the tokenizer of model.path"
+_TEMPLATE = (
+    "Save the checkpoint's own chat_template.jinja beside it, and keep image tokens out of "
+    "dataset.prompt."
+)
 
 
 def load_processor(config: ModelConfig) -> Any:
@@ -25,14 +32,12 @@ def load_processor(config: ModelConfig) -> Any:
     Raises:
         UserError: There is none, or it is broken.
     """
-    try:
+    with refusals(
+        "its image processor cannot be loaded",
+        where=f"model.path = {config.path}",
+        remedy="Save its preprocessor_config.json beside the weights.",
+    ):
         return Qwen2VLImageProcessorPil.from_pretrained(config.path, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"its image processor cannot be loaded: {str(error).splitlines()[0]}",
-            where=f"model.path = {config.path}",
-            remedy="Save its preprocessor_config.json beside the weights.",
-        ) from error
 
 
 def chat_samples(
@@ -63,7 +68,7 @@ def chat_samples(
             token of a caption is left.
     """
     before, after = _turn(tokenizer, prompt, image_token)
-    encoded = tokenizer(list(captions), add_special_tokens=False)["input_ids"]
+    encoded = token_ids(tokenizer, captions, special=False)
     ids, truncated, spans, seen = [], [], [], []
     for index, (pixels, caption) in enumerate(zip(pictures, encoded, strict=True)):
         made = _process(processor, pixels)
@@ -87,44 +92,35 @@ def chat_samples(
 
 
 def _process(processor: Any, pixels: Pixels) -> Any:
-    try:
+    with refusals(
+        "its image processor fails",
+        where="the preprocessor_config.json of model.path",
+        remedy="Get the file of the checkpoint again.",
+    ):
         return processor(
             images=[pixels],
             do_resize=False,
             input_data_format="channels_last",
             return_tensors="pt",
         )
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"its image processor fails: {str(error).splitlines()[0]}",
-            where="the preprocessor_config.json of model.path",
-            remedy="Get the file of the checkpoint again.",
-        ) from error
 
 
 def _turn(tokenizer: Any, prompt: str, image_token: int) -> tuple[list[int], list[int]]:
     """Return the tokens of the user's turn, before and after the picture."""
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    try:
+    with refusals(_NO_PICTURE, where=_TOKENIZER, remedy=_TEMPLATE):
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-    except (ValueError, TemplateError, TypeError) as error:
-        raise _no_template(str(error).splitlines()[0]) from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = token_ids(tokenizer, [text], special=False)[0]
     if ids.count(image_token) != 1:
-        raise _no_template(f"it gives {ids.count(image_token)} image tokens where 1 is expected")
+        raise UserError(
+            f"{_NO_PICTURE}: it gives {ids.count(image_token)} image tokens where 1 is expected",
+            where=_TOKENIZER,
+            remedy=_TEMPLATE,
+        )
     at = ids.index(image_token)
     return ids[:at], ids[at + 1 :]
-
-
-def _no_template(why: str) -> UserError:
-    return UserError(
-        f"its chat template shows no picture: {why}",
-        where="the tokenizer of model.path",
-        remedy="Save the checkpoint's own chat_template.jinja beside it, and keep image tokens "
-        "out of dataset.prompt.",
-    )
 
 
 def _no_label(index: int, caption: str, start: int, longest: int) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -19,11 +20,19 @@ from qsens.engine.experts import is_experts
 from qsens.engine.families import find_head, head_of, remember_head, resolve_parts
 from qsens.engine.files import find_weights, read_config
 from qsens.engine.quantized import refuse_quantized
+from qsens.engine.refusals import refusals
 from qsens.engine.templates import read_chat_template
 from qsens.errors import UserError
+from qsens.reading import shown
 
 # What ModelOpt makes quantized modules of.
 QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ATTENTION = "_attn_implementation"
+_INSTALL = (
+    "Install a newer transformers, or what it asks for; set model.trust_remote_code=true if the "
+    "checkpoint brings its own code and you trust it."
+)
+log = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -71,6 +80,7 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     weights = find_weights(config.path)
     refuse_quantized(config.path)
     settings = _settings(config)
+    _choose_attention(settings)
     # What was hashed is what is read, whatever else lies there.
     settings.transformers_weights = weights.entry
     auto = (
@@ -78,16 +88,21 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
         if type(settings) in AutoModelForImageTextToText._model_mapping
         else AutoModelForCausalLM
     )
-    model, report = auto.from_pretrained(
-        config.path,
-        config=settings,
-        dtype=getattr(torch, config.dtype),
-        use_safetensors=True,
-        local_files_only=True,
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, by name
-    )
+    with refusals(
+        f"transformers {transformers.__version__} cannot load it",
+        where=f"model.path = {config.path}",
+        remedy=_INSTALL,
+    ):
+        model, report = auto.from_pretrained(
+            config.path,
+            config=settings,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:
         name, held, wanted = mismatched[0]
@@ -127,37 +142,45 @@ def load_tokenizer(config: ModelConfig) -> Any:
     Raises:
         UserError: There is none, or it is broken.
     """
-    try:
+    _settings(config)  # which a tokenizer reads as well: what is wrong with it is said of it
+    with refusals(
+        "its tokenizer cannot be loaded",
+        where=f"model.path = {config.path}",
+        remedy="Save the tokenizer beside the weights, and install what it asks for.",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(
             config.path, local_files_only=True, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"its tokenizer cannot be loaded: {_first_line(error)}",
-            where=f"model.path = {config.path}",
-            remedy="Save the tokenizer beside the weights.",
-        ) from error
     if tokenizer.chat_template is None:
         tokenizer.chat_template = read_chat_template(config.path)
     return tokenizer
 
 
 def _settings(config: ModelConfig) -> Any:
-    described = read_config(config.path)
-    try:
+    kind = read_config(config.path).get("model_type", "unknown")
+    with refusals(
+        f"transformers {transformers.__version__} cannot load model type '{shown(kind)}'",
+        where=f"model.path = {config.path}",
+        remedy=_INSTALL,
+    ):
         return AutoConfig.from_pretrained(
             config.path, local_files_only=True, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        kind = described.get("model_type", "unknown")
-        raise UserError(
-            f"transformers {transformers.__version__} cannot load model type '{kind}': "
-            f"{_first_line(error)}",
-            where=f"model.path = {config.path}",
-            remedy="Install a newer transformers, or set model.trust_remote_code=true if the "
-            "checkpoint brings its own code and you trust it.",
-        ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0][:300]
+def _choose_attention(settings: Any) -> None:
+    """Let transformers choose attention that is there, but where a part asks for ``eager``.
+
+    Other kinds need packages that may not be installed, and read no padding masks of ours.
+    """
+    parts = {"": settings} | {name: getattr(settings, name, None) for name in settings.sub_configs}
+    asked = {name: getattr(part, _ATTENTION, None) for name, part in parts.items()}
+    others = sorted({str(one) for one in asked.values()} - {"None", "eager", "sdpa"})
+    if others:
+        log.warning(
+            "config.json asks for attention '%s': transformers' own choice is used instead",
+            shown(", ".join(others)),
+        )
+    settings._attn_implementation = {
+        name: one if one == "eager" else None for name, one in asked.items()
+    }

@@ -15,6 +15,7 @@ from typing import Any
 from qsens.config import ModelConfig
 from qsens.engine.files import read_config, shapes
 from qsens.errors import UserError
+from qsens.reading import shown
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def resolve_parts(config: ModelConfig) -> ModelConfig:
         _refuse_experts(described, kind, config.path)
     if family is None and not (config.language_patterns and config.head_patterns):
         raise UserError(
-            f"model type '{kind}' is of no family that qsens knows "
+            f"model type '{shown(kind)}' is of no family that qsens knows "
             f"({', '.join(family.name for family in FAMILIES)})",
             where=f"model.path = {config.path}",
             remedy=_how_to_write(_places(config.path)),
@@ -190,8 +191,8 @@ def _refuse_experts(described: Mapping[str, Any], kind: str, path: Path) -> None
             if isinstance(count, int) and count > 1:
                 known = ", ".join(family.name for family in FAMILIES if family.mixes)
                 raise UserError(
-                    f"model type '{kind}' is a mixture of {count} experts of a family that qsens "
-                    f"cannot score; of mixtures, it knows {known}",
+                    f"model type '{shown(kind)}' is a mixture of {shown(count)} experts of a "
+                    f"family that qsens cannot score; of mixtures, it knows {known}",
                     where=f"model.path = {path}",
                     remedy="Choose a checkpoint of those families, or a dense one.",
                 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from qsens.checksums import CHECKSUM, digest_file, is_sealed, sealed
+from qsens.checksums import CHECKSUM, digest_opened, is_sealed, sealed
 from qsens.documents import dump_json
 from qsens.engine.headers import AGAIN, Tensor, read_tensors
-from qsens.engine.headers import read_header as read_header
 from qsens.engine.tied import has_tied_head, is_said_to_be_tied
 from qsens.errors import UserError
 from qsens.grid import CheckpointIdentity, digest_of
+from qsens.reading import MOST_BYTES, files_in, has_directory, has_file, open_file, read_json, shown
 from qsens.store import set_aside, write_text
 
 SINGLE = "model.safetensors"
@@ -94,7 +94,7 @@ def identify(
     code, notices = _code(path, trusted=trust_remote_code)
     files = [path / "config.json", *weights.files, *code]
     tokenizer = _tokenizer_files(path)
-    processor = [path / name for name in PROCESSOR if (path / name).is_file()]
+    processor = _present(path, PROCESSOR)
     if not tokenizer:
         raise UserError(
             "has no tokenizer files", where=str(path), remedy="Save the tokenizer beside it."
@@ -131,7 +131,7 @@ def identify(
         path=path,
         digest=together(files),
         tokenizer_digest=together(tokenizer),
-        architecture=str((config.get("architectures") or ["unknown"])[0]),
+        architecture=_architecture(config),
         weight_bytes=sum(file.stat().st_size for file in weights.files),
         tied_head=tied,
         processor_digest=together(processor) if processor else None,
@@ -146,7 +146,7 @@ def read_config(path: Path) -> dict[str, Any]:
         UserError: The directory or the file is missing or broken, or an adapter lies there, which
             nobody would apply.
     """
-    if not path.is_dir():
+    if not has_directory(path, remedy=AGAIN):
         raise UserError(
             "the checkpoint's directory does not exist",
             where=f"model.path = {path}",
@@ -161,9 +161,9 @@ def read_config(path: Path) -> dict[str, Any]:
             "of the directory to score the base alone.",
         )
     file = path / "config.json"
-    if not file.is_file():
+    if not has_file(file, remedy=AGAIN):
         raise UserError("has no config.json", where=str(path), remedy=AGAIN)
-    config = _read_json(file)
+    config = read_json(file, remedy=AGAIN)
     if not isinstance(config, dict):
         raise UserError("is no JSON object", where=str(file), remedy=AGAIN)
     return config
@@ -185,10 +185,10 @@ def find_weights(path: Path) -> Weights:
     """
     entry = _entry(path)
     names = _shards(path / entry) if entry.endswith(".json") else [entry]
-    missing = [name for name in names if not (path / name).is_file()]
+    missing = [name for name in names if not has_file(path / name, remedy=AGAIN)]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(names)} weight files are missing, first {missing[0]}",
+            f"{len(missing)} of {len(names)} weight files are missing, first {shown(missing[0])}",
             where=str(path),
             remedy=AGAIN,
         )
@@ -198,8 +198,8 @@ def find_weights(path: Path) -> Weights:
         for name, tensor in read_tensors(file).items():
             if name in tensors:
                 raise UserError(
-                    f"two weight files hold {name}: {_relative(tensors[name].file, path)} and "
-                    f"{_relative(file, path)}",
+                    f"two weight files hold {shown(name)}: "
+                    f"{_relative(tensors[name].file, path)} and {_relative(file, path)}",
                     where=str(path),
                     remedy="Only one can be meant: save it again with save_pretrained().",
                 )
@@ -226,37 +226,40 @@ def _entry(path: Path) -> str:
     """Return the file that transformers is to read, or the index of several."""
     named = read_config(path).get(_NAMED)
     if named is not None:
-        if not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        suffixes = (".safetensors", ".safetensors.index.json")
+        if not isinstance(named, str) or not named.endswith(suffixes):
             raise UserError(
-                f"{_NAMED} = {named} is neither a safetensors file nor the index of some",
+                f"{_NAMED} = {shown(named)} is neither a safetensors file nor the index of some",
                 where=str(path / "config.json"),
                 remedy=AGAIN,
             )
-        if not (path / _inside(str(named), path / "config.json")).is_file():
-            raise UserError(f"{_NAMED} = {named} is not there", where=str(path), remedy=AGAIN)
-        return str(named)
-    single, index = (path / SINGLE).is_file(), path / INDEX
-    if single and index.is_file() and _shards(index) != [SINGLE]:
+        if not has_file(path / _inside(named, path / "config.json"), remedy=AGAIN):
+            raise UserError(
+                f"{_NAMED} = {shown(named)} is not there", where=str(path), remedy=AGAIN
+            )
+        return named
+    single, indexed = (has_file(path / name, remedy=AGAIN) for name in (SINGLE, INDEX))
+    if single and indexed and _shards(path / INDEX) != [SINGLE]:
         raise UserError(
             f"holds {SINGLE}, and beside it {INDEX}, which names other files",
             where=str(path),
             remedy="They are weights twice, and may differ: remove those that are not meant.",
         )
-    if single or index.is_file():
+    if single or indexed:
         return SINGLE if single else INDEX
     others = sorted(file.name for file in _matching(path, ("*.safetensors",)))
     if others:
         several = len(others) > 1
         raise UserError(
-            f"holds {len(others)} weight files and no {INDEX}, first {others[0]}"
+            f"holds {len(others)} weight files and no {INDEX}, first {shown(others[0])}"
             if several
-            else f"its weights are in {others[0]}, and transformers reads {SINGLE}",
+            else f"its weights are in {shown(others[0])}, and transformers reads {SINGLE}",
             where=str(path),
             remedy="Get the index as well: it says which files belong together."
             if several
             else f"Rename it to {SINGLE} if it is the whole checkpoint.",
         )
-    pickles = any(path.glob("*.bin"))
+    pickles = next(_matching(path, ("*.bin",)), None) is not None
     raise UserError(
         "holds weights as pickle (.bin) only" if pickles else "holds no *.safetensors",
         where=str(path),
@@ -266,15 +269,22 @@ def _entry(path: Path) -> str:
 
 def _shards(index: Path) -> list[str]:
     """Return the files that an index names, sorted: all of their tensors are read."""
-    held = _read_json(index)
+    held = read_json(index, remedy=AGAIN)
     places = held.get("weight_map") if isinstance(held, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+    if not isinstance(places, dict) or not places:
         raise UserError("is broken: it has no weight_map", where=str(index), remedy=AGAIN)
+    for name, place in places.items():
+        if not isinstance(place, str):
+            raise UserError(
+                f"is broken: it says that {shown(name)} is in {shown(place)}",
+                where=str(index),
+                remedy=AGAIN,
+            )
     names = sorted({_inside(name, index) for name in places.values()})
     strange = next((name for name in names if not name.endswith(".safetensors")), None)
     if strange is not None:
         raise UserError(
-            f"names {strange}, which is no .safetensors file",
+            f"names {shown(strange)}, which is no .safetensors file",
             where=str(index),
             remedy="Save it with save_pretrained(); pickles are never loaded.",
         )
@@ -283,7 +293,9 @@ def _shards(index: Path) -> list[str]:
 
 def _check_index(entry: Path) -> None:
     """Refuse an index that transformers stumbles over."""
-    if entry.suffix == ".json" and not isinstance(_read_json(entry).get("metadata"), dict):
+    if entry.suffix != ".json":
+        return
+    if not isinstance(read_json(entry, remedy=AGAIN).get("metadata"), dict):
         raise UserError(
             "has no metadata, which transformers asks an index for",
             where=str(entry),
@@ -295,15 +307,26 @@ def _inside(name: str, source: Path) -> str:
     """Return a file's name relative to the checkpoint, if it does not lead out of it."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts:
-        raise UserError(f"names {name}, outside the checkpoint", where=str(source), remedy=AGAIN)
+        raise UserError(
+            f"names {shown(name)}, outside the checkpoint", where=str(source), remedy=AGAIN
+        )
     return pure.as_posix()
 
 
 def _tokenizer_files(path: Path) -> list[Path]:
-    files = {path / name for name in _TOKENIZER if (path / name).is_file()}
-    if not (path / _TOKENIZER[0]).is_file():
+    files = set(_present(path, _TOKENIZER))
+    if path / _TOKENIZER[0] not in files:
         files |= set(_matching(path, _VOCABULARIES))
     return sorted(files)
+
+
+def _present(path: Path, names: Sequence[str]) -> list[Path]:
+    return [path / name for name in names if has_file(path / name, remedy=AGAIN)]
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    return shown(str(named[0])) if isinstance(named, list) and named else "unknown"
 
 
 def _code(path: Path, *, trusted: bool) -> tuple[list[Path], list[str]]:
@@ -311,13 +334,14 @@ def _code(path: Path, *, trusted: bool) -> tuple[list[Path], list[str]]:
     classes = _own_classes(path)
     if not trusted:
         return [], [
-            f"the checkpoint's own code does not run (auto_map: {classes[0]}): transformers' "
-            "class is used instead; model.trust_remote_code=true would run it"
+            f"the checkpoint's own code does not run (auto_map: {shown(classes[0])}): "
+            "transformers' class is used instead; model.trust_remote_code=true would run it"
         ] if classes else []
     elsewhere = next((name for name in classes if "--" in name), None)
     if elsewhere is not None:
         raise UserError(
-            f"auto_map names code of another repository, {elsewhere}, which may change unseen",
+            f"auto_map names code of another repository, {shown(elsewhere)}, which may change "
+            "unseen",
             where=f"model.path = {path}",
             remedy="Copy that code beside the weights, and take the repository out of auto_map.",
         )
@@ -332,8 +356,8 @@ def _code(path: Path, *, trusted: bool) -> tuple[list[Path], list[str]]:
 def _own_classes(path: Path) -> list[str]:
     """Return the classes that a checkpoint's JSON files name in its own code."""
     found = []
-    for file in (path / name for name in ("config.json", "tokenizer_config.json", *PROCESSOR)):
-        held = _read_json(file) if file.is_file() else None
+    for file in _present(path, ("config.json", "tokenizer_config.json", *PROCESSOR)):
+        held = read_json(file, remedy=AGAIN)
         mapped = held.get("auto_map") if isinstance(held, dict) else None
         for value in mapped.values() if isinstance(mapped, dict) else ():
             found += [str(one) for one in (value if isinstance(value, list) else [value]) if one]
@@ -342,20 +366,13 @@ def _own_classes(path: Path) -> list[str]:
 
 def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:
     """Return the files of a directory whose names match, in any case, sorted."""
-    for file in sorted(directory.iterdir()):
-        if file.is_file() and any(fnmatch.fnmatch(file.name.lower(), one) for one in patterns):
+    for file in files_in(directory, remedy=AGAIN):
+        if any(fnmatch.fnmatch(file.name.lower(), one) for one in patterns):
             yield file
 
 
 def _relative(file: Path, path: Path) -> str:
     return file.relative_to(path).as_posix()
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"is broken: {error}", where=str(file), remedy=AGAIN) from error
 
 
 def _equal(one: Tensor, other: Tensor, known: dict[str, str]) -> bool:
@@ -366,21 +383,22 @@ def _equal(one: Tensor, other: Tensor, known: dict[str, str]) -> bool:
 
 def _digest(path: Path, known: dict[str, str], part: tuple[int, int] | None = None) -> str:
     """Return the digest of a file or of some of its bytes, from ``known`` where it is there."""
-    stat = path.stat()
-    key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-    if part is not None:
-        key = f"{key}|{part[0]}-{part[1]}"
-    if key not in known:
-        known[key] = digest_file(path, part)
-    return known[key]
+    with open_file(path, remedy=AGAIN) as opened:
+        stat = os.fstat(opened.fileno())
+        key = f"{path}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+        if part is not None:
+            key = f"{key}|{part[0]}-{part[1]}"
+        if key not in known:
+            known[key] = digest_opened(opened, part)
+        return known[key]
 
 
 def _read_cache(cache: Path | None) -> dict[str, str]:
     if cache is None or not cache.is_file():
         return {}
     try:
-        data = json.loads(cache.read_bytes())
-    except ValueError:
+        data = read_json(cache, most=MOST_BYTES, remedy="")
+    except UserError:
         data = None
     if isinstance(data, dict) and CHECKSUM not in data:  # from before caches had one
         return {}

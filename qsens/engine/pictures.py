@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import os
 import warnings
@@ -28,6 +27,7 @@ from qsens.engine.files import PROCESSOR, read_config
 from qsens.engine.records import Record
 from qsens.errors import UserError
 from qsens.grid import PicturesIdentity, Plan, Skipped, digest_of
+from qsens.reading import has_file, read_json, shown
 from qsens.store import write_file
 
 Pixels = npt.NDArray[np.uint8]
@@ -301,7 +301,7 @@ def read_resolution(config: ModelConfig, max_pixels: int) -> Resolution:
     if family is None or not family.sees:
         seeing = ", ".join(family.name for family in FAMILIES if family.sees)
         raise UserError(
-            f"model type '{kind}' cannot be given pictures: it is none of {seeing}",
+            f"model type '{shown(kind)}' cannot be given pictures: it is none of {seeing}",
             where=where,
             remedy="Use coverage=lm_only with dataset.modality=text for this checkpoint.",
         )
@@ -313,9 +313,9 @@ def read_resolution(config: ModelConfig, max_pixels: int) -> Resolution:
         most = int(settings.get("max_pixels") or size["longest_edge"])
         if unit < 1 or least < 1 or most < 1:
             raise ValueError("a size below 1")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"its image processor does not say how it resizes pictures: {error}",
+            f"its image processor does not say how it resizes pictures: {shown(str(error))}",
             where=where,
             remedy="Get the preprocessor_config.json of the checkpoint again.",
         ) from error
@@ -324,8 +324,8 @@ def read_resolution(config: ModelConfig, max_pixels: int) -> Resolution:
         wanted = tower.get(name) if isinstance(tower, dict) else None
         if None not in (wanted, settings.get(key)) and settings[key] != wanted:
             raise UserError(
-                f"its image processor has {key} {settings[key]}, and its config.json "
-                f"{name} {wanted}",
+                f"its image processor has {key} {shown(settings[key])}, and its config.json "
+                f"{name} {shown(wanted)}",
                 where=where,
                 remedy="Get both files of one and the same checkpoint.",
             )
@@ -337,14 +337,9 @@ def _processor(path: Path) -> dict[str, Any]:
     """Return the settings of a checkpoint's image processor."""
     for name in reversed(PROCESSOR):
         file = path / name
-        if not file.is_file():
+        if not has_file(file, remedy="Get it again."):
             continue
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(
-                f"is broken: {error}", where=str(file), remedy="Get it again."
-            ) from error
+        settings = read_json(file, remedy="Get it again.")
         if isinstance(settings, dict):
             inner = settings.get("image_processor", settings if name == PROCESSOR[0] else None)
             if isinstance(inner, dict):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from qsens.engine.files import find_weights, read_config
-from qsens.engine.headers import Tensor
+from qsens.engine.headers import AGAIN, Tensor
 from qsens.errors import UserError
+from qsens.reading import has_file, shown
 
 # Data types that no module computes in: floats of eight bits and less, and integers.
 _SMALL_FLOAT = re.compile(r"F[468](_|$)")
@@ -57,7 +58,7 @@ def refuse_quantized(path: Path) -> None:
     where, found = f"model.path = {path}", _codes(tensors) or _scale(tensors)
     if found is None:
         key = _key(read_config(path))
-        file = next((name for name in _FILES if (path / name).is_file()), None)
+        file = next((name for name in _FILES if has_file(path / name, remedy=AGAIN)), None)
         if key is not None:
             found, where = f"it has {key}", str(path / "config.json")
         elif file is not None:
@@ -78,7 +79,7 @@ def _codes(tensors: Mapping[str, Tensor]) -> str | None:
         pointing = tensor.dtype in _BUFFER_DTYPES or _BUFFER.search(name)
         multiplied = _WEIGHT.search(name) or (matrix and not pointing)
         if _SMALL_FLOAT.match(tensor.dtype) or (_INTEGER.match(tensor.dtype) and multiplied):
-            return f"{name} is {tensor.dtype}"
+            return f"{shown(name)} is {tensor.dtype}"
     return None
 
 
@@ -90,9 +91,9 @@ def _scale(tensors: Mapping[str, Tensor]) -> str | None:
             weights.append(f"{name.removesuffix(_INPUT_SCALE)}.weight")
         for weight in weights:
             if weight in tensors and len(tensors[weight].shape) > 1:
-                return f"{weight} has {name} beside it"
+                return f"{shown(weight)} has {shown(name)} beside it"
         if _QUANTIZER.search(name):
-            return f"it holds {name}"
+            return f"it holds {shown(name)}"
     return None
 
 
@@ -100,7 +101,7 @@ def _key(config: Mapping[str, Any], prefix: str = "") -> str | None:
     """Return the first key that says how a checkpoint, or a part of it, was quantized."""
     for key, value in config.items():
         if key in _CONFIG_KEYS and value:
-            return f"{prefix}{key}"
+            return shown(f"{prefix}{key}")
         inner = _key(value, f"{prefix}{key}.") if isinstance(value, dict) else None
         if inner is not None:
             return inner

@@ -6,7 +6,6 @@ columns ``split, image_relpath, image_id, caption_id, caption``, in the order of
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -17,7 +16,9 @@ from urllib.parse import quote
 
 from qsens.config.models import JSONL, has_suffix
 from qsens.errors import UserError
+from qsens.reading import open_file, parse_json, read_bytes
 
+CHOOSE = "Set dataset.directory, or choose another data set, such as dataset=demo."
 _TABLE = "vlm_calib_samples"
 
 
@@ -51,15 +52,14 @@ def read_records(path: Path, split: str) -> list[Record]:
 
 
 def _jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    data = read_bytes(path, where=f"captions file {path}", remedy=CHOOSE)
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise _broken(
-                path, f"line {number} is no JSON: {str(error).splitlines()[0]}"
-            ) from error
+            entry = parse_json(line, halves=True)
+        except ValueError as error:
+            raise _broken(path, f"line {number} is no JSON: {error}") from error
         if not isinstance(entry, dict) or "caption" not in entry:
             raise _broken(path, f"line {number} is no object with a 'caption'")
         yield _record(path, f"line {number}", entry.get("image", ""), entry["caption"])
@@ -76,7 +76,11 @@ def _sqlite(path: Path, split: str) -> Iterator[Record]:
     # Nothing is locked or written, so a data set on a read-only disk works.
     address = f"file:{quote(str(path))}?mode=ro&immutable=1"
     try:
-        with closing(sqlite3.connect(address, uri=True)) as opened:
+        with (
+            # Who opens it by name cannot know what it is.
+            open_file(path, where=f"captions file {path}", remedy=CHOOSE),
+            closing(sqlite3.connect(address, uri=True)) as opened,
+        ):
             opened.execute("PRAGMA trusted_schema = OFF")
             splits = [row[0] for row in opened.execute(f"SELECT DISTINCT split FROM {_TABLE}")]
             chosen = splits[0] if len(splits) == 1 else split

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from qsens.engine.refusals import refusals
 from qsens.errors import UserError
 
 # Enough for matrix products to be efficient, few enough for their results to stay small.
@@ -188,7 +189,7 @@ def tokenize(captions: Sequence[str], tokenizer: Any, *, longest: int) -> Sample
     Raises:
         UserError: A caption gives no token at all.
     """
-    encoded = tokenizer(list(captions), padding=False, truncation=False)["input_ids"]
+    encoded = token_ids(tokenizer, captions)
     for index, ids in enumerate(encoded):
         if not ids:
             raise UserError(
@@ -200,6 +201,50 @@ def tokenize(captions: Sequence[str], tokenizer: Any, *, longest: int) -> Sample
         ids=tuple(tuple(ids[:longest]) for ids in encoded),
         truncated=tuple(len(ids) > longest for ids in encoded),
     )
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    """Return the token ids of texts, none of them cut.
+
+    Args:
+        tokenizer: The checkpoint's tokenizer.
+        texts: The texts.
+        special: Whether it adds its special tokens.
+
+    Raises:
+        UserError: The tokenizer fails.
+    """
+    with refusals(
+        "its tokenizer fails",
+        where="the tokenizer of model.path",
+        remedy="Get the tokenizer's files of the checkpoint again.",
+    ):
+        encoded = tokenizer(
+            list(texts), padding=False, truncation=False, add_special_tokens=special
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+    return ids
+
+
+def refuse_unknown_tokens(samples: Samples, rows: int) -> None:
+    """Refuse samples with a token that the embedding has no row for; a GPU would only assert.
+
+    Args:
+        samples: The samples.
+        rows: Rows of the embedding.
+
+    Raises:
+        UserError: There is one.
+    """
+    for index, ids in enumerate(samples.ids):
+        strange = next((one for one in ids if not 0 <= one < rows), None)
+        if strange is not None:
+            raise UserError(
+                f"token {strange} of sample {index + 1} is beyond the embedding, which has {rows} "
+                "rows",
+                where="the tokenizer of model.path",
+                remedy="Get the tokenizer and the weights of one and the same checkpoint.",
+            )
 
 
 def nominal_labels(samples: Samples, *, scored: int, batch_size: int) -> list[int]:

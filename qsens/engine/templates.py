@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from qsens.engine.headers import AGAIN
 from qsens.errors import UserError
+from qsens.reading import has_file, read_json
 
 
 def read_chat_template(path: Path) -> str | None:
@@ -25,7 +25,7 @@ def check_chat_template(path: Path) -> None:
         UserError: There is none, or a file that may hold one is broken.
     """
     if not (
-        (path / "chat_template.jinja").is_file()
+        has_file(path / "chat_template.jinja", remedy=AGAIN)
         or read_chat_template(path)
         or _template_in(path / "tokenizer_config.json", may_lack=True)
     ):
@@ -38,13 +38,10 @@ def check_chat_template(path: Path) -> None:
 
 
 def _template_in(file: Path, *, may_lack: bool = False) -> str | None:
-    try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not has_file(file, remedy=AGAIN):
         return None
-    except ValueError as error:
-        raise UserError(f"is broken: {error}", where=str(file), remedy=AGAIN) from error
+    held = read_json(file, remedy=AGAIN)
     template = held.get("chat_template") if isinstance(held, dict) else None
-    if not template and not may_lack:
+    if not may_lack and not (isinstance(template, str) and template):
         raise UserError("is broken: it has no text 'chat_template'", where=str(file), remedy=AGAIN)
     return template

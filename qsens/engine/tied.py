@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qsens.engine.headers import Tensor
+from qsens.engine.headers import AGAIN, Tensor
+from qsens.reading import open_file
 
 # What transformers takes where config.json is silent, whatever its text_config says.
 TIED_BY_DEFAULT = {
@@ -98,7 +99,7 @@ def _same(one: Tensor, other: Tensor, dtype: str) -> bool:
 def _numbers(tensor: Tensor, dtype: str) -> Iterator[NDArray[np.float32]]:
     """Yield a tensor's numbers, so many at a time, rounded to ``dtype``."""
     kind = np.dtype(_FLOATS[tensor.dtype])
-    with tensor.file.open("rb") as opened:
+    with open_file(tensor.file, remedy=AGAIN) as opened:
         opened.seek(tensor.begin)
         left = (tensor.end - tensor.begin) // kind.itemsize
         while left:

@@ -15,6 +15,7 @@ from typing import Any
 from qsens.config import Roots, load_sweep
 from qsens.config.models import JSONL, SIZES, DatasetConfig, Size, has_suffix
 from qsens.errors import UserError
+from qsens.reading import parse_json, read_bytes
 from qsens.store import write_file
 
 _REMEDY = "Name a captions_*.json of COCO: {images: [...], annotations: [...]}."
@@ -132,18 +133,11 @@ def read_annotations(path: Path, *, with_images: bool) -> Annotations:
     Raises:
         UserError: It cannot be read, or is no captions file; the message names the entry.
     """
+    data = read_bytes(path, remedy=_REMEDY)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}", where=str(path), remedy=_REMEDY
-        ) from error
-    try:
-        tree = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"is no JSON: {str(error).splitlines()[0]}", where=str(path), remedy=_REMEDY
-        ) from error
+        tree = parse_json(data)
+    except ValueError as error:
+        raise UserError(f"is no JSON: {error}", where=str(path), remedy=_REMEDY) from error
     captions: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for where, entry in _entries(tree, "annotations", path):
         image, text = _get(entry, "image_id", where, path), _get(entry, "caption", where, path)

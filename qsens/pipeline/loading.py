@@ -19,7 +19,7 @@ from qsens.engine.files import find_weights
 from qsens.engine.groups import Group, find_groups
 from qsens.engine.pictures import PictureReader
 from qsens.engine.records import Record
-from qsens.engine.samples import Samples, tokenize
+from qsens.engine.samples import Samples, refuse_unknown_tokens, tokenize
 from qsens.engine.scores import Progress
 from qsens.engine.unused import unused_notices
 from qsens.errors import UserError
@@ -150,8 +150,18 @@ def read_as(
         checkpoint: The model with its tokenizer.
 
     Raises:
-        UserError: The checkpoint's tokenizer or processor cannot make samples of them.
+        UserError: The checkpoint's tokenizer or processor cannot make samples of them, or makes
+            tokens that its embedding does not have.
     """
+    samples = _read_as(modality, records, plan, checkpoint)
+    embedding = checkpoint.model.get_input_embeddings()  # type: ignore[operator]
+    refuse_unknown_tokens(samples, embedding.weight.shape[0])
+    return samples
+
+
+def _read_as(
+    modality: Modality, records: Sequence[Record], plan: Plan, checkpoint: Checkpoint
+) -> Samples:
     config = plan.config
     longest = config.dataset.calib_seq_len
     if modality == "text":

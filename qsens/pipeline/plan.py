@@ -20,6 +20,7 @@ from qsens.engine.families import resolve_parts
 from qsens.engine.files import identify, read_config, shapes
 from qsens.engine.pictures import PictureReader, cache_of, read_resolution
 from qsens.engine.quantized import refuse_quantized
+from qsens.engine.settings import check_settings
 from qsens.engine.templates import check_chat_template
 from qsens.grid import CheckpointIdentity, Plan, calibration_digest, make_plan
 from qsens.identity import identify_patterns
@@ -54,6 +55,7 @@ def plan_sweep(
     loaded = load_sweep(preset, overrides, roots=roots)
     given = loaded.config.model
     refuse_quantized(given.path)
+    check_settings(given)
     config = loaded.config.model_copy(update={"model": resolve_parts(given)})
     checkpoint = identify_checkpoint(config.model, roots.results)
     reader = picture_reader(config, roots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -137,3 +138,16 @@ def test_another_suffix_is_refused_with_those_that_are_known(name: str, tmp_path
     assert name in caught.value.where
     for suffix in (".txt", ".jsonl", ".ndjson", ".sqlite", ".sqlite3", ".db"):
         assert suffix in caught.value.remedy
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".sqlite"])
+def test_what_is_no_file_is_not_waited_for(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"captions{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a pipe, and no file") as caught:
+        read_captions(path)
+    assert caught.value.where == f"captions file {path}"
+    path.unlink()
+    path.symlink_to("n" * 256)
+    with pytest.raises(UserError, match="File name too long"):
+        read_captions(path)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from qsens.checksums import sealed
-from qsens.engine.files import find_weights, identify, read_header, shapes, weight_files
-from qsens.errors import UserError
+from qsens.engine import headers
+from qsens.engine.files import find_weights, identify, shapes, weight_files
+from qsens.engine.headers import read_tensors
+from qsens.errors import TryAgain, UserError
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[list[int], bytes]]) -> None:
@@ -121,10 +125,10 @@ def test_a_file_cut_short_is_refused(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match="is broken"):
-        read_header(file)
+        read_tensors(file)
     file.write_bytes(b"\xff" * 20)
     with pytest.raises(UserError, match="header is longer"):
-        read_header(file)
+        read_tensors(file)
 
 
 def test_pickles_only_are_refused(checkpoint: Path) -> None:
@@ -287,6 +291,86 @@ def test_an_adapter_is_refused(name: str, alone: bool, checkpoint: Path) -> None
     with pytest.raises(UserError, match=f"holds an adapter, {name}") as caught:
         identify(checkpoint)
     assert "Merge the adapter" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "it has no weight_map"),
+        ('{"metadata": {}}', "it has no weight_map"),
+        ('{"weight_map": {}}', "it has no weight_map"),
+        ('{"weight_map": ["a"]}', "it has no weight_map"),
+        ('{"weight_map": {"a": 1}}', "it says that a is in 1"),
+        (json.dumps({"weight_map": {"a": [ONE]}}), "it says that a is in"),
+        ('{"weight_map": {"a": "%s.safetensors"}}' % ("n" * 250), "File name too long"),
+        (r'{"weight_map": {"a": "\u0000.safetensors"}}', "embedded null byte"),
+        (r'{"weight_map": {"a": "\udc80.safetensors"}}', "half of a surrogate pair"),
+        (r'{"weight_map": {"a": "\u001b[2J.safetensors"}}', "first '.x1b.2J.safetensors'"),
+        ('{"weight_map": {"a": "%s"}}' % ("n" * 100_000), r"n\.\.\.n.*, which is no \.safetensors"),
+        ('{"weight_map": %s}' % ('{"a":' * 101 + "0" + "}" * 101), "nests deeper than 100 levels"),
+        ('{"weight_map": %s}' % ("9" * 5000), "4300 digits"),
+    ],
+)
+def test_a_malformed_index_is_refused(text: str, said: str, sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        identify(sharded)
+    assert caught.value.remedy
+    assert "\n" not in caught.value.what
+    assert len(caught.value.what) < 400
+
+
+READ = ["config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json"]
+READ += ["tokenizer_config.json", "preprocessor_config.json"]
+
+
+@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize(
+    ("put", "said"),
+    [
+        (os.mkfifo, "is a pipe, and no file"),
+        (Path.mkdir, "is a directory, and no file"),
+        (lambda file: file.symlink_to("/dev/zero"), "is a device, and no file"),
+        (lambda file: file.symlink_to("n" * 256), "cannot be read: File name too long"),
+    ],
+    ids=["pipe", "directory", "device", "name"],
+)
+def test_what_is_no_file_is_neither_read_nor_passed_over(
+    put: Callable[[Path], object], said: str, name: str, checkpoint: Path
+) -> None:
+    file = checkpoint / name
+    file.unlink(missing_ok=True)
+    put(file)
+    with pytest.raises(UserError, match=said) as caught:
+        identify(checkpoint)
+    assert caught.value.where == str(file)
+
+
+def test_a_name_that_no_directory_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="File name too long"):
+        identify(tmp_path / ("n" * 256))
+
+
+@pytest.mark.parametrize("named", [{"a": 1}, "Some", 7, None, [], [None]])
+def test_an_architecture_may_be_anything(named: object, checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text(json.dumps({"architectures": named}))
+    assert identify(checkpoint).architecture == ("None" if named == [None] else "unknown")
+
+
+def test_weights_that_are_written_to_are_no_broken_ones(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while they are downloaded: they may be whole another time."""
+    file, parse = checkpoint / "model.safetensors", headers.parse_json
+
+    def grow(data: bytes, *, strict: bool = False) -> object:
+        with file.open("ab") as opened:
+            opened.write(b"more")
+        return parse(data[:-1], strict=strict)
+
+    monkeypatch.setattr(headers, "parse_json", grow)
+    with pytest.raises(TryAgain, match="was changed while it was read"):
+        find_weights(checkpoint)
 
 
 # Digests

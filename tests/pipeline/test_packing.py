@@ -41,6 +41,7 @@ def row(layer: str, weights: int, kind: str = "down", *members: str, status: str
 
 def saved(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
     directory.mkdir()
+    (directory / "config.json").write_text("{}")
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     save_file(tensors, directory / "model.safetensors")
     return directory
