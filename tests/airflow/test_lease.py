@@ -17,10 +17,10 @@ from airflow.sdk import DAG, TaskInstanceState
 from qsens.config import Roots
 from qsens.grid import Plan
 from qsens.pipeline.plan import plan_sweep
-from qsens.store import Store, write_text
 from qsens_airflow import base, lease
 from qsens_airflow.cells import ScoreOperator
 
+from ..pipeline import results
 from .test_operators import run
 
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
@@ -218,7 +218,7 @@ def test_a_task_gives_its_slot_back_where_no_device_is_free(
 
 @pytest.mark.usefixtures("airflow_database", "own_signals")
 def test_a_result_that_is_there_waits_for_no_device(tmp_path: Path, plan: Plan) -> None:
-    write_text(Store(plan).manifest(plan.cells[0]), "{}")
+    results.result(plan, plan.cells[0], seed=0)
     held = [lease.take(["0", "1"]), lease.take(["0", "1"])]
     assert all(held)
     assert run(score(tmp_path)).state == TaskInstanceState.SUCCESS
