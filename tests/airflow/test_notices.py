@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email import message_from_bytes
@@ -104,7 +105,18 @@ class House:
         self.servers.mails.clear()
         self.servers.posts.clear()
         run_id = self.airflow.client.trigger({"preset": "told"} | conf)
-        return run_id, self.airflow.wait(run_id, seconds=400)
+        state = self.airflow.wait(run_id, seconds=400)
+        self._wait_until_told()
+        return run_id, state
+
+    def _wait_until_told(self) -> None:
+        """Wait until nobody is told any more: callbacks run when the task has its state already."""
+        told, since = -1, time.monotonic()
+        while time.monotonic() < since + 5:
+            now = len(self.servers.mails) + len(self.servers.posts)
+            if now != told:
+                told, since = now, time.monotonic()
+            time.sleep(0.1)
 
     def gate_log(self, run_id: str) -> str:
         (gate,) = [task for task in self.airflow.client.tasks(run_id) if task.task_id == "gate"]
