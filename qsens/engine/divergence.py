@@ -182,7 +182,7 @@ class _Measured:
         sample, position = (index.to(hidden.device) for index in mask.nonzero(as_tuple=True))
         rows = hidden[sample, position]
         parts = [
-            F.cross_entropy(self._logits(some).float(), asked, reduction="none").double()
+            F.cross_entropy(self._logits(some), asked, reduction="none").double()
             for some, asked in zip(
                 torch.split(rows, HEAD_ROWS), torch.split(labels, HEAD_ROWS), strict=True
             )

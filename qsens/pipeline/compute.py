@@ -192,9 +192,8 @@ def _score_pass(
     memory = {"predicted": budget.predicted / GIB, "peak": taken / GIB}
     failed: dict[str, QsensError] = {}
     for cell, request in zip(cells, requests, strict=True):
-        refused = _without_labels(plan, cell, samples) or found.failures.fault(
-            candidates.of_cell[cell.cell], cell.cell
-        )
+        fault = found.failures.fault(candidates.of_cell[cell.cell], cell.cell)
+        refused: QsensError | None = _without_labels(plan, cell, samples) or fault
         if refused is not None:
             failed[cell.cell] = refused
             keep_failure(store, cell, refused)
@@ -282,7 +281,7 @@ def request_of(plan: Plan, cell: Cell) -> Request:
     )
 
 
-def _without_labels(plan: Plan, cell: Cell, samples: Samples) -> QsensError | None:
+def _without_labels(plan: Plan, cell: Cell, samples: Samples) -> UserError | None:
     """Refuse a gradient of nothing: its zeros would not be measured."""
     scored = plan.samples_scored(cell)
     if plan.config.autoquant.method != "gradient" or any(samples.labels(scored)):
