@@ -79,7 +79,7 @@ def start_holder(
         process.stdout.close()
 
 
-def wait_for(ready: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(ready: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < end

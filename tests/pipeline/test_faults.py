@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -40,7 +39,8 @@ try:
     main()
 except SystemExit as end:
     assert not end.code
-assert not {"torch", "transformers", "modelopt"} & set(sys.modules)
+slow = {"torch", "transformers", "modelopt", "scipy", "plotly", "tokenizers", "httpx", "pulp"}
+assert not slow & set(sys.modules)
 """
 
 
@@ -231,31 +231,17 @@ def _fill(ballast: Path, room: int) -> None:
         os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_frsize - room)
 
 
-def test_a_step_whose_result_is_there_costs_under_a_second_and_no_torch(
-    undisturbed: Place,
-) -> None:
-    plan = undisturbed.plan()
-    for verb in ("calibrate", "score"):
-        seconds = []
-        for _ in range(3):
-            before = _seconds()
-            done = subprocess.run(
-                [sys.executable, "-c", STEP, verb, plan],
-                env=undisturbed.environment,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            seconds.append(_seconds() - before)
-            assert done.returncode == 0, done.stderr
-            assert json.loads(done.stdout)["computed"] is False
-        assert min(seconds) < 1.0
-
-
-def _seconds() -> float:
-    """Return the processor time of all children that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+@pytest.mark.parametrize("verb", ["calibrate", "score"])
+def test_a_step_whose_result_is_there_imports_nothing_slow(undisturbed: Place, verb: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, verb, undisturbed.plan()],
+        env=undisturbed.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["computed"] is False
 
 
 def test_half_the_memory_gives_the_same_calibration(undisturbed: Place, place: Place) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,15 +256,14 @@ def test_94_layers_of_128_experts_stay_small_and_quick(browser: Any, tmp_path: P
     for path in (cell, sweep):
         assert path.stat().st_size < 3_000_000
         watched = Watched(browser)
-        started = time.monotonic()
         watched.page.goto(path.as_uri())
         watched.page.locator("th button").first.wait_for()
-        # Measured: about half a second. A page that builds all its rows takes over ten.
-        assert time.monotonic() - started < 5
+        # Of 12,220 groups: a page that builds all its rows is slow on any machine.
+        assert watched.page.locator("tr").count() < 500
         watched.scroll()
         search = watched.page.locator(".tools input").last
         search.fill("layers.93. experts.127")
         found = watched.page.locator("table[data-rest] tbody tr", has_text="experts.127")
-        found.first.wait_for(timeout=5000)
+        found.first.wait_for()
         assert watched.errors == []
         watched.context.close()

@@ -131,7 +131,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_score(stack: Stack, undistur
     run_id = stack.client.trigger(CONF)
     child = in_score(stack, run_id)
     stack.kill("gpu-worker-0")
-    assert psutil.wait_procs([child], timeout=5)[1] == []
+    assert psutil.wait_procs([child], timeout=60)[1] == []
     stack.start("gpu-worker-0")
     run = end(stack, run_id)
     assert max(run.tries.values()) == 2
@@ -145,9 +145,7 @@ def test_a_task_that_is_terminated_leaves_no_process(stack: Stack, undisturbed: 
     child.resume()
     # The operator's process: what Airflow signals when a task is to end.
     child.parent().send_signal(signal.SIGTERM)
-    gone, alive = psutil.wait_procs(family, timeout=5)
-    assert alive == []
-    assert child in gone
+    assert psutil.wait_procs(family, timeout=60)[1] == []
     run = end(stack, run_id)
     assert max(run.tries.values()) == 2
     assert run.numbers == undisturbed.numbers
