@@ -277,7 +277,11 @@ def _first(names: Sequence[str]) -> str:
 def _remove_others(directory: Path, names: set[str]) -> None:
     """Remove what an earlier try chose, and this one does not."""
     for file in directory.iterdir():
-        if file.name not in names:
+        if file.name in names:
+            continue
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
             file.unlink()
 
 

@@ -235,9 +235,14 @@ def test_whole_files_of_an_earlier_try_are_compared_with_their_digest(
     (partial / "tokenizer.json").write_bytes(b"[]")  # as long as the listed one
     (partial / "tokenizer_other.json").write_bytes(b"{}")  # not listed
     (partial / "config.json").write_bytes(repository.files["config.json"])
+    (partial / "old").mkdir()
+    (partial / "old/config.json").write_bytes(b"{}")
     said = fetch()
     assert (tmp_path / "out/tokenizer.json").read_bytes() == b"{}"
-    assert not (tmp_path / "out/tokenizer_other.json").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *repository.files,
+        "qsens-source.json",
+    }
     whole = sum(map(len, repository.files.values()))
     assert said["downloaded_bytes"] == whole - len(repository.files["config.json"])
 
@@ -312,6 +317,25 @@ def test_an_encrypted_connection_stays_one() -> None:
     refuse_redirect(httpx.URL("http://hub.example"), hub)
     with pytest.raises(Unfit, match="not encrypted"):
         refuse_redirect(hub, httpx.URL("http://hub.example/config.json"))
+
+
+def test_a_proxy_that_nobody_can_use_is_said(
+    fetch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "nonsense://me:secret@127.0.0.1:1")
+    said = refused(fetch, tmp_path, UserError)
+    assert "names a proxy or certificates that cannot be used" in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://127.0.0.1:99999", "http://[::1", "http://", "ftp://hub.example", "hub"]
+)
+def test_an_endpoint_that_is_no_address_is_said(
+    endpoint: str, fetch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    assert "HF_ENDPOINT is no address of a hub" in refused(fetch, tmp_path, UserError)
 
 
 def slow(handler: BaseHTTPRequestHandler, first: bytes, again: bytes) -> bool:
