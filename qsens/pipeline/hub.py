@@ -107,15 +107,11 @@ class Hub:
                 target = Target(
                     opened, file.size, have=have, resumable=bool(file.digest), came=came
                 )
-                try:
-                    if have < file.size:
-                        self._receive(
-                            f"{listing.repository}/resolve/{listing.commit}/{_quoted(file.name)}",
-                            target,
-                        )
-                except Mismatch:
-                    part.unlink()
-                    raise
+                if have < file.size:
+                    self._receive(
+                        f"{listing.repository}/resolve/{listing.commit}/{_quoted(file.name)}",
+                        target,
+                    )
             if not _is(part, file):
                 part.unlink()
                 raise TryAgain(
@@ -150,7 +146,7 @@ class Hub:
             raise TryAgain(
                 f"{error}, and that is not what the hub lists",
                 where=where,
-                remedy=f"Run it again: nothing of it is kept. {_CHECK}",
+                remedy=f"Run it again: none of them are kept. {_CHECK}",
             ) from None
         except Cut as error:
             raise _try_again(f"the connection was cut: {error}", where) from None

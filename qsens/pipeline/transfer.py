@@ -102,10 +102,11 @@ class Target:
         """Write a piece.
 
         Raises:
-            Mismatch: It is more than may come; nothing of it is written.
+            Mismatch: It is more than may come; what came before it is taken away, too.
         """
         self.received += len(piece)
         if len(piece) > self.size - self.have:
+            self.restart()
             raise Mismatch(f"more than {self.size} bytes come")
         self.file.write(piece)
         self.file.flush()
@@ -168,25 +169,18 @@ async def _attempt(
         target.restart()
     asked = target.have
     async with _answer(client, address, asked) as answer:
-        given = _RANGE.fullmatch(answer.headers.get("content-range", ""))
         goes_on = asked > 0 and answer.status_code == httpx.codes.PARTIAL_CONTENT
-        unsatisfied = answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE
-        if (goes_on and (given is None or int(given[1]) != asked)) or (asked and unsatisfied):
+        part = _RANGE.fullmatch(answer.headers.get("content-range", "")) if goes_on else None
+        elsewhere = goes_on and (part is None or int(part[1]) != asked)
+        nowhere = asked and answer.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE
+        if elsewhere or nowhere:
             target.restart()
             raise Cut("it does not go on from where it was cut")
-        if answer.status_code == httpx.codes.OK:
-            target.restart()
-        elif not goes_on:
+        if not goes_on and answer.status_code != httpx.codes.OK:
             raise Refused(answer)
-        # Not even gzip: such a body has another length, and no bounds.
-        if answer.headers.get("content-encoding", "identity").strip().lower() not in (
-            "",
-            "identity",
-        ):
-            raise Unfit("its answer is compressed, and that was not asked for")
-        total = given[2] if goes_on and given else answer.headers.get("content-length", "")
-        if _LENGTH.fullmatch(total):
-            _check_length(int(total), target)
+        _check(answer, part[2] if part else answer.headers.get("content-length", ""), target)
+        if not goes_on:
+            target.restart()
         since = 0
         async for piece in answer.aiter_raw():
             target.add(piece)
@@ -210,7 +204,7 @@ async def _answer(
         try:
             answer = await client.send(request, stream=True)
         except (ValueError, httpx.InvalidURL, httpx.UnsupportedProtocol):
-            raise Unfit("it redirects to an address that nobody can ask") from None
+            raise Unfit("it leads to an address that nobody can ask") from None
         try:
             following = answer.next_request
             if following is None:
@@ -232,7 +226,7 @@ def refuse_redirect(source: httpx.URL, target: httpx.URL) -> None:
     if target.scheme not in ("http", "https"):
         raise Unfit("it redirects to something else than HTTP")
     if not is_address(target):
-        raise Unfit("it redirects to an address that nobody can ask")
+        raise Unfit("it leads to an address that nobody can ask")
     if source.scheme == "https" and target.scheme == "http":
         raise Unfit("it redirects to a connection that is not encrypted")
 
@@ -242,9 +236,15 @@ def is_address(url: httpx.URL) -> bool:
     return url.scheme in ("http", "https") and bool(url.host) and 0 < (url.port or 1) < 1 << 16
 
 
-def _check_length(total: int, target: Target) -> None:
-    if total > target.size or (target.exact and total < target.size):
-        raise Mismatch(f"{total} bytes come")
+def _check(answer: httpx.Response, total: str, target: Target) -> None:
+    """Refuse what cannot be the whole, before anything of it is read."""
+    # Not even gzip: such a body has another length, and no bounds.
+    if answer.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+        raise Unfit("its answer is compressed, and that was not asked for")
+    if _LENGTH.fullmatch(total):
+        size = int(total)
+        if size > target.size or (target.exact and size < target.size):
+            raise Mismatch(f"{size} bytes come")
 
 
 def _client(headers: Mapping[str, str]) -> httpx.AsyncClient:

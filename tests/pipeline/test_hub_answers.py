@@ -148,7 +148,8 @@ def test_an_endless_body_is_left_at_the_listed_size(
     size = len(repository.files["config.json"])
     assert f"more than {size} bytes come, and that is not what the hub lists" in said
     assert sum(sent) < 32 * MIB  # what fits into buffers
-    assert not [name for name in parts(tmp_path) if name.startswith("config.json")]
+    assert "config.json" not in parts(tmp_path)
+    assert parts(tmp_path)["config.json.part"] == 0
 
 
 @pytest.mark.parametrize("by", [1, -1])
@@ -227,6 +228,52 @@ def test_a_whole_answer_to_a_part_is_taken_from_its_beginning(
     assert (tmp_path / "out/config.json").read_bytes() == content
 
 
+@pytest.mark.parametrize("stretch", [1 << 16, 1 << 24])
+def test_a_connection_that_is_cut_again_and_again(
+    stretch: int,
+    repository: Repository,
+    fetch: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As long as enough comes each time; else three times are enough."""
+    monkeypatch.setattr("qsens.pipeline.transfer._STRETCH", stretch)
+    monkeypatch.setattr("qsens.pipeline.transfer._PAUSE", 0)
+    content = repository.files["config.json"] + b" " * 500_000
+    repository.files["config.json"] = content
+
+    def cut(handler: BaseHTTPRequestHandler) -> bool:
+        start = int(handler.headers.get("Range", "bytes=0-")[6:-1])
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str(len(content) - start))
+        handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        handler.end_headers()
+        handler.wfile.write(content[start : start + 100_000])
+        return True
+
+    repository.replies["config.json"] = cut
+    if stretch == 1 << 16:
+        fetch()
+        assert (tmp_path / "out/config.json").read_bytes() == content
+    else:
+        refused(fetch, tmp_path, TryAgain)
+        assert parts(tmp_path)["config.json.part"] == 300_000
+
+
+def test_a_page_in_place_of_a_file_costs_no_part(
+    repository: Repository, fetch: Any, tmp_path: Path
+) -> None:
+    content = repository.files["config.json"]
+    part = tmp_path / f".out.{COMMIT[:12]}.partial/config.json.part"
+    part.parent.mkdir()
+    part.write_bytes(content[:5])
+    repository.replies["config.json"] = answer(b"<html>Log in</html>")
+    assert "19 bytes come" in refused(fetch, tmp_path, TryAgain)
+    repository.replies["config.json"] = answer(bomb(MIB), Content_Encoding="gzip")
+    refused(fetch, tmp_path, UserError)
+    assert part.read_bytes() == content[:5]
+
+
 def test_whole_files_of_an_earlier_try_are_compared_with_their_digest(
     repository: Repository, fetch: Any, tmp_path: Path
 ) -> None:
@@ -290,8 +337,8 @@ def test_redirects_are_counted_and_their_bodies_left(
     [
         ("ftp://127.0.0.1/config.json", UserError, "redirects to something else than HTTP"),
         ("file:///etc/passwd", UserError, "redirects to something else than HTTP"),
-        ("javascript:alert(1)", UserError, "redirects to an address that nobody can ask"),
-        ("http://127.0.0.1:99999/", UserError, "redirects to an address that nobody can ask"),
+        ("javascript:alert(1)", UserError, "leads to an address that nobody can ask"),
+        ("http://127.0.0.1:99999/", UserError, "leads to an address that nobody can ask"),
         ("http://a..b/", TryAgain, "the connection failed"),
     ],
 )
