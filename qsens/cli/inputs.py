@@ -69,6 +69,10 @@ def fetch_model(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit; the model file's, else main.")
     ] = None,
+    allow_unverified: Annotated[
+        bool,
+        typer.Option("--allow-unverified", help="Take files of which the hub lists no digest."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Get a checkpoint from a model hub: safetensors, configuration, tokenizer, processor.
@@ -78,7 +82,14 @@ def fetch_model(
     """
     from qsens.pipeline.fetch import fetch_model as step
 
-    fetched = step(target, directory, revision=revision)
+    with ProgressLine(stderr, cells=[]) as line:
+        fetched = step(
+            target,
+            directory,
+            revision=revision,
+            allow_unverified=allow_unverified,
+            progress=lambda name, done, size: line.update("fetch-model", name, done, size),
+        )
     if as_json:
         print_json(fetched)
         return

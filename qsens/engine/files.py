@@ -184,7 +184,7 @@ def find_weights(path: Path) -> Weights:
             no index or lie beside one of other files, or two hold the same tensor.
     """
     entry = _entry(path)
-    names = _shards(path / entry) if entry.endswith(".json") else [entry]
+    names = indexed_files(path / entry) if entry.endswith(".json") else [entry]
     missing = [name for name in names if not has_file(path / name, remedy=AGAIN)]
     if missing:
         raise UserError(
@@ -222,6 +222,34 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in find_weights(path).tensors.items()}
 
 
+def indexed_files(index: Path) -> list[str]:
+    """Return the files that an index names, sorted: all of their tensors are read.
+
+    Raises:
+        UserError: It is broken, or names what is no safetensors file below its directory.
+    """
+    held = read_json(index, remedy=AGAIN)
+    places = held.get("weight_map") if isinstance(held, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise UserError("is broken: it has no weight_map", where=str(index), remedy=AGAIN)
+    for name, place in places.items():
+        if not isinstance(place, str):
+            raise UserError(
+                f"is broken: it says that {shown(name)} is in {shown(place)}",
+                where=str(index),
+                remedy=AGAIN,
+            )
+    names = sorted({_inside(name, index) for name in places.values()})
+    strange = next((name for name in names if not name.endswith(".safetensors")), None)
+    if strange is not None:
+        raise UserError(
+            f"names {shown(strange)}, which is no .safetensors file",
+            where=str(index),
+            remedy="Save it with save_pretrained(); pickles are never loaded.",
+        )
+    return names
+
+
 def _entry(path: Path) -> str:
     """Return the file that transformers is to read, or the index of several."""
     named = read_config(path).get(_NAMED)
@@ -239,7 +267,7 @@ def _entry(path: Path) -> str:
             )
         return named
     single, indexed = (has_file(path / name, remedy=AGAIN) for name in (SINGLE, INDEX))
-    if single and indexed and _shards(path / INDEX) != [SINGLE]:
+    if single and indexed and indexed_files(path / INDEX) != [SINGLE]:
         raise UserError(
             f"holds {SINGLE}, and beside it {INDEX}, which names other files",
             where=str(path),
@@ -265,30 +293,6 @@ def _entry(path: Path) -> str:
         where=str(path),
         remedy="Save it with save_pretrained(); pickles are never loaded." if pickles else AGAIN,
     )
-
-
-def _shards(index: Path) -> list[str]:
-    """Return the files that an index names, sorted: all of their tensors are read."""
-    held = read_json(index, remedy=AGAIN)
-    places = held.get("weight_map") if isinstance(held, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise UserError("is broken: it has no weight_map", where=str(index), remedy=AGAIN)
-    for name, place in places.items():
-        if not isinstance(place, str):
-            raise UserError(
-                f"is broken: it says that {shown(name)} is in {shown(place)}",
-                where=str(index),
-                remedy=AGAIN,
-            )
-    names = sorted({_inside(name, index) for name in places.values()})
-    strange = next((name for name in names if not name.endswith(".safetensors")), None)
-    if strange is not None:
-        raise UserError(
-            f"names {shown(strange)}, which is no .safetensors file",
-            where=str(index),
-            remedy="Save it with save_pretrained(); pickles are never loaded.",
-        )
-    return names
 
 
 def _check_index(entry: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +15,18 @@ from pydantic import ValidationError
 from qsens.config import Roots, choices, load_sweep
 from qsens.config.base import Frozen
 from qsens.config.models import HubConfig
-from qsens.engine.files import INDEX, SINGLE, read_config, weight_files
+from qsens.engine.files import INDEX, SINGLE, indexed_files, read_config, weight_files
 from qsens.errors import TryAgain, UserError
-from qsens.pipeline.hub import Hub, Listing, RemoteFile
+from qsens.pipeline.hub import Hub, is_offline
+from qsens.pipeline.listing import Listing, RemoteFile
+from qsens.reading import MOST_BYTES, MOST_JSON, read_json, shown
 from qsens.store import held, make_directory, write_text
 
 SOURCE = "qsens-source.json"
 """Written beside the weights: where a checkpoint came from."""
 
 # Configuration, tokenizer and processor, at the repository's root; never code, never a pickle.
-_SMALL = (
+_NAMES = (
     "config.json",
     "generation_config.json",
     "tokenizer*.json",
@@ -40,6 +42,9 @@ _SMALL = (
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
+_SMALL = re.compile("|".join(map(fnmatch.translate, _NAMES)))
+# Files of one checkpoint at most: the largest have two hundred.
+_MOST_FILES = 1000
 _GIB = 1 << 30
 # A disk that is full to the last byte breaks other programs.
 _RESERVE = _GIB
@@ -58,6 +63,8 @@ class Source(Frozen):
     """The commit that it stood for."""
     files: dict[str, int]
     """Size of every file, in bytes."""
+    unverified: tuple[str, ...] = ()
+    """Files of which the hub listed no digest, so that nobody can tell what they should hold."""
 
 
 def fetch_model(
@@ -65,7 +72,9 @@ def fetch_model(
     directory: Path | None = None,
     *,
     revision: str | None = None,
+    allow_unverified: bool = False,
     roots: Roots | None = None,
+    progress: Callable[[str, int, int], None] = lambda name, done, size: None,
 ) -> dict[str, Any]:
     """Make sure that a checkpoint is there, whole, at one commit.
 
@@ -73,42 +82,44 @@ def fetch_model(
         target: Name of a file below ``configs/model/``, or a repository, ``owner/name``.
         directory: Where it goes; the model file's ``path`` when not given.
         revision: Branch, tag or commit; the model file's, else ``main``, when not given.
+        allow_unverified: Whether files are taken of which the hub lists no digest.
         roots: Where things lie; from the environment when not given.
+        progress: Is told a file's name, how many of its bytes are there, and how many it has.
 
     Returns:
-        ``directory``, ``repository``, ``revision``, ``commit``, ``files``, ``bytes`` and
-        ``downloaded_bytes``.
+        ``directory``, ``repository``, ``revision``, ``commit``, ``files``, ``unverified``,
+        ``bytes`` and ``downloaded_bytes``.
 
     Raises:
-        UserError: The target is unknown or closed, holds no safetensors, or the directory holds
-            something else.
+        UserError: The target is unknown or closed, holds no safetensors or too much, its listing
+            or index is broken, digests are missing, or the directory holds something else.
         TryAgain: The hub cannot be reached, a download was cut, or there is not enough space.
     """
     roots = roots or Roots.from_environment()
     wanted, default = _wanted(target, revision, roots)
     path = roots.resolve(directory or default)
-    hub = Hub()
     make_directory(path.parent)
     with held(FileLock(path.parent / f".{path.name}.lock"), where=str(path), wait=False):
         there = _read_source(path)
         if there is not None and there.repository == wanted.repository:
-            enough = (there.commit, there.revision) if hub.offline else (there.commit,)
+            enough = (there.commit, there.revision) if is_offline() else (there.commit,)
             if wanted.revision in enough:
-                return _described(path, there, downloaded=0)
-        if hub.offline:
+                return _kept(path, there, allow_unverified)
+        if is_offline():
             raise UserError(
                 f"is not there in revision '{wanted.revision}', and HF_HUB_OFFLINE is set",
                 where=str(path),
                 remedy="Unset HF_HUB_OFFLINE, or copy the directory from where it was fetched.",
             )
+        hub = Hub()
         listing = hub.listing(str(wanted.repository), wanted.revision)
         if there is not None and (there.repository, there.commit) == (
             listing.repository,
             listing.commit,
         ):
-            return _described(path, there, downloaded=0)
+            return _kept(path, there, allow_unverified)
         _refuse_occupied(path, there, listing)
-        return _fetch(hub, listing, path)
+        return _fetch(hub, listing, path, allow_unverified, progress)
 
 
 def _wanted(target: str, revision: str | None, roots: Roots) -> tuple[HubConfig, Path]:
@@ -137,39 +148,141 @@ def _wanted(target: str, revision: str | None, roots: Roots) -> tuple[HubConfig,
     return (hub.model_copy(update={"revision": revision}) if revision else hub), path
 
 
-def _fetch(hub: Hub, listing: Listing, path: Path) -> dict[str, Any]:
+def _fetch(
+    hub: Hub,
+    listing: Listing,
+    path: Path,
+    allow_unverified: bool,
+    progress: Callable[[str, int, int], None],
+) -> dict[str, Any]:
     """Download beside ``path``; what is whole is renamed to it."""
     partial = path.with_name(f".{path.name}.{listing.commit[:12]}.partial")
-    partial.mkdir(exist_ok=True)
-    downloaded = 0
-    index = [listing.files[INDEX]] if INDEX in listing.files else []
-    for file in index:
-        downloaded += _get(hub, listing, file, partial)
-    files = [*index, *_chosen(listing, partial)]
+
+    def get(file: RemoteFile) -> int:
+        return hub.download(
+            listing, file, partial / file.name, lambda have: progress(file.name, have, file.size)
+        )
+
+    small = _small_files(listing)
+    index = [listing.file(INDEX)] if INDEX in listing.entries else []
+    _check_files([*small, *index], listing, allow_unverified)
+    make_directory(partial)
+    downloaded = sum(map(get, index))
+    weights = [listing.file(name) for name in _weights(listing, partial)]
+    files = [*index, *small, *weights]
+    _check_files(files, listing, allow_unverified)
     _check_space(files, partial)
-    for file in sorted(files, key=lambda file: (file.size, file.name)):
-        downloaded += _get(hub, listing, file, partial)
+    downloaded += sum(map(get, sorted(files, key=lambda file: (file.size, file.name))))
     read_config(partial)
     weight_files(partial)
+    _remove_others(partial, {file.name for file in files})
     source = Source(
         repository=listing.repository,
         revision=listing.revision,
         commit=listing.commit,
         files={file.name: file.size for file in sorted(files, key=lambda file: file.name)},
+        unverified=tuple(_unverified(files)),
     )
     write_text(partial / SOURCE, source.model_dump_json(indent=2) + "\n")
     partial.replace(path)
     return _described(path, source, downloaded=downloaded)
 
 
-def _get(hub: Hub, listing: Listing, file: RemoteFile, directory: Path) -> int:
-    """Download a file where it is not there yet; return how many bytes went over the wire."""
-    path = directory / file.name
-    if path.is_file() and path.stat().st_size == file.size:
-        return 0
-    left = _missing(file, directory)
-    hub.download(listing, file.name, path)
-    return left
+def _small_files(listing: Listing) -> list[RemoteFile]:
+    """Return what is no weights."""
+    if "config.json" not in listing.entries:
+        raise UserError(
+            "has no config.json",
+            where=listing.where,
+            remedy="Name the repository of a whole checkpoint.",
+        )
+    names = [name for name in listing.entries if "/" not in name and _SMALL.fullmatch(name)]
+    _check_number(len(names), listing)
+    return [listing.file(name) for name in names]
+
+
+def _weights(listing: Listing, directory: Path) -> list[str]:
+    """Return the names of the weight files, by the index where there is one."""
+    weights = [name for name in listing.entries if re.fullmatch(r"[^/]+\.safetensors", name)]
+    if INDEX in listing.entries:
+        try:
+            shards = indexed_files(directory / INDEX)
+        except UserError as error:
+            raise UserError(
+                f"its {INDEX} {error.what}", where=listing.where, remedy="Choose another revision."
+            ) from error
+        absent = next((name for name in shards if name not in listing.entries), None)
+        if absent is not None:
+            raise UserError(
+                f"its index names {shown(absent)}, which is not there",
+                where=listing.where,
+                remedy="Choose another revision.",
+            )
+        _check_number(len(shards), listing)
+        return shards
+    if SINGLE in weights:
+        return [SINGLE]
+    if weights:
+        raise UserError(
+            f"holds neither {SINGLE} nor {INDEX}, but {shown(weights[0])}: transformers would not "
+            "find it",
+            where=listing.where,
+            remedy="Choose another revision, or the repository in the layout of transformers.",
+        )
+    pickles = any(name.endswith((".bin", ".pt", ".pth")) for name in listing.entries)
+    raise UserError(
+        "holds weights as pickle only" if pickles else "holds no *.safetensors",
+        where=listing.where,
+        remedy="Choose a revision with safetensors; pickles are never loaded.",
+    )
+
+
+def _check_files(files: list[RemoteFile], listing: Listing, allow_unverified: bool) -> None:
+    """Refuse what is larger than anybody reads it, and what could not be checked."""
+    for file in files:
+        most = MOST_JSON if file.name in (INDEX, "config.json") else MOST_BYTES
+        if file.size > most and not file.name.endswith(".safetensors"):
+            raise UserError(
+                f"its {file.name} has {file.size} bytes, and at most {most} are read",
+                where=listing.where,
+                remedy="Choose another revision.",
+            )
+    unknown = _unverified(files)
+    if unknown and not allow_unverified:
+        raise UserError(
+            f"the hub lists no digest of {_first(unknown)}: nobody could tell whether what comes "
+            "is what was published",
+            where=listing.where,
+            remedy="Use a hub that lists digests, or take it as it comes with --allow-unverified.",
+        )
+
+
+def _check_number(count: int, listing: Listing) -> None:
+    if count > _MOST_FILES:
+        raise UserError(
+            f"{count} of its files are those of a checkpoint, and at most {_MOST_FILES} are taken",
+            where=listing.where,
+            remedy="Choose another revision.",
+        )
+
+
+def _unverified(files: Iterable[RemoteFile]) -> list[str]:
+    return sorted({file.name for file in files if not file.digest})
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} others" if len(names) > 1 else names[0]
+
+
+def _remove_others(directory: Path, names: set[str]) -> None:
+    """Remove what an earlier try chose, and this one does not."""
+    for file in directory.iterdir():
+        if file.name in names:
+            continue
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
 
 
 def _missing(file: RemoteFile, directory: Path) -> int:
@@ -178,53 +291,6 @@ def _missing(file: RemoteFile, directory: Path) -> int:
         if path.is_file() and path.stat().st_size <= file.size:
             return file.size - path.stat().st_size
     return file.size
-
-
-def _chosen(listing: Listing, directory: Path) -> list[RemoteFile]:
-    """Return the files of the checkpoint: small ones by name, weights by the index."""
-    where = f"{listing.repository} at {listing.commit[:12]}"
-    if "config.json" not in listing.files:
-        raise UserError(
-            "has no config.json", where=where, remedy="Name the repository of a whole checkpoint."
-        )
-    names = [
-        name
-        for name in listing.files
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in _SMALL) and "/" not in name
-    ]
-    weights = [name for name in listing.files if re.fullmatch(r"[^/]+\.safetensors", name)]
-    if INDEX in listing.files:
-        try:
-            content = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-            shards = sorted(set(content["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"its {INDEX} is broken: {error}", where=where, remedy="Choose another revision."
-            ) from error
-        absent = [name for name in shards if name not in weights]
-        if absent:
-            raise UserError(
-                f"its index names {absent[0]}, which is not there",
-                where=where,
-                remedy="Choose another revision.",
-            )
-        weights = shards
-    elif SINGLE in weights:
-        weights = [SINGLE]
-    elif weights:
-        raise UserError(
-            f"holds neither {SINGLE} nor {INDEX}, but {weights[0]}: transformers would not find it",
-            where=where,
-            remedy="Choose another revision, or the repository in the layout of transformers.",
-        )
-    if not weights:
-        pickles = [name for name in listing.files if name.endswith((".bin", ".pt", ".pth"))]
-        raise UserError(
-            "holds weights as pickle only" if pickles else "holds no *.safetensors",
-            where=where,
-            remedy="Choose a revision with safetensors; pickles are never loaded.",
-        )
-    return [listing.files[name] for name in (*names, *weights)]
 
 
 def _check_space(files: list[RemoteFile], directory: Path) -> None:
@@ -260,11 +326,22 @@ def _refuse_occupied(path: Path, there: Source | None, listing: Listing) -> None
 def _read_source(path: Path) -> Source | None:
     """Return where the checkpoint came from; none if that is not said or files are not whole."""
     try:
-        source = Source.model_validate_json((path / SOURCE).read_bytes())
+        source = Source.model_validate(read_json(path / SOURCE, remedy=""))
         whole = all((path / name).stat().st_size == size for name, size in source.files.items())
-    except (OSError, ValidationError):
+    except (OSError, UserError, ValueError):
         return None
     return source if whole else None
+
+
+def _kept(path: Path, source: Source, allow_unverified: bool) -> dict[str, Any]:
+    """Return what is there already, if it may be used."""
+    if source.unverified and not allow_unverified:
+        raise UserError(
+            f"was fetched though the hub listed no digest of {_first(source.unverified)}",
+            where=str(path),
+            remedy="Take it as it is with --allow-unverified, or remove it and fetch it again.",
+        )
+    return _described(path, source, downloaded=0)
 
 
 def _described(path: Path, source: Source, *, downloaded: int) -> dict[str, Any]:
@@ -274,6 +351,7 @@ def _described(path: Path, source: Source, *, downloaded: int) -> dict[str, Any]
         "revision": source.revision,
         "commit": source.commit,
         "files": len(source.files),
+        "unverified": len(source.unverified),
         "bytes": sum(source.files.values()),
         "downloaded_bytes": downloaded,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +29,8 @@ class Repository:
         stall: By name: after so many bytes nothing more comes until ``release``.
         corrupt: Names whose content is sent with another first byte, once each.
         status: Answer every request with this status.
+        replies: By name, or ``listing``: answers a request to the hub in place of it; what it
+            returns false for is answered as ever.
         asked: ``(server, path, headers)`` of every request for a repository or a file.
         sent: Bytes of each file that were sent.
     """
@@ -42,6 +44,7 @@ class Repository:
     stall: dict[str, int] = field(default_factory=dict)
     corrupt: set[str] = field(default_factory=set)
     status: int | None = None
+    replies: dict[str, Callable[[BaseHTTPRequestHandler], bool]] = field(default_factory=dict)
     asked: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     sent: dict[str, int] = field(default_factory=dict)
     stalled: threading.Event = field(default_factory=threading.Event)
@@ -69,7 +72,7 @@ def serving(repository: Repository) -> Iterator[str]:
     hub = ThreadingHTTPServer(("127.0.0.1", 0), _handler(repository, "hub", behind))
     for server in (cdn, hub):
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{hub.server_port}"
     finally:
@@ -91,6 +94,10 @@ def _handler(repository: Repository, role: str, cdn: str) -> type[BaseHTTPReques
             headers = {key.lower(): value for key, value in self.headers.items()}
             if "/owner/" in path or role == "cdn":  # huggingface_hub asks for more of its own
                 repository.asked.append((role, path, headers))
+            wanted = "listing" if path.startswith("/api/") else path.rsplit("/", 1)[-1]
+            reply = repository.replies.get(wanted) if role == "hub" else None
+            if reply is not None and self._replied(reply):
+                return
             if repository.status is not None:
                 self._say(repository.status)
             elif role == "cdn":
@@ -111,6 +118,14 @@ def _handler(repository: Repository, role: str, cdn: str) -> type[BaseHTTPReques
                     self._file(name)
             else:
                 self._say(404, {"X-Error-Code": "RepoNotFound"})
+
+        def _replied(self, reply: Callable[[BaseHTTPRequestHandler], bool]) -> bool:
+            try:
+                done = reply(self)
+            except OSError:  # whoever asked has heard enough
+                done = True
+            self.close_connection = done
+            return done
 
         def _may_read(self, headers: dict[str, str]) -> bool:
             if repository.gated:
