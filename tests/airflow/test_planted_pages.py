@@ -401,6 +401,9 @@ def test_scripts_are_behind_the_login_and_kept_by_one_reader(served: Served) -> 
         assert answer.headers["content-type"] == "text/javascript; charset=utf-8"
         assert answer.headers["cache-control"] == "private, max-age=31536000, immutable"
         assert answer.headers["x-content-type-options"] == "nosniff"
+        head = httpx.head(address, cookies=dict([COOKIE]))
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(text.encode("utf-8")))
     for other in (CURRENT, "0" * 64 + ".js", "..%2ffiles", ""):
         answer = httpx.get(f"{served.url}/assets/{other}", cookies=dict([COOKIE]))
         assert answer.status_code in (404, 405), other
