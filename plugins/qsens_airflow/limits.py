@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from airflow.sdk.configuration import conf
+
 from qsens.config import Roots, SweepConfig, load_sweep
 from qsens.errors import UserError
 
@@ -42,13 +44,8 @@ def load_run(preset: str, overrides: Sequence[str], roots: Roots) -> SweepConfig
     known = set(_paths(trusted).values())
     allowed = allowed_roots(roots)
     for key, path in _paths(config).items():
-        if path in known or any(path.is_relative_to(root) for root in allowed):
-            continue
-        raise UserError(
-            f"'{path}' lies outside the directories that a run may read",
-            where=f"{key} ({_WHERE})",
-            remedy=f"Use a path below {', '.join(map(str, allowed))}; {DATA_ROOTS} adds others.",
-        )
+        if path not in known:
+            _refuse_foreign(key, path, allowed)
     return config
 
 
@@ -70,6 +67,44 @@ def _paths(config: SweepConfig) -> dict[str, Path]:
         f"dataset.files.{size}": dataset.directory / dataset.files[size] for size in dataset.files
     }
     return {key: path.resolve() for key, path in found.items()}
+
+
+def _refuse_foreign(key: str, path: Path, allowed: Sequence[Path]) -> None:
+    """Refuse a path outside ``allowed``, and one within that is Airflow's or has a dotted name."""
+    above = [root for root in allowed if path.is_relative_to(root)]
+    if not above:
+        raise UserError(
+            f"'{path}' lies outside the directories that a run may read",
+            where=f"{key} ({_WHERE})",
+            remedy=f"Use a path below {', '.join(map(str, allowed))}; {DATA_ROOTS} adds others.",
+        )
+    within = [path.relative_to(root).parts for root in above]
+    dotted = all(any(part.startswith(".") for part in parts) for parts in within)
+    if dotted or _is_airflows(path, above):
+        raise UserError(
+            f"'{path}' lies where Airflow or qsens keeps what no run may read",
+            where=f"{key} ({_WHERE})",
+            remedy="Use a path out of AIRFLOW_HOME, its logs and names that start with a dot; "
+            f"{DATA_ROOTS} may name a directory below such a name.",
+        )
+
+
+def _is_airflows(path: Path, above: Sequence[Path]) -> bool:
+    """Return whether a path is part of Airflow's own state: passwords, logs, its database."""
+    home = Path(os.environ.get("AIRFLOW_HOME") or "~/airflow").expanduser().resolve()
+    own = {
+        home / "airflow.db",
+        Path(os.environ.get("AIRFLOW_CONFIG") or home / "airflow.cfg"),
+        Path(conf.get("logging", "base_log_folder", fallback=home / "logs")),
+        Path(
+            conf.get("core", "simple_auth_manager_passwords_file", fallback=None)
+            or home / "simple_auth_manager_passwords.json.generated"
+        ),
+    }
+    # Whoever puts a root below AIRFLOW_HOME says that it is not Airflow's.
+    if not any(root.is_relative_to(home) for root in above):
+        own.add(home)
+    return any(path.is_relative_to(part.expanduser().resolve()) for part in own)
 
 
 def _refuse_changed(key: str, value: object, trusted: object) -> None:

@@ -1,4 +1,8 @@
-"""The reports as web pages: files under the results root, read only, for users who logged in."""
+"""The reports as web pages: files under the results root, read only, for users who logged in.
+
+Pages run in Airflow's origin, with their reader's session, and whoever may write below the results
+may have written them: the scripts of this package are all that runs, whatever a page holds.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,10 @@ from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import FileResponse, HTMLResponse, RedirectResponse
 
 from qsens.config import Roots
-from qsens.errors import UserError
+from qsens.errors import QsensError, UserError
 from qsens.grid import read_plan
-from qsens.report.assets import Scripts, page_data
+from qsens.reading import read_bytes
+from qsens.report.assets import Scripts, page_data, script_sources, served, served_scripts
 from qsens.report.render import render_html
 from qsens.store import Store
 from qsens_airflow.plans import plan_of_run
@@ -22,17 +27,15 @@ from qsens_airflow.plans import plan_of_run
 DAG_ID = "qsens_sweep"
 PAGE_ENTRIES = 100
 INDEX = "index.html"
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src 'self' data:; "
-    "connect-src 'none'; form-action 'none'; base-uri 'none'; frame-ancestors 'self'"
-)
+# Bytes of a page at most, which is held in memory: one with its scripts in it has 5 MB.
+MOST_PAGE = 1 << 24
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".json": "application/json",
     ".md": "text/plain; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-_SCRIPT = re.compile(r"assets/(report-[0-9a-f]{8}|plotly-[0-9.]+\.min)\.js$")
+_SCRIPT_TYPE = "text/javascript; charset=utf-8"
 _REPORTS = re.compile(r"(models/[^/]+/layer-analysis|tmp/[^/]+)(/|$)")
 _Page = Annotated[int, Query(ge=1, le=1_000_000)]
 
@@ -51,19 +54,22 @@ def make_app(user: Callable[..., Any]) -> FastAPI:
         dependencies=[Depends(user)],
     )
 
-    @app.get("/")
+    def route(path: str) -> Callable[..., Any]:
+        return app.api_route(path, methods=["GET", "HEAD"])
+
+    @route("/")
     def models(page: _Page = 1) -> Response:
         """List the models that have reports."""
         root = Roots.from_environment().results
         found = sorted(
             path.parent.name
             for path in root.glob("models/*/layer-analysis")
-            if path.is_dir() and not path.parent.name.startswith(".")
+            if path.is_dir() and _allowed(root, path.relative_to(root).as_posix()) is not None
         )
         links = [(name, f"files/models/{quote(name, safe='')}/layer-analysis/") for name in found]
         return _listing("Layer sensitivity", "Models with reports", links, page)
 
-    @app.get("/runs/{dag_id}/{run_id:path}")
+    @route("/runs/{dag_id}/{run_id:path}")
     def run(request: Request, dag_id: str, run_id: str) -> Response:
         """Lead to the sweep of an Airflow run."""
         roots = Roots.from_environment()
@@ -88,18 +94,27 @@ def make_app(user: Callable[..., Any]) -> FastAPI:
             return _note("Not yet", "This run has published no report yet.", base)
         return RedirectResponse(f"{base}/files/{quote(inside)}", headers=_HEADERS)
 
-    @app.get("/files/{path:path}")
+    @route("/assets/{name}")
+    def asset(name: str) -> Response:
+        """Serve a script of this package; its name is the digest of its content."""
+        script = served_scripts().get(name)
+        if script is None:
+            raise HTTPException(404, "no such script", headers=_HEADERS)
+        return Response(script, media_type=_SCRIPT_TYPE, headers=_HEADERS | _FOR_EVER)
+
+    @route("/files/{path:path}")
     def file(request: Request, path: str, page: _Page = 1) -> Response:
         """Serve one file of the reports, or list a directory of them."""
         root = Roots.from_environment().results
         found = _allowed(root, path)
         if found is None:
             raise HTTPException(404, "no such report", headers=_HEADERS)
+        base = request.scope.get("root_path", "")
         if found.is_file():
-            kind = _TYPES.get(found.suffix, "text/javascript; charset=utf-8")
-            return FileResponse(found, media_type=kind, headers=_HEADERS)
+            if found.suffix == ".html":
+                return _page(found, base)
+            return FileResponse(found, media_type=_TYPES[found.suffix], headers=_HEADERS)
         if not path.endswith("/"):
-            base = request.scope.get("root_path", "")
             return RedirectResponse(f"{base}/files/{quote(path)}/", headers=_HEADERS)
         if (found / INDEX).is_file():
             return RedirectResponse(INDEX, headers=_HEADERS)
@@ -114,27 +129,35 @@ def make_app(user: Callable[..., Any]) -> FastAPI:
     return app
 
 
-_HEADERS = {
-    "Content-Security-Policy": POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "private, no-cache",
-}
+def _headers(scripts: str) -> dict[str, str]:
+    """Return the headers of a page, with the sources of its scripts."""
+    return {
+        "Content-Security-Policy": (
+            f"default-src 'none'; script-src {scripts}; worker-src 'none'; "
+            "style-src 'unsafe-inline'; img-src data:; connect-src 'none'; form-action 'none'; "
+            "base-uri 'none'; frame-ancestors 'self'"
+        ),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "private, no-cache",
+    }
+
+
+_HEADERS = _headers("'none'")
+_FOR_EVER = {"Cache-Control": "private, max-age=31536000, immutable"}
 
 
 def _allowed(root: Path, path: str) -> Path | None:
     """Return a file or directory of the reports, none for anything else.
 
-    A link that leads out of the reports, and every dotted name, counts as nothing.
+    A link that leads out of the reports, a dotted name, and one that is no text, count as nothing.
     """
     path = path.rstrip("/")
-    parts = path.split("/")
-    if not _REPORTS.match(path) or any(not part or part.startswith(".") for part in parts):
-        return None
-    if "\x00" in path or "\\" in path:
-        return None
     head = _REPORTS.match(path)
-    assert head is not None
+    if head is None or any(not part or part.startswith(".") for part in path.split("/")):
+        return None
+    if not path.isprintable() or "\\" in path:
+        return None
     try:
         home = (root / head[1]).resolve(strict=True)
         found = (root / path).resolve(strict=True)
@@ -143,11 +166,16 @@ def _allowed(root: Path, path: str) -> Path | None:
         return None
     if home != top / head[1] or not found.is_relative_to(home):
         return None
-    if found.is_dir():
-        return found
-    name = found.relative_to(top).as_posix()
-    known = found.suffix in _TYPES or _SCRIPT.search(name)
-    return found if found.is_file() and known else None
+    return found if found.is_dir() or (found.is_file() and found.suffix in _TYPES) else None
+
+
+def _page(path: Path, base: str) -> HTMLResponse:
+    """Return a page of the reports, with the scripts of this package and no others."""
+    try:
+        page = read_bytes(path, most=MOST_PAGE, remedy="Make the reports again.")
+    except QsensError as error:
+        raise HTTPException(404, error.what, headers=_HEADERS) from error
+    return HTMLResponse(served(page, f"{base}/assets"), headers=_headers(script_sources()))
 
 
 def _listing(title: str, lead: str, links: list[tuple[str, str]], page: int) -> HTMLResponse:
@@ -164,7 +192,5 @@ def _note(title: str, text: str, base: str) -> HTMLResponse:
 
 
 def _html(**context: Any) -> HTMLResponse:
-    page = render_html(
-        "listing.html", **context, scripts=Scripts(policy=POLICY), data=page_data({})
-    )
+    page = render_html("listing.html", **context, scripts=Scripts(), data=page_data({}))
     return HTMLResponse(page, headers=_HEADERS)

@@ -1,4 +1,8 @@
-"""The scripts of the pages: written once beside them, or embedded in a single file."""
+"""The scripts of the pages: written once beside them, embedded in a single file, or served.
+
+A server takes none from where pages lie: whoever may write there would run what they like as the
+reader. It gives the scripts of this package, and a policy that names them by their content.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,12 @@ import base64
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +30,57 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: 'self'; 
 _BESIDE = "'self' file:"
 
 
+_NOTE = (
+    b'<main>\n<section class="banner">Made by another version of qsens: charts are not drawn here, '
+    b"and tables do not sort. Make the reports again (mode=report_only), or open the page from the "
+    b"disk.</section>"
+)
+# As `_element` writes it, in this version and in others.
+_LINK = re.compile(
+    rb'<script src="[^"<>]*?(report-[0-9a-f]{8}\.js)" data-plotly="[^"<>]*" defer></script>'
+)
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script of this package.
+
+    Attributes:
+        name: Name of its file beside the pages; it holds a version.
+        text: The script.
+    """
+
+    name: str
+    text: str
+
+    @cached_property
+    def data(self) -> bytes:
+        """The script as it is written and served."""
+        return self.text.encode("utf-8")
+
+    @cached_property
+    def served_name(self) -> str:
+        """Name that a server gives it: the digest of its content."""
+        return f"{hashlib.sha256(self.data).hexdigest()}.js"
+
+    @cached_property
+    def integrity(self) -> str:
+        """Its digest as pages and policies name it."""
+        return f"sha256-{base64.b64encode(hashlib.sha256(self.data).digest()).decode()}"
+
+
 @dataclass(frozen=True)
 class Scripts:
     """How a page gets its scripts.
 
     Attributes:
-        policy: The page's Content-Security-Policy.
-        report: Link to our own script; empty where the scripts are embedded.
-        plotly: Link to plotly, which our script loads when a chart comes into view.
+        policy: The page's Content-Security-Policy; empty where a header says it.
+        link: The element that loads our own script; none where the scripts are embedded.
         embedded: The scripts themselves, in order; empty where they are linked.
     """
 
-    policy: str
-    report: str = ""
-    plotly: str = ""
+    policy: str = ""
+    link: Markup | None = None
     embedded: tuple[Markup, ...] = ()
 
 
@@ -50,23 +93,59 @@ def linked(page_directory: Path, assets: Path) -> Scripts:
         page_directory: Directory of the page.
         assets: Directory of the scripts.
     """
-    return Scripts(
-        policy=_POLICY + _BESIDE,
-        report=_link(page_directory, assets, *_report()),
-        plotly=_link(page_directory, assets, *_plotly()),
-    )
+    report, plotly = (_write(page_directory, assets, script) for script in (_report(), _plotly()))
+    return Scripts(policy=_POLICY + _BESIDE, link=_element(report, plotly))
 
 
 def embedded() -> Scripts:
     """Return the scripts for a page that is one file; the policy names them by their hashes."""
-    texts = [text.replace("</script", "<\\/script") for _, text in (_plotly(), _report())]
-    hashes = [
-        base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode() for text in texts
-    ]
     return Scripts(
-        policy=_POLICY + " ".join(f"'sha256-{value}'" for value in hashes),
-        embedded=tuple(Markup(text) for text in texts),
+        policy=_POLICY + script_sources(),
+        embedded=tuple(Markup(script.text) for script in (_plotly(), _report())),
     )
+
+
+def served(page: bytes, directory: str) -> bytes:
+    """Return a page as a server gives it: its link leads to the scripts of this package.
+
+    A page of another version gets none, since its data may be laid out in another way, and says so.
+
+    Args:
+        page: The page, as it lies on a disk.
+        directory: Address of the directory that the server gives :func:`served_scripts` in.
+    """
+    found = _LINK.search(page)
+    if found is None:
+        return page
+    report, plotly = _report(), _plotly()
+    before, after = page[: found.start()], page[found.end() :]
+    if found[1].decode() != report.name:
+        return before + after.replace(b"<main>", _NOTE, 1)
+    element = _element(
+        f"{directory}/{report.served_name}",
+        f"{directory}/{plotly.served_name}",
+        # Not on a disk: a browser refuses to check a file.
+        Markup(' integrity="{}" data-plotly-integrity="{}"').format(
+            report.integrity, plotly.integrity
+        ),
+    )
+    return before + element.encode() + after
+
+
+@cache
+def served_scripts() -> dict[str, bytes]:
+    """Return the scripts that a server gives, by their names there."""
+    return {script.served_name: script.data for script in (_report(), _plotly())}
+
+
+@cache
+def script_sources() -> str:
+    """Return the sources of ``script-src`` that allow the scripts of this package alone.
+
+    Their hashes: these hold for a script in the page and, where its element states the same hash,
+    for one that is loaded, whatever the address that readers know the server by.
+    """
+    return " ".join(f"'{script.integrity}'" for script in (_plotly(), _report()))
 
 
 def page_data(value: Any) -> Markup:
@@ -79,24 +158,37 @@ def page_data(value: Any) -> Markup:
     return Markup(text)
 
 
-def _link(page_directory: Path, assets: Path, name: str, text: str) -> str:
-    path = assets / name
-    if not path.is_file() or path.stat().st_size != len(text.encode("utf-8")):
-        write_text(path, text)
+def _element(report: str, plotly: str, more: str = "") -> Markup:
+    """Return the element that loads our script, which loads plotly when a chart is looked at."""
+    text = '<script src="{}" data-plotly="{}"{} defer></script>'
+    return Markup(text).format(report, plotly, more)
+
+
+def _write(page_directory: Path, assets: Path, script: Script) -> str:
+    """Write a script where it is not there yet; return the link of a page to it."""
+    path = assets / script.name
+    if not path.is_file() or path.stat().st_size != len(script.data):
+        write_text(path, script.text)
     return look.link(Path(os.path.relpath(path, page_directory)).as_posix())
 
 
 @cache
-def _report() -> tuple[str, str]:
-    text = (files("qsens.report") / "templates" / "report.js").read_text(encoding="utf-8")
-    return f"report-{hashlib.sha256(text.encode()).hexdigest()[:8]}.js", text
+def _report() -> Script:
+    text = _embeddable(files("qsens.report") / "templates" / "report.js")
+    return Script(f"report-{hashlib.sha256(text.encode()).hexdigest()[:8]}.js", text)
 
 
 @cache
-def _plotly() -> tuple[str, str]:
-    text = (files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+def _plotly() -> Script:
+    text = _embeddable(files("plotly") / "package_data" / "plotly.min.js")
+    return Script(f"plotly-{version('plotly')}.min.js", text)
+
+
+def _embeddable(source: Traversable) -> str:
+    """Return a script that has the same content, and so the same hash, within a page."""
     # A browser hashes an embedded script after it has made its line ends LF.
-    return f"plotly-{version('plotly')}.min.js", text.replace("\r\n", "\n")
+    text = source.read_text(encoding="utf-8").replace("\r\n", "\n")
+    return text.replace("</script", "<\\/script")
 
 
 def _short(value: Any) -> Any:

@@ -78,6 +78,107 @@ def test_what_a_run_may_not_set_is_refused_by_name(
     assert caught.value.where.startswith(key)
 
 
+@pytest.fixture
+def state(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Airflow's own files below the root, where `make up` and others have them, and qsens's."""
+    home = roots.root / "airflow"
+    for name in (
+        "root/airflow/other.txt",
+        "root/airflow/simple_auth_manager_passwords.json.generated",
+        "root/logs/dag/attempt=1.txt",
+        "root/airflow.cfg",
+        "root/passwords.txt",
+        "root/.airflow/passwords.txt",
+        "root/.env.txt",
+        "root/data/.hidden/captions.txt",
+        "results/.cells/0123/manifest.jsonl",
+        "results/.plans/run/x.txt",
+        "root/data/captions.txt",
+    ):
+        path = roots.root.parent / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("secret\n", encoding="utf-8")
+    monkeypatch.setenv("AIRFLOW_HOME", str(home))
+    monkeypatch.setenv("AIRFLOW_CONFIG", str(roots.root / "airflow.cfg"))
+    monkeypatch.setenv("AIRFLOW__LOGGING__BASE_LOG_FOLDER", str(roots.root / "logs"))
+    monkeypatch.setenv(
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE", str(roots.root / "passwords.txt")
+    )
+    return home
+
+
+# Below the directory that holds the root and the results.
+NO_CAPTIONS = (
+    "root/airflow/other.txt",
+    "root/airflow/simple_auth_manager_passwords.json.generated",
+    "root/logs/dag/attempt=1.txt",
+    "root/airflow.cfg",
+    "root/passwords.txt",
+    "root/.airflow/passwords.txt",
+    "root/.env.txt",
+    "root/data/.hidden/captions.txt",
+    "results/.cells/0123/manifest.jsonl",
+    "results/.plans/run/x.txt",
+)
+
+
+def refused(roots: Roots, override: str) -> UserError:
+    with pytest.raises(UserError, match="no run may read") as caught:
+        load_run("demo-text", ["dataset.size=small", override], roots)
+    assert "secret" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
+    return caught.value
+
+
+@pytest.mark.parametrize("name", NO_CAPTIONS)
+@pytest.mark.usefixtures("state")
+def test_files_of_airflow_and_qsens_are_no_captions(roots: Roots, name: str) -> None:
+    file = roots.root.parent / name
+    assert file.is_file()
+    for path in (file, f"../../../{name}"):
+        directory = roots.root / "a" / "b"
+        directory.mkdir(parents=True, exist_ok=True)
+        with pytest.raises(UserError, match="no run may read") as caught:
+            load_run(
+                "demo-text",
+                [
+                    "dataset.size=small",
+                    f"dataset.directory={directory}",
+                    f"dataset.files={{small: '{path}'}}",
+                ],
+                roots,
+            )
+        assert caught.value.where.startswith("dataset.files.small")
+    # Through links to the file, and to the directory that holds it.
+    (roots.root / "data" / "link.txt").symlink_to(file)
+    (roots.root / "data" / "link").symlink_to(file.parent)
+    for link in ("link.txt", f"link/{file.name}"):
+        override = f"dataset.files={{small: '{roots.root}/data/{link}'}}"
+        assert refused(roots, override).where.startswith("dataset.files.small")
+
+
+@pytest.mark.usefixtures("state")
+def test_no_path_of_a_run_leads_to_state(roots: Roots) -> None:
+    for key in ("model.path", "dataset.directory", "dataset.images"):
+        for name in ("root/airflow", "root/.airflow", "results/.cells", "root/logs/dag"):
+            where = refused(roots, f"{key}={roots.root.parent / name}").where
+            assert where.startswith("dataset" if key != "model.path" else key)
+
+
+@pytest.mark.usefixtures("state")
+def test_what_is_no_state_beside_it_passes(
+    roots: Roots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ("data/captions.txt", "airflows/captions.txt", "logs.txt", "a..b/c.txt"):
+        load_run("demo-text", [f"dataset.files={{small: '{tmp_path}/root/{path}'}}"], roots)
+    # A root below AIRFLOW_HOME, or below a hidden directory, is no state: its owner says so.
+    monkeypatch.setenv("AIRFLOW_HOME", str(tmp_path))
+    load_run("demo-text", [f"model.path={tmp_path}/root/models/x"], roots)
+    monkeypatch.setenv(DATA_ROOTS, f"{tmp_path}/root/.cache/models")
+    load_run("demo-text", [f"model.path={tmp_path}/root/.cache/models/x"], roots)
+    assert refused(roots, f"model.path={tmp_path}/root/.cache/x").where.startswith("model.path")
+
+
 @pytest.mark.parametrize(
     "override", ["runner={output_dir: x}", "dag.notify=[{notifier: os.system}]"]
 )

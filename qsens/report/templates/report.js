@@ -6,6 +6,8 @@
   const data = holder ? JSON.parse(holder.textContent) : {};
   const own = document.currentScript;
   const plotlyPath = own && own.dataset.plotly;
+  // A server's policy names scripts by their content.
+  const plotlyIntegrity = (own && own.dataset.plotlyIntegrity) || "";
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const PAGE_ROWS = 300;
   const FEW_ROWS = 10;
@@ -23,6 +25,7 @@
     return value.toExponential(digits || 3).replace(/e([+-])(\d)$/, "e$10$2");
   }
   const show = {
+    __proto__: null,
     text: (value) => String(value),
     name: (value) => String(value),
     int: (value) => String(value),
@@ -212,6 +215,7 @@
   }
 
   const draw = {
+    __proto__: null,
     heat(chart, choice, narrow) {
       const count = choice === "all" ? chart.names.length : Math.min(40, chart.names.length);
       const names = chart.names.slice(0, count);
@@ -254,7 +258,7 @@
         traces: chart.lines.map((line, at) => ({
           type: "scatter",
           mode: "lines+markers",
-          name: line.name,
+          name: plain(line.name),
           x: chart.depths,
           y: line.values.map((value) => (value > 0 ? value : null)),
           text: line.values.map((value) => plain(line.name) + ": " + percentText(value)),
@@ -275,7 +279,7 @@
         traces: chart.sizes.map((size, at) => ({
           type: "scatter",
           mode: "markers",
-          name: size.size,
+          name: plain(size.size),
           x: size.scores.map((value) => (value > 0 ? value : null)),
           y: chart.names.map((_, row) => row + (at - (many - 1) / 2) * 0.22),
           error_x: {
@@ -342,7 +346,7 @@
         traces.push({
           type: "scatter",
           mode: "markers",
-          name: "recipe at the target of " + chart.target + " bits",
+          name: "recipe at the target of " + plain(chart.target) + " bits",
           x: [chart.chosen[0]],
           y: [chart.chosen[1]],
           marker: { color: COLOURS[4], symbol: "star", size: 15 },
@@ -371,7 +375,7 @@
           {
             type: "scatter",
             mode: "markers",
-            name: "groups (" + chart.verdict + ")",
+            name: "groups (" + plain(chart.verdict) + ")",
             x: chart.truth,
             y: chart.estimate,
             error_y: { type: "data", array: chart.half_width.map((value) => value || 0), visible: !chart.ranks },
@@ -415,11 +419,11 @@
     const name = figure.dataset.chart;
     const chart = (data.charts || {})[name];
     const plot = figure.querySelector(".plot");
-    if (!chart || !plot) return;
-    const controls = figure.querySelector(".controls");
-    const state = { choice: null, drawn: false };
     // A chart by pair: {pair: chart}.
     const kind = { profiles: "profile", audits: "audit" }[name] || name;
+    if (!chart || !plot || !draw[kind]) return;
+    const controls = figure.querySelector(".controls");
+    const state = { choice: null, drawn: false };
     const byPair = ["profiles", "sizes", "audits"].includes(name);
     let options = null;
     if (byPair) options = { label: "Pair", values: Object.keys(chart).map((key) => [key, key]) };
@@ -449,7 +453,7 @@
     if (window.Plotly) return Promise.resolve();
     if (!loading) {
       loading = new Promise((resolve, reject) => {
-        const script = make("script", { src: plotlyPath, onload: resolve, onerror: reject });
+        const script = make("script", { src: plotlyPath, integrity: plotlyIntegrity, onload: resolve, onerror: reject });
         document.head.append(script);
       });
     }
