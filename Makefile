@@ -1,26 +1,43 @@
 # The commands that people and CI use; `make help` lists them.
 # Everything runs in .venv, made on first use from constraints.txt, and is not made twice.
+# Files are installed by their hashes; torch, of which there is a build for each kind of device, from
+# wherever pip is told to look for it, in the version that constraints-torch.txt pins.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Set WORKERS=1 to run tests one by one. Each takes one thread: two of torch's pools on two cores
 # slow each other down tenfold.
 WORKERS ?= 2
+# What pip installs as torch; for the index's own build, by its hashes:
+# make TORCH='--require-hashes --no-deps --requirement constraints-torch.txt' ...
+TORCH ?= $(TORCH_PIN)
+TORCH_PIN := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints-torch.txt)
+# What only torch's build for CUDA needs: `make lock` keeps it out of constraints.txt.
+CUDA := cuda-bindings cuda-toolkit nvidia-cudnn-cu13 nvidia-cusparselt-cu13 nvidia-nccl-cu13 \
+	nvidia-nvshmem-cu13 triton
+# Versions stay as they are but for what these name: make lock UPGRADE='--upgrade-package rich',
+# make lock TORCH_PIN=torch==VERSION
+UPGRADE ?=
+COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.11 --generate-hashes \
+	--custom-compile-command 'make lock'
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo up down test test-stack check bench format clean
+.PHONY: help demo up down test test-stack check bench format lock clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt constraints-torch.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; set PYTHON=/path/to/python3.11" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[airflow,dev,stack]'
+	$(PIP) --require-hashes --no-deps --requirement constraints.txt
+	$(PIP) $(TORCH)
+	$(PIP) --no-deps --no-build-isolation --check-build-dependencies --editable .
+	$(BIN)/python -m pip check
 	@touch $@
 
 demo: $(VENV)/.ready ## Run the DAG on the demo checkpoint, end to end, and publish its reports
@@ -53,6 +70,13 @@ bench: $(VENV)/.ready ## Time both engines on SmolLM2-135M (about half an hour);
 format: $(VENV)/.ready ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: $(VENV)/.ready ## Pin what pyproject.toml asks for, with the hashes of every file of the index
+	$(COMPILE) --all-extras --annotation-style line --no-emit-package torch \
+		--constraint <(echo '$(TORCH_PIN)') --excludes <(printf '%s\n' $(CUDA)) $(UPGRADE) \
+		--output-file constraints.txt pyproject.toml
+	$(COMPILE) --universal --no-annotate --constraint <(grep -v hash constraints.txt | tr -d '\\') \
+		$(UPGRADE) --output-file constraints-torch.txt <(echo '$(TORCH_PIN)')
 
 clean: ## Remove the environment, caches and Airflow's local state; results stay
 	rm -rf $(VENV) .airflow .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist

@@ -66,8 +66,10 @@ def airflow_commands(service: Service) -> Iterator[list[str]]:
         (script,) = service.command
         variables = service.environment
         for line in script.replace("\\\n", " ").splitlines():
-            if line.startswith("airflow "):
-                yield shlex.split(re.sub(r"\$(\w+)", lambda name: variables[name[1]], line))[1:]
+            # The last command of a line, which may get its input from another one.
+            words = line.rpartition("| ")[2]
+            if words.startswith("airflow "):
+                yield shlex.split(re.sub(r"\$(\w+)", lambda name: variables[name[1]], words))[1:]
     else:
         yield service.command
     check = service.definition.get("healthcheck", {}).get("test", [""])[-1]

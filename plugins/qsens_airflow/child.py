@@ -22,6 +22,7 @@ from typing import IO, Any
 import psutil  # type: ignore[import-untyped]
 
 from qsens.config import Roots
+from qsens_airflow.guard import computing_environment, hide
 from qsens_airflow.parent import end_with_parent
 
 # Airflow sends SIGKILL five seconds after SIGTERM; the child must be gone before.
@@ -60,7 +61,7 @@ class Child:
 
     Attributes:
         arguments: Arguments of the command line.
-        environment: Variables that it gets beside those of this process.
+        environment: Variables that it gets beside what it needs of this process's.
         inherited: Descriptors that it inherits.
     """
 
@@ -79,14 +80,10 @@ class Child:
         """
         roots = Roots.from_environment()
         python = os.environ.get("QSENS_PYTHON") or sys.executable
-        # Airflow's own settings hold its secrets, and a checkpoint's code may run in there.
-        own = {
-            key: text
-            for key, text in os.environ.items()
-            if not key.lstrip("_").startswith("AIRFLOW_")
-        }
+        # What started this process is hidden where Airflow starts: see airflow_local_settings.
+        hide()
         environment = {
-            **own,
+            **computing_environment(os.environ),
             "QSENS_ROOT": str(roots.root),
             "QSENS_RESULTS": str(roots.results),
             _MARK: self._mark,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qsens.config import Roots
 from qsens_airflow.entry import run
+from qsens_airflow.guard import computing_environment
 from qsens_airflow.local import Components
 from qsens_airflow.rest import TaskState
 
@@ -41,7 +42,7 @@ def main() -> int:
     say("demo checkpoint")
     built = subprocess.run(
         [sys.executable, "-m", "qsens", "demo-model"],
-        env=airflow.environment,
+        env=computing_environment(airflow.environment),
         check=False,
     )
     if built.returncode:

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from qsens.errors import TryAgain
 from qsens_airflow.environment import environment_of
+from qsens_airflow.guard import hide
 from qsens_airflow.parent import end_with_parent
 from qsens_airflow.pool import CONNECTION_VARIABLE, connection_text
 from qsens_airflow.processes import end, free_port
@@ -53,6 +54,8 @@ class Components:
     def __init__(
         self, home: Path, *, root: Path, environment: Mapping[str, str], slots: int = 2
     ) -> None:
+        # The passwords that are drawn here are in this process's memory.
+        hide()
         self.home = home.resolve()
         self.user = "qsens"
         self.password_file = self.home / "passwords.json"

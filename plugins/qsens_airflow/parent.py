@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Callable
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+from qsens_airflow.prctl import SET_DEATH_SIGNAL, prctl
 
 
 def end_with_parent() -> Callable[[], None]:
@@ -17,9 +14,7 @@ def end_with_parent() -> Callable[[], None]:
     parent = os.getpid()
 
     def prepare() -> None:
-        if _LIBC is None:
-            return
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != parent:  # it died before the kernel was told
             os._exit(128 + signal.SIGTERM)
 

@@ -22,6 +22,7 @@ from qsens.config import Roots
 from qsens.errors import TryAgain, UserError
 from qsens.store import write_text
 from qsens_airflow.entry import run
+from qsens_airflow.guard import computing_environment
 from qsens_airflow.lease import devices_to_lease
 from qsens_airflow.local import Components
 from qsens_airflow.plugin import PREFIX
@@ -87,7 +88,7 @@ def serve(home: Path, roots: Roots) -> int:
     airflow = Components(home, root=_ROOT, environment=environment, slots=slots + 2)
     if environment["QSENS_PRESET"] == "demo":
         words = [sys.executable, "-m", "qsens", "demo-model"]
-        subprocess.run(words, env=airflow.environment, check=True)
+        subprocess.run(words, env=computing_environment(airflow.environment), check=True)
     with airflow:
         pool = environment["QSENS_POOL"]
         if airflow.client.pool_slots(pool) is None:

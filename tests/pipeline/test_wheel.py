@@ -18,7 +18,17 @@ REPO = Path(__file__).resolve().parents[2]
 
 def test_wheel_plans_demo(demo_checkpoint: DemoResult, tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path / "dist"), str(REPO)],
+        # With the build backend that is pinned and installed here.
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            "--wheel",
+            "--outdir",
+            str(tmp_path / "dist"),
+            str(REPO),
+        ],
         check=True,
         capture_output=True,
     )

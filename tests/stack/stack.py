@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from qsens_airflow.parent import end_with_parent
 from qsens_airflow.processes import descendants, end, free_port
 from qsens_airflow.rest import UNFINISHED, Client, TaskState
-from tests.compose import ROOT, airflow_commands, example, services
+from tests.compose import ROOT, example, services
 
 DAG_ID = "qsens_sweep"
 AIRFLOW = ("api-server", "scheduler", "dag-processor", "triggerer", "worker", "gpu-worker-0")
@@ -60,6 +60,7 @@ class Stack:
     Attributes:
         checkpoint: The demo checkpoint.
         directory: Holds all that the stack writes.
+        secrets: The variables of ``.env``, secrets among them.
         restarts: How often a service that ended by itself was started again, as Compose would.
     """
 
@@ -74,17 +75,18 @@ class Stack:
         self.project = self.directory / "project"
         self.results = self.directory / "results"
         self.logs = self.directory / "logs"
-        self._secrets = {
+        self.secrets = {
             name: value or secrets.token_hex(16) for name, value in example().items()
         } | {
             "AIRFLOW_FERNET_KEY": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
             "QSENS_PRESET": "demo-text",
             "QSENS_SCHEDULE": "none",
+            "AIRFLOW_UID": str(os.getuid()),
         }
-        self.password = self._secrets["AIRFLOW_ADMIN_PASSWORD"]
+        self.password = self.secrets["AIRFLOW_ADMIN_PASSWORD"]
         self._ports = {name: free_port() for name in ("postgres", "redis", *AIRFLOW)}
         self.url = f"http://127.0.0.1:{self._ports['api-server']}"
-        self._services = services(self._secrets)
+        self._services = services(self.secrets)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._client: Client | None = None
 
@@ -98,6 +100,8 @@ class Stack:
         """Start everything and wait until the DAG can run."""
         for path in (self.project, self.results, self.logs, self.directory / "airflow"):
             path.mkdir()
+        # As in the image: else the first process writes one, with keys in it, and all read it.
+        (self.directory / "airflow" / "airflow.cfg").touch()
         model = self.project / "models" / "tiny_qwen3_vl" / "checkpoints" / "tiny-qwen3-vl"
         shutil.copytree(self.checkpoint, model)
         for name in ABSENT:
@@ -162,8 +166,8 @@ class Stack:
 
     def kill(self, name: str) -> None:
         """Kill a service and all its processes at once, as the end of its container does."""
+        family = self.family(name)
         process = self._processes.pop(name)
-        family = [psutil.Process(process.pid), *descendants([process])]
         # Nobody may start another one, or see the others go, meanwhile.
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for member in family:
@@ -187,21 +191,7 @@ class Stack:
         if name == "redis":
             return own | environment
         absent = [] if name == "gpu-worker-0" else [str(self.directory / "no-torch")]
-        places = {
-            "@postgres:5432/": f"@127.0.0.1:{self._ports['postgres']}/",
-            "@redis:6379/": f"@127.0.0.1:{self._ports['redis']}/",
-            "http://api-server:8080/": f"{self.url}/",
-            "http://localhost:8080": self.url,
-            "/opt/airflow/dags": str(ROOT / "dags"),
-            "/opt/airflow/plugins": str(ROOT / "plugins"),
-            "/opt/airflow/logs": str(self.logs),
-            "/opt/qsens": str(self.project),
-            "/results": str(self.results),
-        }
-        for key, value in environment.items():
-            for there, here in places.items():
-                value = value.replace(there, here)
-            environment[key] = value
+        environment = {key: self._here(value) for key, value in environment.items()}
         return (
             own
             | environment
@@ -212,10 +202,6 @@ class Stack:
                 "TMPDIR": str(self._made(self.directory / "tmp")),
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
-                "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(self._ports["worker"])
-                if name == "worker"
-                else str(self._ports["gpu-worker-0"]),
-                "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(self._ports["triggerer"]),
                 # What a test can wait for.
                 "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
                 "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
@@ -230,6 +216,28 @@ class Stack:
                 "AIRFLOW__TRIGGERER__CAPACITY": "10",
             }
         )
+
+    def family(self, name: str) -> list[psutil.Process]:
+        """Return the processes of a service."""
+        process = self._processes[name]
+        return [psutil.Process(process.pid), *descendants([process])]
+
+    def _here(self, text: str) -> str:
+        """Return a text of the compose file with the addresses and places of this machine."""
+        places = {
+            "@postgres:5432/": f"@127.0.0.1:{self._ports['postgres']}/",
+            "@redis:6379/": f"@127.0.0.1:{self._ports['redis']}/",
+            "http://api-server:8080/": f"{self.url}/",
+            "http://localhost:8080": self.url,
+            "/opt/airflow/dags": str(ROOT / "dags"),
+            "/opt/airflow/plugins": str(ROOT / "plugins"),
+            "/opt/airflow/logs": str(self.logs),
+            "/opt/qsens": str(self.project),
+            "/results": str(self.results),
+        }
+        for there, here in places.items():
+            text = text.replace(there, here)
+        return text
 
     def start_missing(self) -> None:
         """Start what a test has killed and not started again."""
@@ -335,8 +343,8 @@ class Stack:
         if name == "redis":
             data = self._made(self.directory / "redis")
             *shell, script = service.command
-            port = self._ports["redis"]
-            return [*shell, f"{script} --port {port} --bind 127.0.0.1 --dir {data}"], None
+            here = f"--port {self._ports['redis']} --bind 127.0.0.1 --dir {data}"
+            return [*shell, script.replace("redis-server -", f"redis-server - {here}")], None
         words = [
             {"0.0.0.0": "127.0.0.1", "8080": str(self._ports["api-server"])}.get(word, word)
             for word in service.command
@@ -353,7 +361,7 @@ class Stack:
         data = self.directory / "postgres"
         data.mkdir(mode=0o700)
         password = self.directory / "postgres-password"
-        password.write_text(self._secrets["POSTGRES_PASSWORD"])
+        password.write_text(self.secrets["POSTGRES_PASSWORD"])
         user = "postgres" if os.geteuid() == 0 else None
         if user:
             for path in (data, password):
@@ -365,17 +373,24 @@ class Stack:
         password.unlink()
 
     def _initialise(self) -> None:
-        """Make the database, then run what the service ``init`` runs."""
-        script = (
-            "import os, sys, psycopg2; c = psycopg2.connect(sys.argv[1]); c.autocommit = True;"
-            "c.cursor().execute('CREATE DATABASE airflow')"
-        )
+        """Make the databases, as the image does, then run the service ``init``."""
+        postgres = self._services["postgres"].environment
+        words = ["psql", "--no-psqlrc", "--set", "ON_ERROR_STOP=1", "--username", "airflow"]
+        words += ["--host", "127.0.0.1", "--port", str(self._ports["postgres"]), "--dbname"]
+        environment = self._plain() | postgres | {"PGPASSWORD": postgres["POSTGRES_PASSWORD"]}
+        make = "CREATE DATABASE airflow"
+        self._run("createdb", [*words, "postgres", "--command", make], environment)
+        file = str(ROOT / "docker" / "celery.sql")
+        self._run("celery-sql", [*words, "airflow", "--file", file], environment)
+        init = self._services["init"]
+        script = self._here(init.command[0])
+        if os.geteuid() != 0:
+            # Nobody but root may give files away, or become somebody else.
+            script = f'chown() {{ :; }}; setpriv() {{ shift 5; "$@"; }}\n{script}'
         environment = self.environment("init")
-        address = environment["AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"]
-        address = address.replace("+psycopg2", "").removesuffix("airflow") + "postgres"
-        self._run("createdb", [sys.executable, "-c", script, address], environment)
-        for number, words in enumerate(airflow_commands(self._services["init"])):
-            self._run(f"init-{number}", [sys.executable, "-m", "airflow", *words], environment)
+        own = [str(Path(sys.executable).parent), environment["PATH"]]
+        environment["PATH"] = os.pathsep.join(own)
+        self._run("init", [*init.definition["entrypoint"], script], environment)
 
     def _run(
         self, name: str, command: list[str], environment: Mapping[str, str], *, user: Any = None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import psycopg2
 import pytest
 
 if TYPE_CHECKING:
@@ -125,6 +126,34 @@ def _leaves(value: Any) -> list[Any]:
     if isinstance(value, list):
         return [leaf for item in value for leaf in _leaves(item)]
     return [value]
+
+
+def test_secrets_are_where_they_are_needed_alone(stack: Stack, undisturbed: Run) -> None:
+    names = [name for name in stack.secrets if name.endswith(("_KEY", "_SECRET", "_PASSWORD"))]
+    assert len(names) == 7
+    run_id = stack.client.trigger(CONF)
+    child = in_score(stack, run_id)
+    told = {
+        process.pid: {
+            name for name in names if stack.secrets[name] in str(process.environ().values())
+        }
+        for worker in ("worker", "gpu-worker-0")
+        for process in stack.family(worker)
+    }
+    assert told.pop(child.pid) == set()
+    # Some have written a title over theirs.
+    assert set().union(*told.values()) == {"REDIS_PASSWORD", "POSTGRES_CELERY_PASSWORD"}
+    arguments = [" ".join(process.cmdline()) for process in stack.processes()]
+    assert len(arguments) > 10
+    assert [line for line in arguments for name in names if stack.secrets[name] in line] == []
+    backend = stack.environment("gpu-worker-0")["AIRFLOW__CELERY__RESULT_BACKEND"]
+    own = backend.removeprefix("db+")
+    psycopg2.connect(own).close()
+    for database in ("airflow", "postgres"):
+        with pytest.raises(psycopg2.OperationalError, match="permission denied for database"):
+            psycopg2.connect(f"{own.rpartition('/')[0]}/{database}")
+    child.resume()
+    assert end(stack, run_id).numbers == undisturbed.numbers
 
 
 def test_a_worker_that_is_killed_in_the_middle_of_a_score(stack: Stack, undisturbed: Run) -> None:
