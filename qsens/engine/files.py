@@ -19,7 +19,8 @@ from qsens.engine.tied import has_tied_head, is_said_to_be_tied
 from qsens.errors import UserError
 from qsens.grid import CheckpointIdentity, digest_of
 from qsens.reading import MOST_BYTES, files_in, has_directory, has_file, open_file, read_json, shown
-from qsens.store import set_aside, write_text
+from qsens.store import set_aside
+from qsens.writing import write_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

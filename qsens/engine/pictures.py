@@ -28,7 +28,7 @@ from qsens.engine.records import Record
 from qsens.errors import UserError
 from qsens.grid import PicturesIdentity, Plan, Skipped, digest_of
 from qsens.reading import has_file, read_json, shown
-from qsens.store import write_file
+from qsens.writing import write_file
 
 Pixels = npt.NDArray[np.uint8]
 """A picture, ``(height, width, 3)``, RGB."""

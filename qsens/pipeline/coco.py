@@ -16,7 +16,7 @@ from qsens.config import Roots, load_sweep
 from qsens.config.models import JSONL, SIZES, DatasetConfig, Size, has_suffix
 from qsens.errors import UserError
 from qsens.reading import parse_json, read_bytes
-from qsens.store import write_file
+from qsens.writing import write_file
 
 _REMEDY = "Name a captions_*.json of COCO: {images: [...], annotations: [...]}."
 

@@ -17,8 +17,9 @@ from qsens.config.base import Frozen
 from qsens.config.models import HubConfig
 from qsens.engine.files import INDEX, SINGLE, read_config, weight_files
 from qsens.errors import TryAgain, UserError
+from qsens.locks import held
 from qsens.pipeline.hub import Hub, Listing, RemoteFile
-from qsens.store import held, make_directory, write_text
+from qsens.writing import make_directory, write_text
 
 SOURCE = "qsens-source.json"
 """Written beside the weights: where a checkpoint came from."""

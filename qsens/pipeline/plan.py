@@ -25,7 +25,8 @@ from qsens.engine.templates import check_chat_template
 from qsens.grid import CheckpointIdentity, Plan, calibration_digest, make_plan
 from qsens.identity import identify_patterns
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
-from qsens.store import Store, write_text
+from qsens.store import Store
+from qsens.writing import write_text
 
 _DISTRIBUTIONS = ("qsens", "torch", "transformers", "nvidia-modelopt")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import signal
 import struct
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qsens.config import Roots
+from qsens.engine.host_memory import most_memory
 from qsens.engine.pictures import read_resolution
 from qsens.engine.templates import check_chat_template
 from qsens.errors import QsensError, TryAgain, UserError
@@ -198,8 +198,8 @@ def main(directory: Path, seed: int, seconds: float) -> None:
         slowest = max(slowest, time.monotonic() - started)
         if said:
             print(json.dumps({"seed": f"{seed}-{tried - 1}", "file": damaged, "said": said}))
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    print(json.dumps({"tried": tried, "planned": planned, "bytes": most, "seconds": slowest}))
+    last = {"tried": tried, "planned": planned, "bytes": most_memory(), "seconds": slowest}
+    print(json.dumps(last))
 
 
 if __name__ == "__main__":
