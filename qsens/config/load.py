@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from qsens.config.base import LONGEST_NAME, NAME
+from qsens.config.files import read_mapping
 from qsens.config.models import SweepConfig
 from qsens.config.overrides import CHOICES, COMMAND_LINE, nest, parse_overrides, quoted, unknown_key
 from qsens.config.pairs import GranularityConfig, PairConfig
@@ -167,15 +167,7 @@ def _read(group: str, name: str, roots: Roots, *, where: str) -> tuple[dict[str,
             remedy=f"Allowed: {', '.join(files)}.{hint} Files: {roots.configs[0]}/{group}/.",
         )
     path = files[name]
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cannot be read: {reason}", where=str(path), remedy="Mend the file."
-        ) from error
-    if not isinstance(data, dict):
-        raise UserError("is no mapping", where=str(path), remedy="Write key: value lines.")
+    data = read_mapping(path)
     if group != "sweep":
         data[_HERE] = str(path.parent)
     return data, str(path)

@@ -92,6 +92,7 @@ def identify(
     weights = find_weights(path)
     _check_index(path / weights.entry)
     known = _read_cache(cache)
+    kept = dict(known)
     code, notices = _code(path, trusted=trust_remote_code)
     files = [path / "config.json", *weights.files, *code]
     tokenizer = _tokenizer_files(path)
@@ -109,10 +110,8 @@ def identify(
             )
         )
     tied = has_tied_head(config, weights.tensors, heads, dtype, partial(_equal, known=known))
-    if cache is not None:
-        text = dump_json(sealed(dict(sorted(known.items()))))
-        if not cache.is_file() or cache.read_text(encoding="utf-8") != text:
-            write_text(cache, text)
+    if cache is not None and known != kept:
+        write_text(cache, dump_json(sealed(dict(sorted(known.items())))))
     if is_said_to_be_tied(config) and not tied:
         notices.append(
             "config.json ties the head to the embedding, and the files hold another head: it is "

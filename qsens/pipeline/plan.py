@@ -25,9 +25,11 @@ from qsens.engine.templates import check_chat_template
 from qsens.grid import CheckpointIdentity, Plan, calibration_digest, make_plan
 from qsens.identity import identify_patterns
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
+from qsens.reading import read_bytes
 from qsens.store import Store
 from qsens.writing import write_text
 
+_PINS = "Set QSENS_CONSTRAINTS to the file of pins, or unset it."
 _DISTRIBUTIONS = ("qsens", "torch", "transformers", "nvidia-modelopt")
 
 
@@ -173,7 +175,7 @@ def installed_version(name: str) -> str:
         pins = os.environ.get("QSENS_CONSTRAINTS")
         found = re.search(
             rf"^{re.escape(name)}==(\S+)",
-            Path(pins).read_text(encoding="utf-8") if pins else "",
+            read_bytes(Path(pins), remedy=_PINS).decode("utf-8", "replace") if pins else "",
             re.MULTILINE | re.IGNORECASE,
         )
         return found[1] if found else "none"
