@@ -152,6 +152,17 @@ def write(directory: Path, rng: random.Random) -> str:
     return damaged
 
 
+def write_checkpoint(directory: Path) -> None:
+    """Write a checkpoint that can be planned."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, value in JSON.items():
+        (directory / name).write_text(json.dumps(value))
+    for name, value in HEADERS.items():
+        header = json.dumps(value).encode()
+        size = max(entry["data_offsets"][1] for key, entry in value.items() if key[0] != "_")
+        (directory / name).write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+
+
 def wrong(work: Callable[[], object]) -> str:
     """Return what is wrong with how something ended; empty where nothing is."""
     try:
