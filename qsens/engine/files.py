@@ -184,7 +184,8 @@ def find_weights(path: Path) -> Weights:
             no index or lie beside one of other files, or two hold the same tensor.
     """
     entry = _entry(path)
-    names = _shards(path / entry) if entry.endswith(".json") else [entry]
+    places = _places(path / entry) if entry.endswith(".json") else {}
+    names = sorted(set(places.values())) or [entry]
     missing = [name for name in names if not has_file(path / name, remedy=AGAIN)]
     if missing:
         raise UserError(
@@ -204,6 +205,13 @@ def find_weights(path: Path) -> Weights:
                     remedy="Only one can be meant: save it again with save_pretrained().",
                 )
             tensors[name] = tensor
+    for name, place in places.items():
+        if name not in tensors or tensors[name].file != path / place:
+            raise UserError(
+                f"says that {shown(name)} is in {shown(place)}, which does not hold it",
+                where=str(path / entry),
+                remedy="Get the index and the weight files of one and the same checkpoint.",
+            )
     beside = {
         _relative(other, path)
         for directory in {path, *(file.parent for file in files)}
@@ -239,7 +247,7 @@ def _entry(path: Path) -> str:
             )
         return named
     single, indexed = (has_file(path / name, remedy=AGAIN) for name in (SINGLE, INDEX))
-    if single and indexed and _shards(path / INDEX) != [SINGLE]:
+    if single and indexed and set(_places(path / INDEX).values()) != {SINGLE}:
         raise UserError(
             f"holds {SINGLE}, and beside it {INDEX}, which names other files",
             where=str(path),
@@ -267,8 +275,8 @@ def _entry(path: Path) -> str:
     )
 
 
-def _shards(index: Path) -> list[str]:
-    """Return the files that an index names, sorted: all of their tensors are read."""
+def _places(index: Path) -> dict[str, str]:
+    """Return the file that an index names for each tensor: all tensors of those files are read."""
     held = read_json(index, remedy=AGAIN)
     places = held.get("weight_map") if isinstance(held, dict) else None
     if not isinstance(places, dict) or not places:
@@ -280,15 +288,17 @@ def _shards(index: Path) -> list[str]:
                 where=str(index),
                 remedy=AGAIN,
             )
-    names = sorted({_inside(name, index) for name in places.values()})
-    strange = next((name for name in names if not name.endswith(".safetensors")), None)
+    found = {name: _inside(place, index) for name, place in places.items()}
+    strange = next(
+        (name for name in sorted(found.values()) if not name.endswith(".safetensors")), None
+    )
     if strange is not None:
         raise UserError(
             f"names {shown(strange)}, which is no .safetensors file",
             where=str(index),
             remedy="Save it with save_pretrained(); pickles are never loaded.",
         )
-    return names
+    return found
 
 
 def _check_index(entry: Path) -> None:

@@ -22,6 +22,7 @@ from qsens.engine.pictures import PictureReader, cache_of, read_resolution
 from qsens.engine.quantized import refuse_quantized
 from qsens.engine.settings import check_settings
 from qsens.engine.templates import check_chat_template
+from qsens.engine.tokenizer_files import check_tokenizer
 from qsens.grid import CheckpointIdentity, Plan, calibration_digest, make_plan
 from qsens.identity import identify_patterns
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
@@ -59,6 +60,7 @@ def plan_sweep(
     given = loaded.config.model
     refuse_quantized(given.path)
     check_settings(given)
+    check_tokenizer(given.path)
     config = loaded.config.model_copy(update={"model": resolve_parts(given)})
     checkpoint = identify_checkpoint(config.model, roots.results)
     reader = picture_reader(config, roots)
