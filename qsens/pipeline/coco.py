@@ -221,7 +221,10 @@ def _is_there(images: Path, name: str) -> bool:
     if not name or pure.is_absolute() or ".." in pure.parts or "\0" in name:
         return False
     path = images / pure
-    return path.is_file() and path.resolve().is_relative_to(images.resolve())
+    try:
+        return path.is_file() and path.resolve().is_relative_to(images.resolve())
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _lines(captions: Sequence[Caption], images: Path | None) -> str:
