@@ -7,7 +7,6 @@ import gc
 import importlib.metadata
 import os
 import platform
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from qsens.engine.host_memory import most_memory
 
 _VERSIONS = ("torch", "transformers", "nvidia-modelopt")
 # Matrix sizes that the rate is measured at: large enough to be the best that a device does.
@@ -99,7 +100,7 @@ def measure(device: torch.device) -> Iterator[Measured]:
         torch.cuda.synchronize(device)
         measured.peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        measured.peak = max(0, _peak() - before)
+        measured.peak = max(0, most_memory() - before)
 
 
 def _restart_peak() -> int:
@@ -108,13 +109,9 @@ def _restart_peak() -> int:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except (OSError, AttributeError):
-        return _peak()
+        return most_memory()
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _cpu_name() -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qsens.store import write_text
+from qsens.writing import write_text
 
 
 class Parts:

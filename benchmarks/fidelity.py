@@ -51,7 +51,7 @@ from qsens.engine.records import Record
 from qsens.errors import QsensError
 from qsens.grid import Plan
 from qsens.pipeline.check import held_out
-from qsens.store import write_text
+from qsens.writing import write_text
 
 DRAWS = (1, 2, 4, 8, 16)
 COST = (1, 4, 8, 16)

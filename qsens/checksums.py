@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qsens.errors import UserError
+from qsens.reading import open_file, parse_json, read_bytes
+
 CHECKSUM = "checksum"
 # Keys of a safetensors file's metadata: its checksum, and the digest that it is stored under.
 DIGEST = "digest"
@@ -23,9 +26,9 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hex."""
-    with path.open("rb") as opened:
+def digest_file(path: Path, *, remedy: str, error: type[UserError] = UserError) -> str:
+    """Return the SHA-256 of a file's content, in hex; see :func:`qsens.reading.open_file`."""
+    with open_file(path, remedy=remedy, error=error) as opened:
         return digest_opened(opened)
 
 
@@ -59,13 +62,13 @@ def is_sealed(data: Mapping[str, Any]) -> bool:
         return False
 
 
-def seal_tensors(path: Path) -> None:
-    """Write into a safetensors file the checksum of its tensors and of its other metadata."""
-    header, tensors = _split(path)
+def sealed_tensors(data: bytes) -> bytes:
+    """Return a safetensors file with the checksum of its tensors and of its other metadata."""
+    header, tensors = _split(data)
     header.setdefault(_METADATA, {})[CHECKSUM] = _digest_of_tensors(header, tensors)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _LENGTH.size)
-    path.write_bytes(_LENGTH.pack(len(text)) + text + tensors)
+    return _LENGTH.pack(len(text)) + text + tensors
 
 
 def check_tensors(path: Path, digest: str) -> str | None:
@@ -74,9 +77,9 @@ def check_tensors(path: Path, digest: str) -> str | None:
     A file older than checksums has neither of both keys, and nothing is known to be wrong with it.
     """
     try:
-        header, tensors = _split(path)
-    except OSError as error:
-        return f"it cannot be read: {error.strerror}"
+        header, tensors = _split(read_bytes(path, remedy=""))
+    except UserError as error:
+        return f"it {error.what}"
     except ValueError as error:
         return str(error)
     known = header.get(_METADATA, {})
@@ -87,27 +90,25 @@ def check_tensors(path: Path, digest: str) -> str | None:
     return None if known.get(DIGEST) == digest else "it is stored under another's digest"
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def metadata_of(data: bytes) -> dict[str, str]:
     """Return the metadata of a safetensors file.
 
     Raises:
-        OSError: It cannot be read.
         ValueError: It is no whole safetensors file.
     """
-    found: dict[str, str] = _split(path)[0].get(_METADATA, {})
+    found: dict[str, str] = _split(data)[0].get(_METADATA, {})
     return found
 
 
-def _split(path: Path) -> tuple[dict[str, Any], bytes]:
+def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
     """Return the header of a safetensors file and the bytes of its tensors."""
-    data = path.read_bytes()
     try:
         (length,) = _LENGTH.unpack_from(data)
-        header = json.loads(data[_LENGTH.size : _LENGTH.size + length])
+        header = parse_json(data[_LENGTH.size : _LENGTH.size + length])
         tensors = data[_LENGTH.size + length :]
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != _METADATA]
         whole = max(ends, default=0) == len(tensors) and _is_text(header.get(_METADATA, {}))
-    except (ValueError, struct.error, AttributeError, LookupError, TypeError, RecursionError):
+    except (ValueError, struct.error, AttributeError, LookupError, TypeError):
         whole = False
     if not whole:
         raise ValueError("it is no whole safetensors file")

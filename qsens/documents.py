@@ -72,6 +72,19 @@ def read_document(
         ) from error
 
 
+def peek(path: Path) -> dict[str, Any]:
+    """Return what a document says, unchecked; nothing where it cannot be read.
+
+    Raises:
+        TryAgain: It is being written to, or the machine fails.
+    """
+    try:
+        data = read_json(path, most=MOST_BYTES, remedy="")
+    except UserError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
 def refuse_newer(what: str, version: int, newest: int, *, where: str = "") -> None:
     """Refuse a document of a version that this qsens does not know.
 

@@ -7,20 +7,26 @@ from before there were numbers come first, in the order of their ids.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qsens.checksums import CHECKSUM, is_sealed
+from qsens.documents import peek
+from qsens.errors import UserError
 from qsens.grid import Cell
-from qsens.store import Store, write_text
+from qsens.reading import below, read_bytes
+from qsens.store import Store
+from qsens.writing import write_text
 
 PLAN = "plan.json"
 SUMMARY = "summary.json"
 SWEEPS = "sweeps"
 # What a cell's directory shows: an older sweep, published again, must not replace it.
 SHOWN = ".sweep"
+# Bytes of that file at most.
+_MOST_SHOWN = 1024
 
 
 @dataclass(frozen=True, order=True)
@@ -58,10 +64,10 @@ class Published:
     @classmethod
     def read(cls, directory: Path) -> Published:
         """Read what there is to know without reading all of a sweep."""
-        plan = _json(directory / PLAN)
-        name = plan.get("config", {}).get("model", {}).get("name")
-        known = _number(plan) or _number(_json(directory / SUMMARY)) or 0
-        return cls(directory, Place(known, plan.get("sweep_id") or directory.name), name)
+        plan = _sealed(directory / PLAN)
+        known = _number(plan) or _number(_sealed(directory / SUMMARY)) or 0
+        place = Place(known, _text(plan, "sweep_id") or directory.name)
+        return cls(directory, place, _text(plan, "config", "model", "name"))
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,11 @@ class Shown:
     def read(cls, directory: Path) -> Shown | None:
         """Read what a directory shows; none where nothing was published there."""
         try:
-            words = (directory / SHOWN).read_text(encoding="utf-8").split()
+            data = read_bytes(directory / SHOWN, most=_MOST_SHOWN, remedy="")
+            words = data.decode("utf-8").split()
             number = int(words[1]) if len(words) > 1 else 0
             return cls(Place(number, words[0]), words[2] if len(words) > 2 else None)
-        except (OSError, ValueError, IndexError):
+        except (UserError, ValueError, IndexError):
             return None
 
     def write(self, directory: Path) -> None:
@@ -141,8 +148,14 @@ def may_show(store: Store, cell: Cell, place: Place) -> bool:
 
 def shown_sweeps(model_dir: Path) -> set[str]:
     """Return the ids of the sweeps whose results the cells' directories of a model show."""
-    marks = [Shown.read(mark.parent) for mark in model_dir.glob(f"weight-*/**/{SHOWN}")]
-    return {shown.place.sweep_id for shown in marks if shown is not None}
+    found = [Shown.read(directory) for directory in shown_cells(model_dir)]
+    return {shown.place.sweep_id for shown in found if shown is not None}
+
+
+def shown_cells(model_dir: Path) -> Iterator[Path]:
+    """Yield the directories of cells that a model's directory shows."""
+    for pair in model_dir.glob("weight-*"):
+        yield from (mark.parent for mark in below(pair) if mark.name == SHOWN)
 
 
 def _number(data: dict[str, Any]) -> int | None:
@@ -150,12 +163,15 @@ def _number(data: dict[str, Any]) -> int | None:
     return value if type(value) is int and value > 0 else None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _text(data: dict[str, Any], *keys: str) -> str | None:
+    """Return the text under nested keys; none where there is something else."""
+    value: Any = data
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, str) and value else None
+
+
+def _sealed(path: Path) -> dict[str, Any]:
     """Return a document; nothing where it cannot be read, or is not what was written."""
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(data, dict) or (data.get(CHECKSUM) is not None and not is_sealed(data)):
-        return {}
-    return data
+    data = peek(path)
+    return {} if data.get(CHECKSUM) is not None and not is_sealed(data) else data

@@ -164,15 +164,15 @@ def parse_json(data: bytes, *, strict: bool = False, halves: bool = False) -> An
     return found
 
 
-def has_file(path: Path, *, remedy: str) -> bool:
+def has_file(path: Path, *, remedy: str, error: type[UserError] = UserError) -> bool:
     """Return whether a file is there.
 
     Raises:
         UserError: Something else has its name, or nobody may look.
     """
-    mode = _mode(path, remedy)
+    mode = _mode(path, remedy, error)
     if mode is not None and not stat.S_ISREG(mode):
-        raise UserError(_no_file(mode), where=shown(path), remedy=remedy)
+        raise error(_no_file(mode), where=shown(path), remedy=remedy)
     return mode is not None
 
 
@@ -182,8 +182,22 @@ def has_directory(path: Path, *, remedy: str) -> bool:
     Raises:
         UserError: Nobody may look.
     """
-    mode = _mode(path, remedy)
+    mode = _mode(path, remedy, UserError)
     return mode is not None and stat.S_ISDIR(mode)
+
+
+def entries_in(directory: Path, *, remedy: str) -> list[Path]:
+    """Return what a directory holds, sorted; nothing where it is not there.
+
+    Raises:
+        UserError: The directory cannot be read.
+    """
+    try:
+        return sorted(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _refused(error, shown(directory), remedy, UserError) from error
 
 
 def files_in(directory: Path, *, remedy: str) -> list[Path]:
@@ -192,10 +206,17 @@ def files_in(directory: Path, *, remedy: str) -> list[Path]:
     Raises:
         UserError: The directory cannot be read.
     """
-    try:
-        return sorted(file for file in directory.iterdir() if _is_file(file))
-    except OSError as error:
-        raise _refused(error, shown(directory), remedy, UserError) from error
+    return [file for file in entries_in(directory, remedy=remedy) if _is_file(file)]
+
+
+def below(directory: Path) -> Iterator[Path]:
+    """Yield all files and directories below a directory.
+
+    What vanishes meanwhile, or cannot be looked into, is not there; no link is followed.
+    """
+    for parent, directories, files in os.walk(directory):
+        for name in (*directories, *files):
+            yield Path(parent, name)
 
 
 def may_pass(error: OSError) -> bool:
@@ -220,14 +241,14 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _mode(path: Path, remedy: str) -> int | None:
+def _mode(path: Path, remedy: str, error: type[UserError]) -> int | None:
     """Return what is at a path; none where nothing is."""
     try:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise _refused(error, shown(path), remedy, UserError) from error
+    except (OSError, ValueError) as cause:
+        raise _refused(cause, shown(path), remedy, error) from cause
 
 
 def _refused(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qsens.checksums import digest_file, read_metadata
+from qsens.checksums import digest_file, metadata_of
 from qsens.errors import Damaged
 from qsens.manifest import Manifest, read_manifest
+from qsens.reading import has_file, read_bytes
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
-_AGAIN = "Run its sweep again: what is damaged is computed again."
+AGAIN = "Run its sweep again: what is damaged is computed again."
 
 
 def read_result(directory: Path) -> Manifest:
@@ -28,7 +29,7 @@ def read_result(directory: Path) -> Manifest:
         raise Damaged(
             "is damaged: it is the result of another cell",
             where=str(directory / MANIFEST),
-            remedy=_AGAIN,
+            remedy=AGAIN,
         )
     check_state(manifest, directory / STATE)
     return manifest
@@ -46,20 +47,17 @@ def check_state(manifest: Manifest, state: Path) -> None:
     expected = manifest.state_digest
     try:
         if expected is not None:
-            same = digest_file(state) == expected
-        elif state.is_file():
-            same = read_metadata(state).get("cell", manifest.cell) == manifest.cell
+            same = digest_file(state, remedy=AGAIN, error=Damaged) == expected
+        elif has_file(state, remedy=AGAIN, error=Damaged):
+            known = metadata_of(read_bytes(state, remedy=AGAIN, error=Damaged))
+            same = known.get("cell", manifest.cell) == manifest.cell
         else:
             return
-    except OSError as error:
-        raise Damaged(
-            f"cannot be read: {error.strerror}", where=str(state), remedy=_AGAIN
-        ) from error
     except ValueError as error:
-        raise Damaged(f"is damaged: {error}", where=str(state), remedy=_AGAIN) from error
+        raise Damaged(f"is damaged: {error}", where=str(state), remedy=AGAIN) from error
     if not same:
         raise Damaged(
             "is damaged: its content does not match the manifest beside it",
             where=str(state),
-            remedy=_AGAIN,
+            remedy=AGAIN,
         )

@@ -9,14 +9,8 @@ from pathlib import Path
 import pytest
 
 from qsens.errors import TryAgain, UserError
-from qsens.store import (
-    copy_file,
-    make_directory,
-    set_aside,
-    write_directory,
-    write_file,
-    write_text,
-)
+from qsens.store import set_aside
+from qsens.writing import copy_file, make_directory, write_directory, write_file, write_text
 
 
 def test_write_text_replaces_whole(tmp_path: Path) -> None:

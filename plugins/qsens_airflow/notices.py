@@ -21,6 +21,7 @@ from markupsafe import escape
 
 from qsens.config import Roots
 from qsens.config.models import NotifierConfig
+from qsens.documents import peek
 from qsens_airflow.settings import DagSettings
 
 # Tasks whose failure leaves nothing to publish.
@@ -205,11 +206,7 @@ def _notify(notifier: NotifierConfig, notice: Notice, context: Context) -> None:
 
 def read_summary(directory: Path) -> dict[str, Any]:
     """Return ``summary.json``; nothing where it cannot be read."""
-    try:
-        found = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return peek(directory / "summary.json")
 
 
 def partial_cells(summary: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ import psutil  # type: ignore[import-untyped]
 
 from qsens.config import Roots
 from qsens.errors import TryAgain, UserError
-from qsens.store import write_text
+from qsens.writing import write_text
 from qsens_airflow.entry import run
 from qsens_airflow.guard import computing_environment
 from qsens_airflow.lease import devices_to_lease

@@ -12,17 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from qsens.config.base import LONGEST_NAME, NAME
+from qsens.config.files import read_mapping
 from qsens.config.models import SweepConfig
 from qsens.config.overrides import CHOICES, COMMAND_LINE, nest, parse_overrides, quoted, unknown_key
 from qsens.config.pairs import GranularityConfig, PairConfig
 from qsens.config.roots import Roots
 from qsens.errors import UserError
+from qsens.reading import shown
+from qsens.visible import visible
 
 # Set in each file's own section, so that paths can start where the file lies.
 _HERE = "here"
@@ -96,7 +98,7 @@ def load_sweep(
     given = parse_overrides(overrides)
     sources = _Sources()
     sweep, label = _read("sweep", preset, roots, where="PRESET")
-    chosen = _choose(sweep.pop("defaults", None) or {}, label, given)
+    chosen = _choose(sweep.pop("defaults", None), label, given)
 
     tree: dict[str, Any] = {"preset": preset}
     for group, (names, origin) in chosen.items():
@@ -114,9 +116,9 @@ def load_sweep(
 
     # A data set may lie beside the checkpoint, wherever that is.
     path = {"model": {"path": given["model.path"]}} if given.get("model.path") else {}
-    resolved = _resolve(OmegaConf.merge(tree, sweep, path), label)
+    resolved = _resolve(tree, sweep, path, label=label)
     notices = _names_from_path(nested, given, roots)
-    config = _validate(OmegaConf.to_container(OmegaConf.merge(resolved, nested)), sources)
+    config = _validate(_merge(resolved, nested, label=label), sources)
     config = _absolute(config, roots)
     notices += [
         f"{pair.name} is experimental: nobody is known to deploy it"
@@ -127,11 +129,14 @@ def load_sweep(
     return Loaded(config, tuple(notices))
 
 
-def _choose(
-    defaults: dict[str, Any], label: str, given: dict[str, Any]
-) -> dict[str, tuple[list[str], str]]:
+def _choose(defaults: Any, label: str, given: dict[str, Any]) -> dict[str, tuple[list[str], str]]:
     """Say which files are chosen; takes the choices out of ``given``."""
-    unknown = sorted(set(defaults) - set(CHOICES))
+    defaults = {} if defaults is None else defaults
+    if not isinstance(defaults, dict):
+        raise UserError(
+            "is no mapping", where=f"defaults ({label})", remedy="Write GROUP: NAME lines."
+        )
+    unknown = sorted(map(str, set(defaults) - set(CHOICES)))
     if unknown:
         raise UserError(
             f"unknown key '{unknown[0]}'",
@@ -144,10 +149,15 @@ def _choose(
         value = given.pop(group) if group in given else defaults.get(group)
         if value is None and group == "quant_granularity":
             value = "default"
-        names = [value] if isinstance(value, str) else list(value or [])
-        if not names or (len(names) > 1 and not several):
+        names = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if (
+            not names
+            or (len(names) > 1 and not several)
+            or any(isinstance(name, dict | list) for name in names)
+        ):
+            needed = "at least one name" if several else "exactly one name"
             raise UserError(
-                f"needs {'at least one name' if several else 'exactly one name'}, got {value!r}",
+                f"needs {needed}, got {shown(value)}",
                 where=f"{group} ({origin})",
                 remedy=f"Write {group}=NAME; `qsens plan --help` lists the presets.",
             )
@@ -167,31 +177,34 @@ def _read(group: str, name: str, roots: Roots, *, where: str) -> tuple[dict[str,
             remedy=f"Allowed: {', '.join(files)}.{hint} Files: {roots.configs[0]}/{group}/.",
         )
     path = files[name]
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cannot be read: {reason}", where=str(path), remedy="Mend the file."
-        ) from error
-    if not isinstance(data, dict):
-        raise UserError("is no mapping", where=str(path), remedy="Write key: value lines.")
+    data = read_mapping(path)
     if group != "sweep":
         data[_HERE] = str(path.parent)
     return data, str(path)
 
 
-def _resolve(tree: Any, label: str) -> dict[str, Any]:
-    """Fill in the interpolations of files, then drop what only they needed."""
+def _merge(*trees: dict[str, Any], label: str, resolve: bool = False) -> dict[Any, Any]:
+    """Return the first tree with what the later ones say; with interpolations filled in if asked.
+
+    Raises:
+        UserError: An interpolation cannot be.
+    """
     try:
-        data = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
+        merged = OmegaConf.merge(*trees)
+        data = OmegaConf.to_container(merged, resolve=resolve, throw_on_missing=resolve)
     except OmegaConfBaseException as error:
         raise UserError(
-            " ".join(str(error).split()),
+            visible(" ".join(str(error).split())),
             where=f"{getattr(error, 'full_key', None) or 'an interpolation'} ({label})",
             remedy="Mend the ${...} in the file.",
         ) from error
     assert isinstance(data, dict)
+    return data
+
+
+def _resolve(*trees: dict[str, Any], label: str) -> dict[str, Any]:
+    """Fill in the interpolations of files, then drop what only they needed."""
+    data = _merge(*trees, label=label, resolve=True)
     for group, several in CHOICES.items():
         for section in data[group] if several else [data[group]]:
             section.pop(_HERE, None)
@@ -234,7 +247,7 @@ def _validate(tree: Any, sources: _Sources) -> SweepConfig:
         raise unknown_key(key, _siblings(first["loc"]), sources.of(key))
     message = first["msg"].removeprefix("Value error, ")
     value = first.get("input")
-    got = f", got {quoted(value)}" if isinstance(value, str | int | float | bool) else ""
+    got = f", got {visible(quoted(value))}" if isinstance(value, str | int | float | bool) else ""
     raise UserError(
         f"{message}{got}",
         where=f"{key or 'sweep'} ({sources.of(key)})",

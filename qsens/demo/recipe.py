@@ -11,6 +11,7 @@ from typing import Any, Final
 from qsens.config import DatasetConfig
 from qsens.demo.drawings import DATA_SET, LOOK, Drawing, data_set_files, drawings, shipped
 from qsens.demo.sentences import captions
+from qsens.documents import peek
 
 RECORD: Final = "demo.json"
 PROMPT: Final = DatasetConfig().prompt
@@ -180,12 +181,8 @@ def held_out_drawings(recipe: Recipe) -> list[Drawing]:
 
 def read_record(directory: Path) -> dict[str, Any] | None:
     """Return the record in ``directory``; none where it is no demo checkpoint."""
-    try:
-        record = json.loads((directory / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    ours = isinstance(record, dict) and record.keys() >= {"digest", "files"}
-    return record if ours else None
+    record = peek(directory / RECORD)
+    return record if record.keys() >= {"digest", "files"} else None
 
 
 def finished(directory: Path, digest: str) -> DemoResult | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from qsens.engine.candidates import Candidates
 from qsens.engine.experts import expert_weights, is_experts
 from qsens.engine.families import head_of
 from qsens.engine.groups import Group
-from qsens.engine.host_memory import available_memory
+from qsens.engine.host_memory import available_memory, most_memory
 from qsens.engine.parts import HEAD_ROWS, layers_of
 from qsens.engine.quantizer import WEIGHT_CHUNK
 from qsens.engine.samples import BATCH_TOKENS, Samples
@@ -129,7 +128,7 @@ def peak(device: torch.device) -> int:
     """Return the bytes that were taken at most since ``reset_peak`` (on a CPU: ever)."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return most_memory()
 
 
 def reset_peak(device: torch.device) -> int:

@@ -93,7 +93,9 @@ def identify_samples(
         path = dataset.path(size)
         samples = read_samples(path, size)
         heads[size] = samples[: dataset.limit(size)]
-        found[size] = SamplesIdentity(path=path, digest=digest_file(path), available=len(samples))
+        found[size] = SamplesIdentity(
+            path=path, digest=digest_file(path, remedy=CHOOSE), available=len(samples)
+        )
         if len(samples) < dataset.asked(size):
             notices.append(
                 f"{path.name} holds {len(samples)} captions, fewer than the {dataset.asked(size)} "

@@ -19,7 +19,8 @@ from qsens.engine.tied import has_tied_head, is_said_to_be_tied
 from qsens.errors import UserError
 from qsens.grid import CheckpointIdentity, digest_of
 from qsens.reading import MOST_BYTES, files_in, has_directory, has_file, open_file, read_json, shown
-from qsens.store import set_aside, write_text
+from qsens.store import set_aside
+from qsens.writing import write_text
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -91,6 +92,7 @@ def identify(
     weights = find_weights(path)
     _check_index(path / weights.entry)
     known = _read_cache(cache)
+    kept = dict(known)
     code, notices = _code(path, trusted=trust_remote_code)
     files = [path / "config.json", *weights.files, *code]
     tokenizer = _tokenizer_files(path)
@@ -108,10 +110,8 @@ def identify(
             )
         )
     tied = has_tied_head(config, weights.tensors, heads, dtype, partial(_equal, known=known))
-    if cache is not None:
-        text = dump_json(sealed(dict(sorted(known.items()))))
-        if not cache.is_file() or cache.read_text(encoding="utf-8") != text:
-            write_text(cache, text)
+    if cache is not None and known != kept:
+        write_text(cache, dump_json(sealed(dict(sorted(known.items())))))
     if is_said_to_be_tied(config) and not tied:
         notices.append(
             "config.json ties the head to the embedding, and the files hold another head: it is "
@@ -184,7 +184,8 @@ def find_weights(path: Path) -> Weights:
             no index or lie beside one of other files, or two hold the same tensor.
     """
     entry = _entry(path)
-    names = indexed_files(path / entry) if entry.endswith(".json") else [entry]
+    places = weight_map(path / entry) if entry.endswith(".json") else {}
+    names = sorted(set(places.values())) or [entry]
     missing = [name for name in names if not has_file(path / name, remedy=AGAIN)]
     if missing:
         raise UserError(
@@ -204,6 +205,13 @@ def find_weights(path: Path) -> Weights:
                     remedy="Only one can be meant: save it again with save_pretrained().",
                 )
             tensors[name] = tensor
+    for name, place in places.items():
+        if name not in tensors or tensors[name].file != path / place:
+            raise UserError(
+                f"says that {shown(name)} is in {shown(place)}, which does not hold it",
+                where=str(path / entry),
+                remedy="Get the index and the weight files of one and the same checkpoint.",
+            )
     beside = {
         _relative(other, path)
         for directory in {path, *(file.parent for file in files)}
@@ -222,8 +230,8 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in find_weights(path).tensors.items()}
 
 
-def indexed_files(index: Path) -> list[str]:
-    """Return the files that an index names, sorted: all of their tensors are read.
+def weight_map(index: Path) -> dict[str, str]:
+    """Return the file that an index names for each tensor: all tensors of those files are read.
 
     Raises:
         UserError: It is broken, or names what is no safetensors file below its directory.
@@ -239,15 +247,17 @@ def indexed_files(index: Path) -> list[str]:
                 where=str(index),
                 remedy=AGAIN,
             )
-    names = sorted({_inside(name, index) for name in places.values()})
-    strange = next((name for name in names if not name.endswith(".safetensors")), None)
+    found = {name: _inside(place, index) for name, place in places.items()}
+    strange = next(
+        (name for name in sorted(found.values()) if not name.endswith(".safetensors")), None
+    )
     if strange is not None:
         raise UserError(
             f"names {shown(strange)}, which is no .safetensors file",
             where=str(index),
             remedy="Save it with save_pretrained(); pickles are never loaded.",
         )
-    return names
+    return found
 
 
 def _entry(path: Path) -> str:
@@ -267,7 +277,7 @@ def _entry(path: Path) -> str:
             )
         return named
     single, indexed = (has_file(path / name, remedy=AGAIN) for name in (SINGLE, INDEX))
-    if single and indexed and indexed_files(path / INDEX) != [SINGLE]:
+    if single and indexed and set(weight_map(path / INDEX).values()) != {SINGLE}:
         raise UserError(
             f"holds {SINGLE}, and beside it {INDEX}, which names other files",
             where=str(path),

@@ -1,8 +1,9 @@
-"""How much memory of the host a process may still take: what is available, within its cgroups."""
+"""How much memory of the host a process may still take, within its cgroups, and what it took."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -80,6 +81,16 @@ def _left(directory: Path, hierarchy: _Hierarchy) -> int | None:
         return None
     stat = dict(line.split(" ", 1) for line in _read(directory / "memory.stat").splitlines())
     return int(limit) - int(usage) + int(stat.get(hierarchy.idle, 0))
+
+
+def most_memory() -> int:
+    """Return the bytes that this process has taken at most.
+
+    ``getrusage`` would count what its parent had before this program was started.
+    """
+    status = _read(Path("/proc/self/status"))
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _read(path: Path) -> str:

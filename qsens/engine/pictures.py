@@ -27,8 +27,8 @@ from qsens.engine.files import PROCESSOR, read_config
 from qsens.engine.records import Record
 from qsens.errors import UserError
 from qsens.grid import PicturesIdentity, Plan, Skipped, digest_of
-from qsens.reading import has_file, read_json, shown
-from qsens.store import write_file
+from qsens.reading import has_file, read_bytes, read_json, shown
+from qsens.writing import write_bytes
 
 Pixels = npt.NDArray[np.uint8]
 """A picture, ``(height, width, 3)``, RGB."""
@@ -193,8 +193,9 @@ class PictureReader:
             except Exception as error:  # Decoders raise anything on bytes that they do not expect.
                 reason = str(error).strip() or type(error).__name__
                 raise _Unusable(f"is broken: {reason.splitlines()[0]}") from error
-        with write_file(kept) as temporary, temporary.open("wb") as file:
-            np.save(file, pixels, allow_pickle=False)
+        array = io.BytesIO()
+        np.save(array, pixels, allow_pickle=False)
+        write_bytes(kept, array.getvalue())
         return digest, kept
 
     def _bytes(self, image: str) -> bytes:
@@ -207,11 +208,12 @@ class PictureReader:
                 raise _Unusable("lies outside dataset.images")
             if not path.is_file():
                 raise _Unusable("is missing")
-            if path.stat().st_size > MOST_BYTES:
-                raise _Unusable(f"is enormous: {path.stat().st_size >> 20} MiB")
-            return path.read_bytes()
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise _Unusable(f"cannot be read: {getattr(error, 'strerror', error)}") from error
+        try:
+            return read_bytes(path, most=MOST_BYTES, remedy=_IMAGES)
+        except UserError as error:
+            raise _Unusable(error.what) from error
 
     def _decode(self, picture: Image.Image) -> Pixels:
         """Return a picture as the model sees it; what is refused is not decoded."""

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 from qsens.config.models import JSONL, has_suffix
 from qsens.errors import UserError
-from qsens.reading import open_file, parse_json, read_bytes
+from qsens.reading import open_file, parse_json, read_bytes, shown
 
 CHOOSE = "Set dataset.directory, or choose another data set, such as dataset=demo."
 _TABLE = "vlm_calib_samples"
@@ -85,7 +85,7 @@ def _sqlite(path: Path, split: str) -> Iterator[Record]:
             splits = [row[0] for row in opened.execute(f"SELECT DISTINCT split FROM {_TABLE}")]
             chosen = splits[0] if len(splits) == 1 else split
             if splits and chosen not in splits:
-                listed = ", ".join(sorted(map(str, splits)))
+                listed = ", ".join(sorted(map(shown, splits)))
                 raise UserError(
                     f"has no split '{split}'; its splits are {listed}",
                     where=f"samples file {path}",
@@ -97,7 +97,7 @@ def _sqlite(path: Path, split: str) -> Iterator[Record]:
             )
             for number, (image, caption) in enumerate(rows, 1):
                 yield _record(path, f"row {number} of split '{chosen}'", image, caption)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         raise _broken(path, str(error)) from error
 
 

@@ -17,7 +17,10 @@ from qsens.identity import measured_kl_version
 from qsens.manifest import Audit, GroupSensitivity, Manifest, Point
 from qsens.names import group_name, kind_of
 from qsens.pipeline.cell import Progress
-from qsens.store import Store, write_text
+from qsens.reading import has_file
+from qsens.results import AGAIN
+from qsens.store import Store
+from qsens.writing import write_text
 
 if TYPE_CHECKING:
     from qsens.pipeline.truth import Truth
@@ -145,10 +148,16 @@ def audited_cells(plan: Plan) -> list[Cell]:
     return [cell for cell in plan.cells if cell.size == smallest]
 
 
-def find_audits(store: Store) -> list[Audit]:
-    """Return the audits of a plan that are there, in its order."""
+def find_audits(store: Store, manifests: Mapping[str, Manifest] | None = None) -> list[Audit]:
+    """Return the audits of a plan that are there, in its order.
+
+    Args:
+        store: Where they lie.
+        manifests: Those of the cells that have a result, by cell id; read when not given.
+    """
     cells = audited_cells(store.plan)
-    manifests = _manifests(store, cells)
+    if manifests is None:
+        manifests = _manifests(store, cells)
     found = [_stored(store, cell, manifests.get(cell.cell)) for cell in cells]
     return [audit for audit in found if audit is not None]
 
@@ -203,7 +212,7 @@ def _scores(manifest: Manifest) -> tuple[Statistic, dict[str, GroupSensitivity]]
 def _set_aside(store: Store, cell: Cell) -> None:
     """Set the audit of ``cell`` aside where it is damaged."""
     path = store.audit(cell)
-    if path.is_file():
+    if has_file(path, remedy=AGAIN):
         audit = read_audit(path)
         if audit is None or audit.cell_digest != cell.digest:
             store.set_aside(path, f"the audit of {cell.cell}", "is not what was written")

@@ -16,8 +16,9 @@ from filelock import FileLock
 
 from qsens.errors import OutOfMemory
 from qsens.grid import Cell, Plan, calibration_digest
+from qsens.locks import held, try_lock
 from qsens.pipeline.failures import failure_to_tell, keep_failure, mark_told, tell
-from qsens.store import Store, held, try_lock
+from qsens.store import Store
 
 Progress = Callable[[str, int, int], None]
 

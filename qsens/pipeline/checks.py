@@ -16,6 +16,7 @@ from qsens.config import PairConfig, SweepConfig
 from qsens.config.pairs import QuantizerConfig
 from qsens.errors import UserError
 from qsens.grid import Plan
+from qsens.reading import has_directory, has_file
 from qsens.store import Store
 
 # The tensors that hold all experts of a layer, where files hold them so.
@@ -24,6 +25,7 @@ _FUSED = ("gate_up_proj", "down_proj")
 Shapes = Mapping[str, tuple[int, ...]]
 
 _MIB = 1 << 20
+_ANOTHER = "Choose another one: QSENS_RESULTS, runner.output_dir."
 # A group in the manifest, in three reports and in the sweep's summary.
 _ROW_BYTES = 4096
 _SAMPLE_BYTES = 8
@@ -106,7 +108,7 @@ def check_disk(plan: Plan, shapes: Shapes) -> None:
         copies = 1 if store.is_done(cell) else 2
         row = _SAMPLE_BYTES * plan.samples_scored(cell) + _ROW_BYTES
         needed += copies * (groups * row + experts * _EXPERT_BYTES)
-    for directory in {_existing(plan.results), _existing(store.model_dir())}:
+    for directory in {existing(plan.results), existing(store.model_dir())}:
         free = shutil.disk_usage(directory).free
         if free < needed:
             raise UserError(
@@ -180,19 +182,19 @@ def _dimensions(quantizer: QuantizerConfig) -> dict[int, int | None]:
     return found
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """Return the nearest directory that exists, ``path`` or one above it.
 
     Raises:
-        UserError: A file stands in the way.
+        UserError: A file stands in the way, or nobody may look.
     """
     nearest = path
-    while not nearest.exists():
+    while not has_directory(nearest, remedy=_ANOTHER):
+        if has_file(nearest, remedy=_ANOTHER):
+            raise UserError(
+                f"{nearest} is a file, and results go below it",
+                where=f"directory {path}",
+                remedy=_ANOTHER,
+            )
         nearest = nearest.parent
-    if not nearest.is_dir():
-        raise UserError(
-            f"{nearest} is a file, and results go below it",
-            where=f"directory {path}",
-            remedy="Choose another one: QSENS_RESULTS, runner.output_dir.",
-        )
     return nearest

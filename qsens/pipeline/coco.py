@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qsens.checksums import digest_file
 from qsens.config import Roots, load_sweep
 from qsens.config.models import JSONL, SIZES, DatasetConfig, Size, has_suffix
 from qsens.errors import UserError
 from qsens.reading import parse_json, read_bytes
-from qsens.store import write_file
+from qsens.writing import write_file
 
+_TARGET = "Name another directory with --out."
 _REMEDY = "Name a captions_*.json of COCO: {images: [...], annotations: [...]}."
 
 
@@ -219,7 +221,10 @@ def _is_there(images: Path, name: str) -> bool:
     if not name or pure.is_absolute() or ".." in pure.parts or "\0" in name:
         return False
     path = images / pure
-    return path.is_file() and path.resolve().is_relative_to(images.resolve())
+    try:
+        return path.is_file() and path.resolve().is_relative_to(images.resolve())
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _lines(captions: Sequence[Caption], images: Path | None) -> str:
@@ -236,7 +241,10 @@ def _write(texts: Mapping[Path, str], *, replace: bool) -> None:
     new = {}
     for path, text in texts.items():
         content = text.encode("utf-8")
-        if path.is_file() and path.read_bytes() == content:
+        if (
+            path.is_file()
+            and digest_file(path, remedy=_TARGET) == hashlib.sha256(content).hexdigest()
+        ):
             continue
         if path.exists() and not replace:
             raise UserError(

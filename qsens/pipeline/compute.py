@@ -12,9 +12,9 @@ from functools import partial
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
-from qsens.checksums import DIGEST, seal_tensors
+from qsens.checksums import DIGEST, sealed_tensors
 from qsens.engine import fisher, fused, reference
 from qsens.engine.budget import GIB, memory_share, peak, plan_budget, reset_peak
 from qsens.engine.calibrate import Maxima
@@ -39,7 +39,8 @@ from qsens.pipeline.loading import (
     with_samples,
 )
 from qsens.pipeline.result import build_manifest
-from qsens.store import Store, write_file
+from qsens.store import Store
+from qsens.writing import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +58,9 @@ def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> 
         for cell in share:
             count = plan.samples_used(cell)
             digest = calibration_digest(plan, cell)
-            with write_file(store.calibration(digest)) as temporary:
-                known = {"samples": str(count), DIGEST: digest}
-                save_file(found[count], temporary, metadata=known)
-                seal_tensors(temporary)
+            known = {"samples": str(count), DIGEST: digest}
+            data = sealed_tensors(save(found[count], metadata=known))
+            write_bytes(store.calibration(digest), data)
 
 
 @torch.inference_mode(False)
@@ -347,6 +347,4 @@ def _write(
     )
     names = [entry.group.name for entry in scores.groups if entry.group.covered]
     known = {"cell": cell.cell, "groups": "\n".join(names), "modality": cell.modality}
-    store.write_result(
-        cell, manifest, lambda path: save_file(dict(scores.tensors), path, metadata=known)
-    )
+    store.write_result(cell, manifest, save(dict(scores.tensors), metadata=known))

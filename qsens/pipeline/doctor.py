@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import platform
 import shutil
@@ -14,7 +15,11 @@ from qsens.engine.captions import identify_samples
 from qsens.engine.families import resolve_parts
 from qsens.engine.quantized import refuse_quantized
 from qsens.errors import QsensError
+from qsens.locks import try_lock
+from qsens.pipeline.checks import existing
 from qsens.pipeline.plan import installed_version, picture_reader
+from qsens.reading import below
+from qsens.store import publishing_lock
 
 _GIB = 1 << 30
 _LOW_DISK = 5 * _GIB
@@ -24,7 +29,9 @@ def examine() -> dict[str, Any]:
     """Return what is installed and free here, and a line for everything that would fail."""
     roots = Roots.from_environment()
     problems: list[str] = []
-    usage = shutil.disk_usage(roots.results)
+    there = existing(roots.results)
+    usage = shutil.disk_usage(there)
+    problems += _unwritable(there)
     if usage.free < _LOW_DISK:
         problems.append(f"{usage.free / _GIB:.1f} GiB are free below {roots.results}")
     if not (3, 11) <= sys.version_info[:2] < (3, 15):
@@ -54,6 +61,17 @@ def examine() -> dict[str, Any]:
         "presets": {name: _preset(name, roots) for name in choices("sweep", roots)},
         "problems": problems,
     }
+
+
+def _unwritable(results: Path) -> list[str]:
+    """Say why nothing can be written to a directory, if so; whoever writes there locks it."""
+    try:
+        lock = publishing_lock(results)
+        if try_lock(lock):
+            lock.release()
+    except QsensError as error:
+        return [f"{error.where}: {error.what}"]
+    return []
 
 
 def _preset(name: str, roots: Roots) -> str:
@@ -91,7 +109,8 @@ def _used(results: Path) -> int:
     """Return the bytes that qsens keeps below the results root."""
     total = 0
     for name in (".cells", "models", "tmp"):
-        for path in (results / name).rglob("*"):
-            if path.is_file() and "checkpoints" not in path.parts:
-                total += path.stat().st_size
+        for path in below(results / name):
+            with contextlib.suppress(OSError):
+                if path.is_file() and "checkpoints" not in path.parts:
+                    total += path.stat().st_size
     return total

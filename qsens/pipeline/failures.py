@@ -22,7 +22,10 @@ from qsens.errors import (
     UserError,
 )
 from qsens.grid import Cell
-from qsens.store import Store, write_text
+from qsens.reading import has_file
+from qsens.results import AGAIN
+from qsens.store import Store
+from qsens.writing import write_text
 
 VERSION = 2
 _KINDS = {
@@ -121,7 +124,7 @@ def failure_reason(store: Store, cell: Cell) -> str:
 def _read(store: Store, cell: Cell) -> Failure | None:
     """Read a failure; none where there is none, or it is not what was written."""
     path = store.failure(cell)
-    if not path.is_file():
+    if not has_file(path, remedy=AGAIN):
         return None
     try:
         return read_document(Failure, path, what="failure", version=VERSION, name="", again="")

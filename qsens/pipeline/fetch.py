@@ -15,12 +15,13 @@ from pydantic import ValidationError
 from qsens.config import Roots, choices, load_sweep
 from qsens.config.base import Frozen
 from qsens.config.models import HubConfig
-from qsens.engine.files import INDEX, SINGLE, indexed_files, read_config, weight_files
+from qsens.engine.files import INDEX, SINGLE, read_config, weight_files, weight_map
 from qsens.errors import TryAgain, UserError
+from qsens.locks import held
 from qsens.pipeline.hub import Hub, is_offline
 from qsens.pipeline.listing import Listing, RemoteFile
 from qsens.reading import MOST_BYTES, MOST_JSON, read_json, shown
-from qsens.store import held, make_directory, write_text
+from qsens.writing import make_directory, write_text
 
 SOURCE = "qsens-source.json"
 """Written beside the weights: where a checkpoint came from."""
@@ -206,7 +207,7 @@ def _weights(listing: Listing, directory: Path) -> list[str]:
     weights = [name for name in listing.entries if re.fullmatch(r"[^/]+\.safetensors", name)]
     if INDEX in listing.entries:
         try:
-            shards = indexed_files(directory / INDEX)
+            shards = sorted(set(weight_map(directory / INDEX).values()))
         except UserError as error:
             raise UserError(
                 f"its {INDEX} {error.what}", where=listing.where, remedy="Choose another revision."

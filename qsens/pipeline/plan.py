@@ -22,11 +22,15 @@ from qsens.engine.pictures import PictureReader, cache_of, read_resolution
 from qsens.engine.quantized import refuse_quantized
 from qsens.engine.settings import check_settings
 from qsens.engine.templates import check_chat_template
+from qsens.engine.tokenizer_files import check_tokenizer
 from qsens.grid import CheckpointIdentity, Plan, calibration_digest, make_plan
 from qsens.identity import identify_patterns
 from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
-from qsens.store import Store, write_text
+from qsens.reading import read_bytes
+from qsens.store import Store
+from qsens.writing import write_text
 
+_PINS = "Set QSENS_CONSTRAINTS to the file of pins, or unset it."
 _DISTRIBUTIONS = ("qsens", "torch", "transformers", "nvidia-modelopt")
 
 
@@ -56,6 +60,7 @@ def plan_sweep(
     given = loaded.config.model
     refuse_quantized(given.path)
     check_settings(given)
+    check_tokenizer(given.path)
     config = loaded.config.model_copy(update={"model": resolve_parts(given)})
     checkpoint = identify_checkpoint(config.model, roots.results)
     reader = picture_reader(config, roots)
@@ -172,7 +177,7 @@ def installed_version(name: str) -> str:
         pins = os.environ.get("QSENS_CONSTRAINTS")
         found = re.search(
             rf"^{re.escape(name)}==(\S+)",
-            Path(pins).read_text(encoding="utf-8") if pins else "",
+            read_bytes(Path(pins), remedy=_PINS).decode("utf-8", "replace") if pins else "",
             re.MULTILINE | re.IGNORECASE,
         )
         return found[1] if found else "none"

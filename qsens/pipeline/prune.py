@@ -8,7 +8,6 @@ order that leaves, wherever it stops, only what the next run removes as well.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
 import time
@@ -17,20 +16,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
-
+from qsens.documents import peek
 from qsens.engine.pictures import cache_of
 from qsens.errors import UserError
 from qsens.grid import SWEEP_ID, calibration_digest, read_plan
-from qsens.published import SHOWN, SUMMARY, SWEEPS, Place, Published, Shown
+from qsens.locks import lock_at, try_lock
+from qsens.published import SUMMARY, SWEEPS, Place, Published, Shown, shown_cells
+from qsens.reading import below, entries_in, has_directory
 from qsens.report.model_index import write_model_index
-from qsens.store import ASIDE, MANIFEST, try_lock
+from qsens.store import ASIDE, MANIFEST, publishing_lock
+from qsens.writing import writing
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _REMOVED = ".removed"
 _HALF_WRITTEN_SECONDS = 86_400
+_RIGHTS = "Mend its rights, or prune as the user whose results they are."
 
 
 @dataclass(frozen=True)
@@ -99,22 +100,36 @@ def prune(
         dry_run: Say what would be removed, and remove nothing.
         now: When it is; the current time when not given.
 
+    Nothing is removed while somebody publishes, and nobody publishes meanwhile.
+
     Raises:
-        UserError: ``keep_sweeps`` or ``keep_days`` is below 1.
+        UserError: ``keep_sweeps`` or ``keep_days`` is below 1, or the results cannot be read or
+            written to.
     """
     for name, value in (("--keep-sweeps", keep_sweeps), ("--keep-days", keep_days)):
         if value < 1:
             raise UserError(f"is {value}", where=name, remedy="Give 1 or more.")
     before = (now or datetime.now(UTC)) - timedelta(days=keep_days)
-    sweeps = list(_sweeps(results))
-    old = _old(sweeps, keep_sweeps, before)
     job = _Job(results, before.timestamp(), dry_run, Pruned())
-    job.remove_sweeps(old)
-    kept = [sweep for sweep in sweeps if sweep not in old or sweep.directory in job.skipped]
-    job.remove_results(_references(kept, job.pruned.notes))
-    job.remove_plans({sweep.id for sweep in kept})
-    job.remove_half_written()
-    job.remove_set_aside()
+    if not has_directory(results, remedy=_RIGHTS):
+        return job.pruned
+    with contextlib.ExitStack() as locks:
+        if not dry_run:
+            lock = publishing_lock(results)
+            if not try_lock(lock):
+                job.pruned.notes.append(
+                    f"{results}: is being published to, or pruned; nothing is removed, run it again"
+                )
+                return job.pruned
+            locks.callback(lock.release)
+        sweeps = list(_sweeps(results))
+        old = _old(sweeps, keep_sweeps, before)
+        job.remove_sweeps(old)
+        kept = [sweep for sweep in sweeps if sweep not in old]
+        job.remove_results(_references(kept, job.pruned.notes))
+        job.remove_plans({sweep.id for sweep in kept})
+        job.remove_half_written()
+        job.remove_set_aside()
     return job.pruned
 
 
@@ -126,26 +141,19 @@ class _Job:
     before: float
     dry_run: bool
     pruned: Pruned
-    skipped: set[Path] = field(default_factory=set)
 
     def remove_sweeps(self, old: list[Sweep]) -> None:
         """Remove sweeps, then the cells that show one that is gone, then lines of the index."""
         for parent in _sweep_parents(self.results):
             sweeps = [sweep for sweep in old if sweep.directory.parent == parent]
+            for sweep in sorted(sweeps, key=lambda sweep: sweep.id):
+                self.pruned.sweeps.append(sweep.id)
+                self._remove_directory(sweep.directory)
             if parent.name == SWEEPS:
-                model = parent.parent
-                with self._publishing(model, sweeps) as free:
-                    if free:
-                        self._remove_each(sweeps)
-                        self._remove_cells(model, {sweep.id for sweep in sweeps})
-                        # A run that was broken off may have left it as it was.
-                        if not self.dry_run:
-                            write_model_index(model)
-            else:
-                for sweep in sweeps:
-                    with self._publishing(sweep.directory, [sweep]) as free:
-                        if free:
-                            self._remove_each([sweep])
+                self._remove_cells(parent.parent, {sweep.id for sweep in sweeps})
+                # A run that was broken off may have left it as it was.
+                if not self.dry_run:
+                    write_model_index(parent.parent)
 
     def remove_results(self, used: tuple[set[str], set[str]] | None) -> None:
         """Remove results and calibrations that nothing refers to; none if that is unknown."""
@@ -175,7 +183,7 @@ class _Job:
         """Remove the plans of runs of the DAG whose sweep is gone."""
         for directory in _entries(self.results / ".plans"):
             plan = directory / "plan.json"
-            if self._is_old(plan, directory) and _json(plan).get("sweep_id") not in kept:
+            if self._is_old(plan, directory) and peek(plan).get("sweep_id") not in kept:
                 self.pruned.files.append(str(plan))
                 self._remove_directory(directory)
 
@@ -185,10 +193,10 @@ class _Job:
         roots = [".audits", ".cells", ".calibrations", ".pictures", ".plans", ".verified", "tmp"]
         found = [path for name in roots for path in _entries(self.results / name)]
         for directory in self.results.glob("models/*/layer-analysis"):
-            found += directory.rglob(".*")
+            found += below(directory)
         for path in found:
             hidden = path.name.startswith(".") and path.name.endswith((".tmp", _REMOVED))
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 if hidden and (path.suffix == _REMOVED or path.stat().st_mtime < limit):
                     self.pruned.files.append(str(path))
                     self._count(path)
@@ -201,46 +209,28 @@ class _Job:
             if self._is_old(directory):
                 self._remove_file(directory)
 
-    @contextlib.contextmanager
-    def _publishing(self, directory: Path, sweeps: list[Sweep]) -> Iterator[bool]:
-        """Yield whether nobody publishes to ``directory``, and see that nobody begins to."""
-        lock = FileLock(directory / ".publish.lock")
-        free = self.dry_run or try_lock(lock)
-        if not free:
-            self.pruned.notes.append(f"{directory}: is being published to; its sweeps are kept")
-            self.skipped |= {sweep.directory for sweep in sweeps}
-        try:
-            yield free
-        finally:
-            lock.release()
-
-    def _remove_each(self, sweeps: list[Sweep]) -> None:
-        for sweep in sorted(sweeps, key=lambda sweep: sweep.id):
-            self.pruned.sweeps.append(sweep.id)
-            self._remove_directory(sweep.directory)
-
     def _remove_cells(self, model: Path, removed: set[str]) -> None:
         """Remove the directories of cells that show an old sweep that is not there any more."""
         there = {path.name for path in _entries(model / SWEEPS)} - removed
-        for mark in sorted(model.glob(f"weight-*/**/{SHOWN}")):
-            with contextlib.suppress(OSError):
-                shown = Shown.read(mark.parent)
-                sweep = shown.place.sweep_id if shown else ""
-                created = _created(sweep)
-                # A publish that was broken off may come back to a young one.
-                if sweep in there or created is None or created.timestamp() >= self.before:
-                    continue
-                self.pruned.cells.append(mark.parent.relative_to(model).as_posix())
-                self._remove_directory(mark.parent)
-                # The pair's directory, once it is empty.
-                if not self.dry_run:
-                    for parent in mark.parent.parents:
+        for cell in sorted(shown_cells(model)):
+            shown = Shown.read(cell)
+            sweep = shown.place.sweep_id if shown else ""
+            created = _created(sweep)
+            # A publish that was broken off may come back to a young one.
+            if sweep in there or created is None or created.timestamp() >= self.before:
+                continue
+            self.pruned.cells.append(cell.relative_to(model).as_posix())
+            self._remove_directory(cell)
+            # The pair's directory, once it is empty.
+            if not self.dry_run:
+                with contextlib.suppress(OSError):
+                    for parent in cell.parents:
                         if parent == model:
                             break
                         parent.rmdir()
 
     def _remove_result(self, directory: Path) -> None:
-        lock = FileLock(directory.with_name(f"{directory.name}.lock"))
+        lock = lock_at(directory.with_name(f"{directory.name}.lock"))
         if not self.dry_run and not try_lock(lock):
             return
         try:
@@ -250,13 +240,13 @@ class _Job:
                 self._count(directory)
                 if not self.dry_run:
                     # First, so that what is left of it is no result.
-                    (directory / MANIFEST).unlink(missing_ok=True)
-                    shutil.rmtree(directory)
+                    _delete(directory / MANIFEST)
+                    _delete(directory)
         finally:
             lock.release()
 
     def _remove_locked(self, path: Path, lock_file: Path) -> None:
-        lock = FileLock(lock_file)
+        lock = lock_at(lock_file)
         if not self._is_old(path) or (not self.dry_run and not try_lock(lock)):
             return
         try:
@@ -277,18 +267,25 @@ class _Job:
         if not self.dry_run:
             hidden = path.with_name(f".{path.name}{_REMOVED}")
             _delete(hidden)
-            path.rename(hidden)
+            with writing(path.parent), contextlib.suppress(FileNotFoundError):
+                path.rename(hidden)
             _delete(hidden)
 
     def _count(self, path: Path) -> None:
-        files = path.rglob("*") if path.is_dir() else [path]
-        self.pruned.bytes += sum(file.lstat().st_size for file in files if not file.is_dir())
+        for file in (path, *below(path)):
+            with contextlib.suppress(OSError):
+                if not file.is_dir():
+                    self.pruned.bytes += file.lstat().st_size
 
     def _is_old(self, *paths: Path) -> bool:
         """Return whether the first of ``paths`` that is there is old; false where none is."""
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 return path.stat().st_mtime < self.before
+            except FileNotFoundError:
+                continue
+            except OSError:  # nobody can tell
+                return False
         return False
 
 
@@ -326,7 +323,7 @@ def _sweeps(results: Path) -> Iterator[Sweep]:
             known = Published.read(directory)
             # All below one model's directory are that model's.
             model = None if parent.name == SWEEPS else known.model
-            previous = _json(directory / SUMMARY).get("previous")
+            previous = peek(directory / SUMMARY).get("previous")
             yield Sweep(directory, known.place, created, model, previous)
 
 
@@ -348,23 +345,19 @@ def _references(kept: list[Sweep], notes: list[str]) -> tuple[set[str], set[str]
 def _created(sweep_id: str) -> datetime | None:
     """Return when the plan of a sweep was made; none if that is no sweep's id."""
     match = SWEEP_ID.fullmatch(sweep_id)
-    return match and datetime.strptime(match[1], "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC)
+    try:
+        return match and datetime.strptime(match[1], "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC)
+    except ValueError:  # no day of any month
+        return None
 
 
 def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with writing(path.parent):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _entries(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return entries_in(directory, remedy=_RIGHTS)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from qsens.documents import dump_document, dump_json
 from qsens.errors import Damaged
@@ -20,13 +17,16 @@ from qsens.pipeline.failures import failure_reason
 from qsens.pipeline.plan import plan_json
 from qsens.pipeline.stored import Result
 from qsens.published import PLAN, SWEEPS, Place, Shown, may_show, place_of, sweep_before
+from qsens.reading import MOST_BYTES, has_file, read_json
 from qsens.report.assets import ASSETS
 from qsens.report.cell import write_cell
 from qsens.report.findings import Drift, series_of
 from qsens.report.model_index import write_model_index
 from qsens.report.sweep import PAGE, SUMMARY, Summary, build_summary, read_summary, write_sweep
 from qsens.report.views import protected
-from qsens.store import Store, copy_file, make_directory, write_text
+from qsens.results import AGAIN
+from qsens.store import Store, publishing
+from qsens.writing import copy_file, write_text
 
 _TOP = 5
 _UNVERIFIED_SWEEP = (
@@ -53,15 +53,19 @@ def publish(plan: Plan) -> dict[str, Any]:
     results: dict[str, Result] = {}
     missing: dict[str, str] = {}
     model_dir = store.model_dir()
-    make_directory(model_dir)
-    with FileLock(model_dir / ".publish.lock"):
-        audits = find_audits(store)
+    with publishing(store):
         place = place_of(store)
         for cell in plan.cells:
             found = _result(store, cell)
             if isinstance(found, str):
                 missing[cell.cell] = found
+            else:
+                results[cell.cell] = found
+        audits = find_audits(store, {cell: result.manifest for cell, result in results.items()})
+        for cell in plan.cells:
+            if cell.cell not in results:
                 continue
+            found = results[cell.cell]
             audited = found.manifest.model_copy(update={"audit": _audit_of(cell, audits)})
             results[cell.cell] = Result(audited, found.samples)
             if may_show(store, cell, place):
@@ -149,7 +153,7 @@ def report(directory: Path, *, single_file: bool = False) -> dict[str, Any]:
         Damaged: What the directory holds is not what was published there.
         UserError: There is no manifest, or more than one, or it is broken.
     """
-    if (directory / SUMMARY).is_file():
+    if has_file(directory / SUMMARY, remedy=AGAIN):
         summary = read_summary(directory / SUMMARY)
         if summary.checksum is None:
             summary = summary.model_copy(
@@ -179,9 +183,9 @@ def report(directory: Path, *, single_file: bool = False) -> dict[str, Any]:
 
 def _result(store: Store, cell: Cell) -> Result | str:
     """Return the result of ``cell``, or why there is none."""
-    if not store.manifest(cell).is_file():
-        return failure_reason(store, cell)
     try:
+        if not has_file(store.manifest(cell), remedy=AGAIN, error=Damaged):
+            return failure_reason(store, cell)
         return Result.read(store.result_dir(cell))
     except Damaged as error:
         return f"its stored result {error.what}; run the sweep again to compute it again"
@@ -217,7 +221,7 @@ def _audit_of(cell: Cell, audits: Sequence[Audit]) -> Audit | None:
 
 def _publish_cell(store: Store, cell: Cell, result: Result, place: Place) -> None:
     directory, published = store.cell_dir(cell), store.published(cell)
-    if store.state(cell).is_file():
+    if has_file(store.state(cell), remedy=AGAIN):
         copy_file(store.state(cell), published["state"])
     write_cell(result.manifest, directory, result.samples, assets=store.model_dir() / ASSETS)
     audit = result.manifest.audit
@@ -225,7 +229,7 @@ def _publish_cell(store: Store, cell: Cell, result: Result, place: Place) -> Non
         copy_file(store.manifest(cell), published["manifest"])
     else:
         # The result itself never changes: what was found about it later stands in the copy alone.
-        scored = json.loads(store.manifest(cell).read_text(encoding="utf-8"))
+        scored = read_json(store.manifest(cell), most=MOST_BYTES, remedy=AGAIN, error=Damaged)
         audited = scored | {"audit": audit.model_dump(mode="json")}
         # A copy can be checked where the result could.
         dump = dump_document if result.manifest.verified else dump_json
@@ -236,7 +240,7 @@ def _publish_cell(store: Store, cell: Cell, result: Result, place: Place) -> Non
 def _said(store: Store) -> Summary | None:
     """Return the sweep as it was published before; none where that cannot be read."""
     path = store.sweep_dir() / SUMMARY
-    if not path.is_file():
+    if not has_file(path, remedy=AGAIN):
         return None
     try:
         said = read_summary(path)

@@ -19,7 +19,7 @@ from qsens.pipeline.packing import Packing, pack
 from qsens.pipeline.stored import read_sweep
 from qsens.report.findings import of_coverage, series_of
 from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell
-from qsens.store import write_text
+from qsens.writing import write_text
 
 Target = Literal["modelopt", "llm-compressor", "json"]
 

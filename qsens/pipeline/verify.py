@@ -8,7 +8,8 @@ from qsens.analysis.agreement import agreement
 from qsens.grid import Plan
 from qsens.manifest import dump_json
 from qsens.pipeline.cell import Progress
-from qsens.store import Store, write_text
+from qsens.store import Store
+from qsens.writing import write_text
 
 # The one score that both engines define.
 METHOD = "gradient"

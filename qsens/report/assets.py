@@ -22,7 +22,7 @@ from typing import Any
 from markupsafe import Markup
 
 from qsens.report import format as look
-from qsens.store import write_text
+from qsens.writing import write_text
 
 ASSETS = "assets"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: 'self'; script-src "

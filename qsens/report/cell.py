@@ -33,7 +33,7 @@ from qsens.report.findings import CellStability
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import depth_svg
 from qsens.report.words import samples_words
-from qsens.store import write_text
+from qsens.writing import write_text
 
 REPORT_VERSION = 1
 BASENAME = "per-layer-sensitivity"

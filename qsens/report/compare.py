@@ -10,7 +10,7 @@ from qsens.config.models import Frozen
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data
 from qsens.report.render import render_html
-from qsens.store import write_text
+from qsens.writing import write_text
 
 _ROWS_IN_PAGE = 300
 

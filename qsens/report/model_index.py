@@ -11,11 +11,13 @@ from pydantic import BaseModel, ConfigDict
 from qsens.documents import read_document
 from qsens.errors import UserError
 from qsens.published import Place
+from qsens.reading import entries_in, has_file
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, linked, page_data
 from qsens.report.render import render_html
 from qsens.report.sweep import PAGE, SUMMARY, SUMMARY_VERSION, SWEEPS
-from qsens.store import write_text
+from qsens.results import AGAIN
+from qsens.writing import write_text
 
 
 class _CellHead(BaseModel):
@@ -88,8 +90,7 @@ def write_model_index(model_directory: Path) -> Path:
     skipped: list[tuple[str, str]] = []
     models: dict[Place, str] = {}
     root = model_directory / SWEEPS
-    found = sorted(root.iterdir()) if root.is_dir() else []
-    for directory in found:
+    for directory in entries_in(root, remedy=AGAIN):
         # Dotted names are those of writes in progress, here and elsewhere.
         if directory.name.startswith("."):
             continue
@@ -119,9 +120,9 @@ def _read(directory: Path) -> _SweepHead | str:
     if not directory.is_dir():
         return "is not a directory"
     path = directory / SUMMARY
-    if not path.is_file():
-        return f"holds no {SUMMARY}"
     try:
+        if not has_file(path, remedy=AGAIN):
+            return f"holds no {SUMMARY}"
         head = read_document(
             _SweepHead, path, what="summary of a sweep", version=SUMMARY_VERSION, name="", again=""
         )

@@ -34,7 +34,7 @@ from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import heat_svg
 from qsens.report.views import heat_table, pair_lines, protected, stable_in
 from qsens.report.words import statistic_words
-from qsens.store import write_text
+from qsens.writing import write_text
 
 SUMMARY_VERSION = 2
 PAGE = "index.html"

@@ -14,7 +14,8 @@ import pytest
 
 from qsens.pipeline.plan import plan_json
 from qsens.pipeline.publish import publish
-from qsens.store import Store, write_text
+from qsens.store import Store
+from qsens.writing import write_text
 from qsens_airflow.local import Components
 from qsens_airflow.plans import plan_of_run
 

@@ -466,3 +466,14 @@ def test_golden_digests(tmp_path: Path) -> None:
     for identity in found.values():
         assert identity.tokenizer_digest == TOKENIZER_DIGEST
         assert identity.processor_digest == PROCESSOR_DIGEST
+
+
+def test_an_index_that_names_what_a_file_lacks_is_refused(sharded: Path) -> None:
+    write_index(sharded, a=ONE, b=TWO, c=TWO)
+    with pytest.raises(UserError) as caught:
+        find_weights(sharded)
+    assert caught.value.what == f"says that c is in {TWO}, which does not hold it"
+    assert caught.value.where == str(sharded / "model.safetensors.index.json")
+    write_index(sharded, a=TWO, b=ONE)
+    with pytest.raises(UserError, match=f"a is in {TWO}, which does not hold it"):
+        find_weights(sharded)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from qsens.engine.budget import free_memory
-from qsens.engine.host_memory import available_memory
+from qsens.engine.host_memory import available_memory, most_memory
 
 MIB = 1 << 20
 V1 = "9:name=systemd:/\n4:cpuset,memory:/docker/abc\n0::/\n"
@@ -86,3 +88,11 @@ def test_a_budget_on_a_cpu_is_of_what_this_host_has_available() -> None:
     assert free == pytest.approx(available_memory(), rel=0.2)
     assert 0 < free <= int(values["MemTotal"]) * 1024
     assert free <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_what_a_process_took_is_not_what_its_parent_had() -> None:
+    ballast = b"\1" * (400 * MIB)
+    words = "from qsens.engine.host_memory import most_memory; print(most_memory())"
+    child = subprocess.run([sys.executable, "-c", words], capture_output=True, check=True)
+    assert 4 * MIB < int(child.stdout) < len(ballast)
+    assert most_memory() > len(ballast)

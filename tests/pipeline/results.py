@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepConfig
 from qsens.config.models import AutoquantConfig
@@ -91,18 +91,15 @@ def result(
     labels = np.full(count, 10)
     found = manifest(made, cell, per_sample)
 
-    def save(path: Path) -> None:
-        save_file(
-            {"per_sample": per_sample, "label_tokens": labels},
-            path,
-            metadata={"cell": cell.cell, "groups": "\n".join(LAYERS)},
-        )
-
+    state = save(
+        {"per_sample": per_sample, "label_tokens": labels},
+        metadata={"cell": cell.cell, "groups": "\n".join(LAYERS)},
+    )
     if verified:
-        store.write_result(cell, found.model_copy(update={"schema_version": 2}), save)
+        store.write_result(cell, found.model_copy(update={"schema_version": 2}), state)
         return
     store.result_dir(cell).mkdir(parents=True, exist_ok=True)
-    save(store.state(cell))
+    store.state(cell).write_bytes(state)
     newer = {"checksum", "state_digest"}
     text = dump_json(found.model_dump(mode="json", exclude=newer))
     store.manifest(cell).write_text(text, encoding="utf-8")

@@ -30,7 +30,7 @@ from qsens.grid import (
 from qsens.pipeline import prune as pruning
 from qsens.pipeline.plan import plan_json
 from qsens.pipeline.prune import Pruned, prune
-from qsens.store import Store
+from qsens.store import Store, publishing
 
 REPO = Path(__file__).resolve().parents[2]
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
@@ -186,8 +186,7 @@ def test_planning_with_an_old_result_keeps_it(
 def test_while_somebody_publishes_nothing_of_the_model_goes(place: Place) -> None:
     old = place.sweep(100, "a")
     place.sweep(2, "b")
-    model = Store(old).model_dir()
-    with FileLock(model / ".publish.lock"):
+    with publishing(Store(old)):
         pruned = place.prune(1, 30)
     assert pruned.sweeps == []
     assert place.holds(old)
