@@ -28,8 +28,6 @@ ASSETS = "assets"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: 'self'; script-src "
 # In a page opened from a disk, not every browser takes 'self' for the files beside it.
 _BESIDE = "'self' file:"
-
-
 _NOTE = (
     b'<main>\n<section class="banner">Made by another version of qsens: charts are not drawn here, '
     b"and tables do not sort. Make the reports again (mode=report_only), or open the page from the "
@@ -59,14 +57,19 @@ class Script:
         return self.text.encode("utf-8")
 
     @cached_property
-    def served_name(self) -> str:
-        """Name that a server gives it: the digest of its content."""
-        return f"{hashlib.sha256(self.data).hexdigest()}.js"
+    def digest(self) -> bytes:
+        """The SHA-256 of its content."""
+        return hashlib.sha256(self.data).digest()
 
-    @cached_property
+    @property
+    def served_name(self) -> str:
+        """Name that a server gives it."""
+        return f"{self.digest.hex()}.js"
+
+    @property
     def integrity(self) -> str:
         """Its digest as pages and policies name it."""
-        return f"sha256-{base64.b64encode(hashlib.sha256(self.data).digest()).decode()}"
+        return f"sha256-{base64.b64encode(self.digest).decode()}"
 
 
 @dataclass(frozen=True)
