@@ -71,7 +71,11 @@ format: $(VENV)/.ready ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: $(VENV)/.ready ## Pin what pyproject.toml asks for, with the hashes of every file of the index
+# Not what .ready stands for: a requirement that is new is not pinned yet.
+$(BIN)/uv:
+	$(MAKE) $(VENV)/.ready
+
+lock: | $(BIN)/uv ## Pin what pyproject.toml asks for, with the hashes of every file of the index
 	$(COMPILE) --all-extras --annotation-style line --no-emit-package torch \
 		--constraint <(echo '$(TORCH_PIN)') --excludes <(printf '%s\n' $(CUDA)) $(UPGRADE) \
 		--output-file constraints.txt pyproject.toml

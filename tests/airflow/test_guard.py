@@ -43,6 +43,13 @@ def opens(path):
     except OSError:
         return False
 
+def holds(pid):
+    try:
+        paths = [f"/proc/{pid}/fd/{name}" for name in os.listdir(f"/proc/{pid}/fd")]
+        return any(os.readlink(path).endswith("/secret") and opens(path) for path in paths)
+    except OSError:
+        return False
+
 SECRET = bytes.fromhex(os.environ["QSENS_SOUGHT"])
 pid, ancestors = os.getppid(), []
 while pid > 1:
@@ -52,6 +59,7 @@ print(json.dumps({
     "ancestors": ancestors,
     "environ": [pid for pid in ancestors if opens(f"/proc/{pid}/environ")],
     "mem": [pid for pid in ancestors if opens(f"/proc/{pid}/mem")],
+    "files": [pid for pid in ancestors if holds(pid)],
     "own": opens("/proc/self/environ"),
     "descriptors": sorted(int(name) for name in os.listdir("/proc/self/fd")),
 }))
@@ -144,7 +152,7 @@ def test_a_child_reads_neither_environment_nor_memory_of_any_ancestor(home: Path
     found = run(COMPONENT, home, str(home / "secret"), QSENS_PYTHON=interpreter(home, PROBE))
     # The chain is as Airflow's is: component, task, child.
     assert found["ancestors"][:2] == [found["task"], found["component"]]
-    assert found["environ"] == []
+    assert (found["environ"], found["files"]) == ([], [])
     assert not {found["task"], found["component"]} & set(found["mem"])
     assert found["own"] is False
     # Standard input, output and error; the last one lists the directory.

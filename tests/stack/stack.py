@@ -222,6 +222,14 @@ class Stack:
         process = self._processes[name]
         return [psutil.Process(process.pid), *descendants([process])]
 
+    def arguments(self) -> list[str]:
+        """Return the arguments of every process of every service."""
+        found = []
+        for process in [process for name in self._processes for process in self.family(name)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(" ".join(process.cmdline()))
+        return found
+
     def _here(self, text: str) -> str:
         """Return a text of the compose file with the addresses and places of this machine."""
         places = {
