@@ -23,6 +23,7 @@ from qsens.documents import read_document, refuse_newer
 from qsens.errors import UserError
 from qsens.lenient import read_leniently
 from qsens.names import FUSED, Kind, depth_of, group_name, kind_of
+from qsens.reading import has_directory, has_file
 
 SCHEMA_VERSION = 2
 AUDIT_VERSION = 2
@@ -416,7 +417,8 @@ def find_manifest(directory: Path) -> Path:
     Raises:
         UserError: There is none, or more than one.
     """
-    if directory.is_file():
+    name = f"Name a directory with one *{MANIFEST_SUFFIX}, or the file itself."
+    if not has_directory(directory, remedy=name) and has_file(directory, remedy=name):
         return directory
     found = sorted(directory.glob(f"*{MANIFEST_SUFFIX}")) or sorted(directory.glob("*.json"))
     found = [path for path in found if not path.name.startswith(("per-layer-", "summary", "plan"))]
@@ -426,7 +428,7 @@ def find_manifest(directory: Path) -> Path:
     raise UserError(
         what,
         where=str(directory),
-        remedy=f"Name a directory with one *{MANIFEST_SUFFIX}, or the file itself.",
+        remedy=name,
     )
 
 

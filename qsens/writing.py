@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qsens.checksums import digest_file
 from qsens.errors import DiskFull, QsensError, TryAgain, UserError
-from qsens.reading import may_pass, open_file, shown
+from qsens.reading import has_file, may_pass, open_file, shown
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _AGAIN = "Run its sweep again: what is damaged is computed again."
@@ -86,9 +86,10 @@ def copy_file(source: Path, target: Path) -> None:
         DiskFull: The disk is full.
         UserError: The directory cannot be written to, or ``source`` cannot be read.
     """
-    known = [digest_file(file, remedy=_AGAIN) for file in (source, target) if file.is_file()]
-    if len(known) == 2 and known[0] == known[1]:
-        return
+    if has_file(target, remedy=_AGAIN):
+        known = {digest_file(file, remedy=_AGAIN) for file in (source, target)}
+        if len(known) == 1:
+            return
     with (
         open_file(source, remedy=_AGAIN) as opened,
         write_file(target) as temporary,

@@ -17,6 +17,7 @@ from urllib.parse import quote
 from qsens.config.models import JSONL, has_suffix
 from qsens.errors import UserError
 from qsens.reading import open_file, parse_json, read_bytes, shown
+from qsens.visible import visible
 
 CHOOSE = "Set dataset.directory, or choose another data set, such as dataset=demo."
 _TABLE = "vlm_calib_samples"
@@ -98,7 +99,7 @@ def _sqlite(path: Path, split: str) -> Iterator[Record]:
             for number, (image, caption) in enumerate(rows, 1):
                 yield _record(path, f"row {number} of split '{chosen}'", image, caption)
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        raise _broken(path, str(error)) from error
+        raise _broken(path, visible(str(error))) from error
 
 
 def _record(path: Path, where: str, image: Any, caption: Any) -> Record:

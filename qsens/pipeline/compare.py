@@ -17,10 +17,13 @@ from qsens.errors import UserError
 from qsens.manifest import find_manifest
 from qsens.pipeline.drift import comparable, distinct, normalised
 from qsens.pipeline.stored import Result, read_sweep
+from qsens.reading import has_file
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
 from qsens.report.findings import scores
 from qsens.report.sweep import SUMMARY
 from qsens.store import MANIFEST
+
+_NAME = "Name a sweep's or a cell's directory, a sweep's id, or SWEEP/CELL."
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def _find(name: str, roots: Roots) -> _Side:
     path = Path(name)
     if path.name == SUMMARY and path.is_file():
         return _sweep(path.parent)
-    if (path / SUMMARY).is_file():
+    if has_file(path / SUMMARY, remedy=_NAME):
         return _sweep(path)
     if path.exists():
         return _cell(find_manifest(path))
@@ -174,7 +177,7 @@ def _find(name: str, roots: Roots) -> _Side:
         raise UserError(
             "is neither a directory of results nor the id of a sweep",
             where=name,
-            remedy="Name a sweep's or a cell's directory, a sweep's id, or SWEEP/CELL.",
+            remedy=_NAME,
         )
     side = _sweep(directory)
     if not cell:

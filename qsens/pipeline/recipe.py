@@ -17,9 +17,12 @@ from qsens.grid import Plan
 from qsens.manifest import dump_json
 from qsens.pipeline.packing import Packing, pack
 from qsens.pipeline.stored import read_sweep
+from qsens.reading import has_file
 from qsens.report.findings import of_coverage, series_of
 from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell
 from qsens.writing import write_text
+
+_NAME = f"Name a directory with a {SUMMARY}, that file, or a sweep id."
 
 Target = Literal["modelopt", "llm-compressor", "json"]
 
@@ -269,7 +272,7 @@ def find_sweep(where: str, roots: Roots) -> Path:
     path = Path(where)
     if path.name == SUMMARY and path.is_file():
         return path.parent.resolve()
-    if (path / SUMMARY).is_file():
+    if has_file(path / SUMMARY, remedy=_NAME):
         return path.resolve()
     if path.name == where and where not in ("", ".", ".."):
         found = [

@@ -13,10 +13,11 @@ import pytest
 
 from qsens.config import Roots
 from qsens.errors import DiskFull, UserError
-from qsens.grid import Plan
+from qsens.grid import Plan, read_plan
 from qsens.locks import held, lock_at
 from qsens.pipeline.audit import audit
 from qsens.pipeline.cell import calibrate, score
+from qsens.pipeline.compare import compare
 from qsens.pipeline.doctor import examine
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.prune import prune
@@ -204,3 +205,21 @@ def test_results_that_nobody_may_read_are_said(place: tuple[Plan, Plan]) -> None
         assert audit(made)["missing"]
     finally:
         cells.chmod(0o755)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "a\0b", "pipe"])
+def test_names_that_nothing_can_have_are_one_message(
+    name: str, place: tuple[Plan, Plan], tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    where = tmp_path / name
+    roots = Roots(root=tmp_path, results=place[0].results, configs=())
+    for work in (
+        lambda: report(where),
+        lambda: write_recipe(str(where), bits=12.0, target="modelopt", roots=roots),
+        lambda: compare(str(where), str(where), roots=roots),
+        lambda: read_plan(where),
+    ):
+        with pytest.raises(UserError) as caught:
+            work()
+        assert caught.value.remedy

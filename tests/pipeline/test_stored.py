@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from qsens.checksums import digest_file
 from qsens.config import Roots
 from qsens.documents import dump_document
 from qsens.errors import Damaged, Fault, OutOfMemory, QsensError, TryAgain, UserError
@@ -522,3 +524,17 @@ def test_a_step_that_is_told_takes_its_whole_lane_only_once(
             score(made, f"{name}_afp16-small")
     assert score(made, "wint8_afp16-small")["computed"] is False
     assert len(passes) == 1
+
+
+def test_a_publish_hashes_each_state_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audits are looked for with the manifests that were read already."""
+    made = results.whole(results.plan(tmp_path, day=1), seed=1)
+    hashed: Counter[Path] = Counter()
+
+    def counted(path: Path, **words: Any) -> str:
+        hashed[path] += 1
+        return digest_file(path, **words)
+
+    monkeypatch.setattr("qsens.results.digest_file", counted)
+    publish(made)
+    assert hashed == {Store(made).state(cell): 1 for cell in made.cells}
