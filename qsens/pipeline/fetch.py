@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
 from pydantic import ValidationError
 
 from qsens.config import Roots, choices, load_sweep
@@ -17,7 +16,7 @@ from qsens.config.base import Frozen
 from qsens.config.models import HubConfig
 from qsens.engine.files import INDEX, SINGLE, read_config, weight_files, weight_map
 from qsens.errors import TryAgain, UserError
-from qsens.locks import held
+from qsens.locks import held, lock_at
 from qsens.pipeline.hub import Hub, is_offline
 from qsens.pipeline.listing import Listing, RemoteFile
 from qsens.reading import MOST_BYTES, MOST_JSON, read_json, shown
@@ -99,8 +98,7 @@ def fetch_model(
     roots = roots or Roots.from_environment()
     wanted, default = _wanted(target, revision, roots)
     path = roots.resolve(directory or default)
-    make_directory(path.parent)
-    with held(FileLock(path.parent / f".{path.name}.lock"), where=str(path), wait=False):
+    with held(lock_at(path.parent / f".{path.name}.lock"), where=str(path), wait=False):
         there = _read_source(path)
         if there is not None and there.repository == wanted.repository:
             enough = (there.commit, there.revision) if is_offline() else (there.commit,)
