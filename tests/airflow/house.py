@@ -31,7 +31,7 @@ class House:
     airflow: Components
     root: Path
     preset: str = "demo-text"
-    seconds: float = 400
+    seconds: float = 900
 
     def run(self, **conf: Any) -> Run:
         return self.end(self.airflow.client.trigger({"preset": self.preset} | conf))

@@ -56,7 +56,7 @@ def house(demo_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
     }
     home = root / ".airflow"
     with Components(home, root=ROOT, environment=environment, slots=4) as airflow:
-        yield House(airflow, root, preset="faults", seconds=580)
+        yield House(airflow, root, preset="faults", seconds=900)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def roots(house: House) -> Roots:
     return Roots(root=house.root, results=house.root, configs=configs)
 
 
-def wait_for(ready: Callable[[], Any], seconds: float = 240) -> Any:
+def wait_for(ready: Callable[[], Any], seconds: float = 600) -> Any:
     end = time.monotonic() + seconds
     while not (found := ready()):
         assert time.monotonic() < end, "waited in vain"

@@ -149,7 +149,7 @@ def test_a_child_ends_with_a_task_that_is_killed_and_the_device_is_free(
     child = int((tmp_path / "child").read_text())
     holder.kill()
     holder.wait()
-    wait_for(lambda: not _runs(child), seconds=5)
+    wait_for(lambda: not _runs(child), seconds=120)
     assert not taken("0")
 
 

@@ -105,7 +105,7 @@ class House:
         self.servers.mails.clear()
         self.servers.posts.clear()
         run_id = self.airflow.client.trigger({"preset": "told"} | conf)
-        state = self.airflow.wait(run_id, seconds=400)
+        state = self.airflow.wait(run_id, seconds=900)
         self._wait_until_told(told)
         return run_id, state
 

@@ -166,7 +166,7 @@ def test_the_menu_opens_the_reports_in_a_frame(house: House) -> None:
 def test_a_run_shows_its_own_report(house: House) -> None:
     # Its plan fails at once: only that there is such a run matters here, and its plan's place.
     run_id = house.airflow.client.trigger({"no_such_param": 1})
-    house.airflow.wait(run_id, seconds=120)
+    house.airflow.wait(run_id, seconds=900)
     write_text(plan_of_run(_roots(house.root), run_id), house.plan)
     with chromium() as browser:
         watched = Watched(browser)

@@ -33,7 +33,7 @@ from tests.compose import ROOT, example, services
 
 DAG_ID = "qsens_sweep"
 AIRFLOW = ("api-server", "scheduler", "dag-processor", "triggerer", "worker", "gpu-worker-0")
-_START_SECONDS = 240
+_START_SECONDS = 600
 # What the image without torch does not have.
 ABSENT = ("torch", "transformers", "modelopt")
 

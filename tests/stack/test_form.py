@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tests.stack.stack import Stack
 
-SECONDS = 300
+SECONDS = 900
 
 
 @pytest.fixture(scope="module")

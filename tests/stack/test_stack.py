@@ -28,7 +28,7 @@ CONF = {
     "overrides": "autoquant.score_size=512",
 }
 CELLS = [f"{pair}-{size}" for pair in PAIRS for size in SIZES]
-SECONDS = 300
+SECONDS = 900
 
 Numbers = dict[str, Any]
 
