@@ -40,7 +40,7 @@ def environment_of(
         "API__MAXIMUM_PAGE_LIMIT": "1000",
         "API_AUTH__JWT_SECRET": secrets.token_urlsafe(48),
         "LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
-        "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.2",
+        "SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
         # A slot may stay taken for as long as this after its task has ended.
         "WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
         "DAG_PROCESSOR__PARSING_PROCESSES": "1",

@@ -159,7 +159,7 @@ class Components:
             self._check()
             if time.monotonic() > last:
                 raise TimeoutError(f"run {run_id} is still {state} after {seconds:.0f} s")
-            time.sleep(0.5)
+            time.sleep(1)
 
     def state_in_database(self, run_id: str) -> str | None:
         """Return the state of a run as the database has it; needs no component."""

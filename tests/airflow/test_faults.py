@@ -36,7 +36,7 @@ autoquant: {method: fisher, draws: 8, score_size: 512, memory_budget_gb: 0.2}
 dag: {schedule: null, pool: gpu, retries: 1}
 """
 PAIRS = ["wfp8_afp16", "wint8_afp16"]
-SHARED = {"quant_pair": ["wfp4_afp16", "wint4_afp16"], "size": ["large"]}
+SHARED = {"quant_pair": ["wfp4_afp16"], "size": ["large"]}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,8 @@ def wait_for(ready: Callable[[], Any], seconds: float = 600) -> Any:
     end = time.monotonic() + seconds
     while not (found := ready()):
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
+        # Asking costs Airflow's processes as much as they have for the runs.
+        time.sleep(0.5)
     return found
 
 
@@ -172,12 +173,13 @@ def hit(pool: House) -> Hit:
 def blocked(pool: House, hit: Hit) -> Iterator[Run]:
     """A run whose first cell cannot write its result; it runs while the other one recovers."""
     pairs = ["wint8_afp16", "wfp8_afp16"]
-    words = [f"quant_pair={','.join(pairs)}", "dataset.size=small"]
+    quick = "autoquant.score_size=16"
+    words = [f"quant_pair={','.join(pairs)}", "dataset.size=small", quick]
     plan = plan_sweep("faults", words, lanes=2, roots=roots(pool))
     first = Store(plan).result_dir(plan.cells[0])
     assert plan.cells[0].cell == "wint8_afp16-small"
     first.write_text("in the way")
-    yield pool.run(quant_pair=pairs, size=["small"])
+    yield pool.run(quant_pair=pairs, size=["small"], overrides=quick)
     assert first.is_dir()
 
 
@@ -243,11 +245,7 @@ def test_two_runs_of_one_plan_compute_it_once_and_reports_need_not_wait(
     assert [client.state(run_id) for run_id in both] == ["running", "running"]
     ended = [pool.end(run_id) for run_id in both]
     assert [run.state for run in ended] == ["success", "success"]
-    computed = [
-        client.returned(run.run_id, "cell.score", index)["computed"]
-        for run in ended
-        for index in range(2)
-    ]
-    assert sum(computed) == 2
+    computed = [client.returned(run.run_id, "cell.score", 0)["computed"] for run in ended]
+    assert sorted(computed) == [False, True]
     assert {task.tries for run in ended for task in run.tasks} == {1}
-    assert_numbers(pool, undisturbed, "wfp4_afp16-large", "wint4_afp16-large")
+    assert_numbers(pool, undisturbed, "wfp4_afp16-large")
