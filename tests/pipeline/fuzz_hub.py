@@ -1,6 +1,6 @@
 """Fetches from a hub whose answers are damaged; a line of JSON for each that went wrong.
 
-    python fuzz_hub.py DIRECTORY SEED SECONDS
+    python -m tests.pipeline.fuzz_hub DIRECTORY SEED SECONDS
 
 A program of its own: what it took is measured.
 """
@@ -24,10 +24,11 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants
 
 from qsens.config import Roots
+from qsens.engine.host_memory import most_memory
 from qsens.pipeline.fetch import fetch_model
 
-from fuzz import change, text_of, wrong  # isort: skip
-from hub_server import COMMIT, Repository  # isort: skip
+from .fuzz import change, text_of, wrong
+from .hub_server import COMMIT, Repository
 
 WEIGHTS = "model-00001-of-00001.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -198,10 +199,8 @@ def main(directory: Path, seed: int, seconds: float) -> None:
         if said:
             print(json.dumps({"seed": f"{seed}-{tried - 1}", "name": hub.name, "said": said}))
         shutil.rmtree(work)
-    # Not ru_maxrss, which counts what the parent held.
-    status = Path("/proc/self/status").read_text()
-    most = int(status.split("VmHWM:")[1].split()[0]) << 10
-    print(json.dumps({"tried": tried, "fetched": fetched, "bytes": most, "seconds": slowest}))
+    counts = {"tried": tried, "fetched": fetched}
+    print(json.dumps({**counts, "bytes": most_memory(), "seconds": slowest}))
 
 
 if __name__ == "__main__":
