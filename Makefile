@@ -50,7 +50,7 @@ down: $(VENV)/.ready ## End it
 	PYTHONPATH=plugins $(BIN)/python -m qsens_airflow.up stop
 
 test: $(VENV)/.ready ## Run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-stack: $(VENV)/.ready ## Run the distributed stack and its faults (apt-get install postgresql redis-server chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=0 tests/stack
