@@ -13,6 +13,8 @@ import httpx
 
 UNFINISHED = ("queued", "running")
 _ATTEMPTS = 10
+# Longer than SQLite waits for a lock: see `environment_of`.
+_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Client:
     """
 
     def __init__(self, url: str, dag_id: str, *, user: str, password: str) -> None:
-        self._http = httpx.Client(base_url=url, timeout=30)
+        self._http = httpx.Client(base_url=url, timeout=_SECONDS)
         token = self._call("POST", "/auth/token", {"username": user, "password": password})[
             "access_token"
         ]
