@@ -1,21 +1,40 @@
-"""Groups of modules that must share one format, by ModelOpt's own rules.
+"""Groups of modules that must share one format, by ModelOpt's rules; needs torch.
 
-Needs torch and modelopt.
+ModelOpt itself is not imported: that takes longer than all else that a pass imports together.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
 from torch import nn
 
 from qsens.engine.checkpoint import is_quantizable
 from qsens.engine.experts import expert_weights, is_experts
 from qsens.names import Kind, depth_of, kind_of
+
+# Modules of one parent that share a format, since runtimes fuse them: the parent, what they are
+# called below it, and what tells apart several groups of one parent. The first that matches counts.
+_SHARED = tuple(
+    (re.compile(rf"({parent})\.(?:{names})"), suffix)
+    for parent, names, suffix in (
+        (r".*?", r"q_proj|k_proj|v_proj", ""),
+        # Experts: all of a layer.
+        (r".*?\.mlp\.experts", r"\d+\.(?:gate_proj|up_proj|down_proj)", ""),
+        (r".*?\.mixer\.experts", r"\d+\.(?:up_proj|down_proj)", ""),
+        (r".*?\.mlp\.experts\.local_experts", r"\d+\.(?:linear_fc1|linear_fc2)", ""),
+        (r".*?", r"gate_proj|up_proj", ""),
+        (r".*?", r"\d+\.(?:w1|w2|w3)", ""),
+        (r".*?", r"(?:w1_linear|w2_linear|w3_linear)\.\d+", ""),
+        # Linear attention: two groups.
+        (r".*?\.linear_attn", r"in_proj_qkv|in_proj_z", "/qkvz"),
+        (r".*?\.linear_attn", r"in_proj_a|in_proj_b", "/ba"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -52,12 +71,10 @@ def find_groups(
     Source: ``AutoQuantizeGradientSearcher.quant_grouping_rules`` of ModelOpt; the first match wins.
     """
     patterns = tuple(vision)
-    searcher = AutoQuantizeGradientSearcher()
-    searcher.model = model
     members: dict[str, list[str]] = defaultdict(list)
     modules = {name: module for name, module in model.named_modules() if is_quantizable(module)}
     for name in modules:
-        members[_group_key(searcher, name)].append(name)
+        members[shared_key(name)].append(name)
     groups = []
     for names in members.values():
         matches = any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
@@ -81,9 +98,16 @@ def count_weights(module: nn.Module) -> int:
     return module.get_parameter("weight").numel()
 
 
-def _group_key(searcher: AutoQuantizeGradientSearcher, name: str) -> str:
-    for rule in searcher.quant_grouping_rules:
-        key = searcher._apply_quant_group_rule(name, rule)
-        if key is not None:
-            return str(key)
+def shared_key(name: str) -> str:
+    """Return what the modules of a group have in common: equal for those that share a format.
+
+    Args:
+        name: Name of a module.
+
+    Source: ``AutoQuantizeGradientSearcher.quant_grouping_rules`` of ModelOpt 0.47.
+    """
+    for pattern, suffix in _SHARED:
+        match = pattern.fullmatch(name)
+        if match is not None:
+            return match[1] + suffix
     return name

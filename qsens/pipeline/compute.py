@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from qsens.checksums import DIGEST, sealed_tensors
-from qsens.engine import fisher, fused, reference
+from qsens.engine import fisher, fused
 from qsens.engine.budget import GIB, memory_share, peak, plan_budget, reset_peak
 from qsens.engine.calibrate import Maxima
 from qsens.engine.calibrate import calibrate as run_calibration
@@ -66,6 +66,8 @@ def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> 
 @torch.inference_mode(False)
 def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
     """Compute one cell by ModelOpt's ``auto_quantize``."""
+    from qsens.engine import reference  # imports ModelOpt, which takes seconds
+
     plan = store.plan
     config = plan.config
     loaded = load(plan, cell, progress)
@@ -222,6 +224,8 @@ def both_engines(
         Sensitivities by group name, ours and ModelOpt's, and the seconds of each engine's
         calibration and score together.
     """
+    from qsens.engine import reference  # imports ModelOpt, which takes seconds
+
     plan = store.plan
     config = plan.config
     loaded = load(plan, cell, progress)
