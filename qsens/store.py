@@ -221,14 +221,14 @@ def publishing(store: Store) -> Iterator[None]:
     with contextlib.ExitStack() as locks:
         directories = [store.plan.results] if os.access(store.plan.results, os.W_OK) else []
         for directory in dict.fromkeys([*directories, store.model_dir()]):
-            lock = lock_at(directory / _PUBLISHING)
+            lock = publishing_lock(directory)
             locks.enter_context(held(lock, where=str(directory), wait=True))
         yield
 
 
-def publishing_lock(results: Path) -> FileLock:
-    """Return the lock that whoever publishes what lies below a results root holds."""
-    return lock_at(results / _PUBLISHING)
+def publishing_lock(directory: Path) -> FileLock:
+    """Return the lock that whoever publishes from a results root, or to a directory, holds."""
+    return lock_at(directory / _PUBLISHING)
 
 
 def set_aside(path: Path, by: str) -> Path:

@@ -15,7 +15,6 @@ from qsens.errors import DiskFull, QsensError, TryAgain, UserError
 from qsens.reading import has_file, may_pass, open_file, shown
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_AGAIN = "Run its sweep again: what is damaged is computed again."
 
 
 @contextlib.contextmanager
@@ -79,19 +78,24 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def copy_file(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path, *, remedy: str) -> None:
     """Copy ``source`` to ``target``, whole or not at all; equal content is left alone.
+
+    Args:
+        source: A file.
+        target: Where its content goes.
+        remedy: What to do where one of them cannot be read.
 
     Raises:
         DiskFull: The disk is full.
-        UserError: The directory cannot be written to, or ``source`` cannot be read.
+        UserError: The directory cannot be written to, or one of them cannot be read.
     """
-    if has_file(target, remedy=_AGAIN):
-        known = {digest_file(file, remedy=_AGAIN) for file in (source, target)}
+    if has_file(target, remedy=remedy):
+        known = {digest_file(file, remedy=remedy) for file in (source, target)}
         if len(known) == 1:
             return
     with (
-        open_file(source, remedy=_AGAIN) as opened,
+        open_file(source, remedy=remedy) as opened,
         write_file(target) as temporary,
         temporary.open("wb") as copy,
     ):

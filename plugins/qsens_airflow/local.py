@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Self
 
 import httpx
-from filelock import FileLock, Timeout
 
 from qsens.errors import TryAgain
+from qsens.locks import lock_at, try_lock
 from qsens_airflow.environment import environment_of
 from qsens_airflow.guard import hide
 from qsens_airflow.parent import end_with_parent
@@ -74,7 +74,7 @@ class Components:
         )
         self.environment[CONNECTION_VARIABLE] = connection_text(self.url, self.user, self._password)
         self.environment |= environment
-        self._lock = FileLock(self.home / "running.lock", timeout=0)
+        self._lock = lock_at(self.home / "running.lock")
 
     @property
     def logs(self) -> Path:
@@ -90,14 +90,12 @@ class Components:
     def __enter__(self) -> Self:
         """Make the database, start the components, and wait until the DAG can run."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except Timeout as error:
+        if not try_lock(self._lock):
             raise TryAgain(
                 "an Airflow is running there already",
                 where=str(self.home),
                 remedy="Stop it first: `make demo` and `make up` share one.",
-            ) from error
+            )
         try:
             self._write_password()
             self._migrate()

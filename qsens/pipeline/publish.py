@@ -222,11 +222,11 @@ def _audit_of(cell: Cell, audits: Sequence[Audit]) -> Audit | None:
 def _publish_cell(store: Store, cell: Cell, result: Result, place: Place) -> None:
     directory, published = store.cell_dir(cell), store.published(cell)
     if has_file(store.state(cell), remedy=AGAIN):
-        copy_file(store.state(cell), published["state"])
+        copy_file(store.state(cell), published["state"], remedy=AGAIN)
     write_cell(result.manifest, directory, result.samples, assets=store.model_dir() / ASSETS)
     audit = result.manifest.audit
     if audit is None:
-        copy_file(store.manifest(cell), published["manifest"])
+        copy_file(store.manifest(cell), published["manifest"], remedy=AGAIN)
     else:
         # The result itself never changes: what was found about it later stands in the copy alone.
         scored = read_json(store.manifest(cell), most=MOST_BYTES, remedy=AGAIN, error=Damaged)

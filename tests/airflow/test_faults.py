@@ -7,8 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from qsens.store import Store
 from qsens_airflow.local import Components
 from qsens_airflow.plans import plan_of_run
 
+from ..waiting import wait_for
 from .house import House, Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +36,8 @@ autoquant: {method: fisher, draws: 8, score_size: 512, memory_budget_gb: 0.2}
 dag: {schedule: null, pool: gpu, retries: 1}
 """
 PAIRS = ["wfp8_afp16", "wint8_afp16"]
+# Asking costs Airflow's processes as much as they have for the runs.
+PATIENCE = {"seconds": 600, "pause": 0.5}
 SHARED = {"quant_pair": ["wfp4_afp16"], "size": ["large"]}
 
 
@@ -69,15 +71,6 @@ def pool(house: House) -> House:
 def roots(house: House) -> Roots:
     configs = (house.root / "configs", ROOT / "configs")
     return Roots(root=house.root, results=house.root, configs=configs)
-
-
-def wait_for(ready: Callable[[], Any], seconds: float = 600) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := ready()):
-        assert time.monotonic() < end, "waited in vain"
-        # Asking costs Airflow's processes as much as they have for the runs.
-        time.sleep(0.5)
-    return found
 
 
 def scoring(house: House, run_id: str) -> dict[str, psutil.Process]:
@@ -158,14 +151,14 @@ class Hit:
 @pytest.fixture(scope="module")
 def hit(pool: House) -> Hit:
     run_id = pool.airflow.client.trigger({"preset": "faults"})
-    both = wait_for(lambda: len(found := scoring(pool, run_id)) == 2 and found)
+    both = wait_for(lambda: len(found := scoring(pool, run_id)) == 2 and found, **PATIENCE)
     killed, terminated = both["wfp8_afp16-large"], both["wint8_afp16-large"]
     killed.kill()
     task = terminated.parent()
     family = [task, terminated, *terminated.children(recursive=True)]
     os.kill(task.pid, signal.SIGTERM)
     # Nothing of it is left, long before it would have ended by itself.
-    wait_for(lambda: not any(_runs(process) for process in family), seconds=120)
+    wait_for(lambda: not any(_runs(process) for process in family))
     return Hit(run_id, set(both))
 
 
@@ -239,7 +232,7 @@ def test_two_runs_of_one_plan_compute_it_once_and_reports_need_not_wait(
 ) -> None:
     client = pool.airflow.client
     both = [client.trigger({"preset": "faults"} | SHARED) for _ in range(2)]
-    wait_for(lambda: any(scoring(pool, run_id) for run_id in both))
+    wait_for(lambda: any(scoring(pool, run_id) for run_id in both), **PATIENCE)
     report = pool.run(mode="report_only")
     assert report.state == "success"
     assert [client.state(run_id) for run_id in both] == ["running", "running"]

@@ -13,8 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +23,8 @@ import psutil
 import pytest
 
 from qsens_airflow.guard import computing_environment
+
+from ..waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "the-secret-that-a-child-must-not-see"
@@ -251,13 +252,6 @@ def started(home: Path, *words: str, **more: str) -> Iterator[tuple[subprocess.P
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 120) -> None:
-    last = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < last, "waited in vain"
-        time.sleep(0.1)
 
 
 def readable(pid: int) -> bool:

@@ -21,6 +21,7 @@ from qsens_airflow import base, lease
 from qsens_airflow.cells import ScoreOperator
 
 from ..pipeline import results
+from ..waiting import wait_for
 from .test_operators import run
 
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
@@ -77,13 +78,6 @@ def start_holder(
         process.wait()
         assert process.stdout is not None
         process.stdout.close()
-
-
-def wait_for(ready: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def taken(device: str) -> bool:
@@ -149,7 +143,7 @@ def test_a_child_ends_with_a_task_that_is_killed_and_the_device_is_free(
     child = int((tmp_path / "child").read_text())
     holder.kill()
     holder.wait()
-    wait_for(lambda: not _runs(child), seconds=120)
+    wait_for(lambda: not _runs(child))
     assert not taken("0")
 
 

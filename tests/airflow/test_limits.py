@@ -78,35 +78,6 @@ def test_what_a_run_may_not_set_is_refused_by_name(
     assert caught.value.where.startswith(key)
 
 
-@pytest.fixture
-def state(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Airflow's own files below the root, where `make up` and others have them, and qsens's."""
-    home = roots.root / "airflow"
-    for name in (
-        "root/airflow/other.txt",
-        "root/airflow/simple_auth_manager_passwords.json.generated",
-        "root/logs/dag/attempt=1.txt",
-        "root/airflow.cfg",
-        "root/passwords.txt",
-        "root/.airflow/passwords.txt",
-        "root/.env.txt",
-        "root/data/.hidden/captions.txt",
-        "results/.cells/0123/manifest.jsonl",
-        "results/.plans/run/x.txt",
-        "root/data/captions.txt",
-    ):
-        path = roots.root.parent / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("secret\n", encoding="utf-8")
-    monkeypatch.setenv("AIRFLOW_HOME", str(home))
-    monkeypatch.setenv("AIRFLOW_CONFIG", str(roots.root / "airflow.cfg"))
-    monkeypatch.setenv("AIRFLOW__LOGGING__BASE_LOG_FOLDER", str(roots.root / "logs"))
-    monkeypatch.setenv(
-        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE", str(roots.root / "passwords.txt")
-    )
-    return home
-
-
 # Below the directory that holds the root and the results.
 NO_CAPTIONS = (
     "root/airflow/other.txt",
@@ -120,6 +91,23 @@ NO_CAPTIONS = (
     "results/.cells/0123/manifest.jsonl",
     "results/.plans/run/x.txt",
 )
+
+
+@pytest.fixture
+def state(roots: Roots, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Airflow's own files below the root, where `make up` and others have them, and qsens's."""
+    home = roots.root / "airflow"
+    for name in (*NO_CAPTIONS, "root/data/captions.txt"):
+        path = roots.root.parent / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("secret\n", encoding="utf-8")
+    monkeypatch.setenv("AIRFLOW_HOME", str(home))
+    monkeypatch.setenv("AIRFLOW_CONFIG", str(roots.root / "airflow.cfg"))
+    monkeypatch.setenv("AIRFLOW__LOGGING__BASE_LOG_FOLDER", str(roots.root / "logs"))
+    monkeypatch.setenv(
+        "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE", str(roots.root / "passwords.txt")
+    )
+    return home
 
 
 def refused(roots: Roots, override: str) -> UserError:

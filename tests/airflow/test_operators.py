@@ -28,6 +28,8 @@ from qsens_airflow.base import one_line
 from qsens_airflow.cells import ScoreOperator
 from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator
 
+from ..waiting import wait_for
+
 pytestmark = pytest.mark.usefixtures("airflow_database", "own_signals")
 
 Script = Callable[[str], Path]
@@ -76,7 +78,7 @@ def run_and_kill(tmp_path: Path) -> tuple[Any, float]:
 
     def kill() -> None:
         file = tmp_path / "child"
-        assert wait_until(lambda: file.exists() and file.read_text().strip())
+        wait_for(lambda: file.exists() and file.read_text().strip())
         started.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -86,15 +88,6 @@ def run_and_kill(tmp_path: Path) -> tuple[Any, float]:
     ended = time.monotonic()
     thread.join()
     return instance, ended - started[0]
-
-
-def wait_until(ready: Callable[[], Any], seconds: float = 120) -> bool:
-    last = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > last:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_runs_the_verb_in_the_interpreter_named_and_returns_its_json(
@@ -213,7 +206,7 @@ def test_a_killed_task_leaves_no_process(
     assert instance.state == TaskInstanceState.FAILED
     assert seconds >= child.GRACE_SECONDS
     left = [int((tmp_path / name).read_text()) for name in ("child", "grandchild")]
-    assert wait_until(lambda: not any(psutil.pid_exists(pid) for pid in left))
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in left))
 
 
 def test_a_child_may_use_the_grace_and_nobody_waits_longer(

@@ -130,6 +130,14 @@ def bomb(size: int) -> bytes:
     return gzip.compress(bytes(size))
 
 
+def left_over(tmp_path: Path, content: bytes) -> Path:
+    """Leave a part of config.json, as an earlier try does."""
+    part = tmp_path / f".out.{COMMIT[:12]}.partial/config.json.part"
+    part.parent.mkdir()
+    part.write_bytes(content)
+    return part
+
+
 def parts(tmp_path: Path) -> dict[str, int]:
     """Return the sizes of what an earlier try left."""
     return {
@@ -205,9 +213,7 @@ def test_what_does_not_go_on_is_begun_again(
 ) -> None:
     content = repository.files["config.json"]
     repository.replies["config.json"] = once(answer(content[:5], length=len(content)))
-    part = tmp_path / f".out.{COMMIT[:12]}.partial/config.json.part"
-    part.parent.mkdir()
-    part.write_bytes(content[:5])
+    left_over(tmp_path, content[:5])
     repository.replies["config.json"] = once(reply)
     said = fetch()
     assert (tmp_path / "out/config.json").read_bytes() == content
@@ -220,9 +226,7 @@ def test_a_whole_answer_to_a_part_is_taken_from_its_beginning(
     repository: Repository, fetch: Any, tmp_path: Path
 ) -> None:
     content = repository.files["config.json"]
-    part = tmp_path / f".out.{COMMIT[:12]}.partial/config.json.part"
-    part.parent.mkdir()
-    part.write_bytes(b"other")
+    left_over(tmp_path, b"other")
     repository.replies["config.json"] = answer(content)
     fetch()
     assert (tmp_path / "out/config.json").read_bytes() == content
@@ -264,9 +268,7 @@ def test_a_page_in_place_of_a_file_costs_no_part(
     repository: Repository, fetch: Any, tmp_path: Path
 ) -> None:
     content = repository.files["config.json"]
-    part = tmp_path / f".out.{COMMIT[:12]}.partial/config.json.part"
-    part.parent.mkdir()
-    part.write_bytes(content[:5])
+    part = left_over(tmp_path, content[:5])
     repository.replies["config.json"] = answer(b"<html>Log in</html>")
     assert "19 bytes come" in refused(fetch, tmp_path, TryAgain)
     repository.replies["config.json"] = answer(bomb(MIB), Content_Encoding="gzip")
@@ -452,9 +454,7 @@ def test_without_a_digest_a_part_is_not_gone_on_with(
         entry.pop("lfs", None)
         del entry["blobId"]
     repository.replies["listing"] = answer(json.dumps(listed).encode())
-    part = tmp_path / f".out.{COMMIT[:12]}.partial/config.json.part"
-    part.parent.mkdir()
-    part.write_bytes(b"other")
+    left_over(tmp_path, b"other")
     fetch(allow_unverified=True)
     assert (tmp_path / "out/config.json").read_bytes() == repository.files["config.json"]
 

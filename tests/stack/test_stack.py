@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import psycopg2
 import pytest
+
+from tests.waiting import wait_for
 
 if TYPE_CHECKING:
     from tests.stack.stack import Stack
@@ -55,14 +56,6 @@ def end(stack: Stack, run_id: str) -> Run:
     assert stack.leftovers() == []
     tries = {task.name: task.tries for task in stack.client.tasks(run_id)}
     return Run(run_id, numbers, tries)
-
-
-def wait_for(what: Callable[[], Any], seconds: float = 120) -> Any:
-    last = time.monotonic() + seconds
-    while not (found := what()):
-        assert time.monotonic() < last, "waited in vain"
-        time.sleep(0.05)
-    return found
 
 
 def in_score(stack: Stack, run_id: str) -> psutil.Process:
