@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._parts import Parts
+from benchmarks._parts import Components
 from qsens.config import Roots
-from qsens.engine.records import Record
-from qsens.engine.trial import MODELOPT, Measured, Trial
+from qsens.data.records import Record
+from qsens.engine.modelopt.end_to_end import MODELOPT, EndToEnd, Measured
 from qsens.errors import AnswerIsNo
-from qsens.export import modelopt
-from qsens.export.recipe import Recipe
 from qsens.grid import Plan
-from qsens.pipeline.check import trial_of
+from qsens.pipeline.evaluate_recipe import end_to_end_of
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.recipe import recipe_of
 from qsens.pipeline.sweep import run_sweep
+from qsens.recipes.formats import modelopt
+from qsens.recipes.formats.evidence import Recipe
 from qsens.report.sweep import SUMMARY, Summary, read_summary
 from qsens.store import Store
 
@@ -47,7 +47,7 @@ class Chosen:
         self,
         words: Sequence[str],
         held_out: Callable[[Plan], Sequence[Record]],
-        parts: Parts,
+        parts: Components,
         *,
         tied_head: bool = True,
     ) -> None:
@@ -72,7 +72,7 @@ class Chosen:
         self._tied_head = tied_head
         self._prefix = "" if tied_head else "head-kept-"
         self._summary: Summary | None = None
-        self._trial: Trial | None = None
+        self._trial: EndToEnd | None = None
 
     @property
     def summary(self) -> Summary:
@@ -87,16 +87,18 @@ class Chosen:
         return self._summary
 
     @property
-    def trial(self) -> Trial:
+    def evaluation(self) -> EndToEnd:
         """Return the model with its captions, loaded where it was not."""
         if self._trial is None:
             cell = next(cell for cell in self.plan.cells if cell.size == SIZE)
-            self._trial = trial_of(self.plan, cell, self._held_out(self.plan), self._kept_head())
+            self._trial = end_to_end_of(
+                self.plan, cell, self._held_out(self.plan), self._kept_head()
+            )
         return self._trial
 
     def floor(self) -> float | None:
         """Return what rounding to the model's own data type costs by itself, nats a token."""
-        found: float | None = self.parts.get("floor", lambda: self.trial.floor())
+        found: float | None = self.parts.get("floor", lambda: self.evaluation.floor())
         return found
 
     def _kept_head(self) -> list[str]:
@@ -109,9 +111,9 @@ class Chosen:
         """Return what each choice from these pairs comes to at most at ``bits``, best first.
 
         Returns:
-            What was measured, as :meth:`qsens.engine.trial.Measured.numbers` gives it, with
-            ``predicted``, the sum of the estimates, and ``against``: how much more loss than
-            ModelOpt's choice, and the standard error of that.
+            What was measured, as :meth:`qsens.engine.modelopt.end_to_end.Measured.numbers` gives
+            it, with ``predicted``, the sum of the estimates, and ``against``: how much more loss
+            than ModelOpt's choice, and the standard error of that.
         """
         found = [self._alone(name) for name in names]
         found = [entry for entry in found if entry["bits"] <= bits + 1e-9]
@@ -166,7 +168,7 @@ class Chosen:
         pair = self.pairs[name]
         found = self.parts.get(
             f"{self._prefix}alone-{name}",
-            lambda: _kept(self.trial.measure(name, self.trial.uniform(pair))),
+            lambda: _kept(self.evaluation.measure(name, self.evaluation.uniform(pair))),
         )
         rows = next(cell.rows for cell in self.summary.cells if cell.pair == name)
         kept = set(self._kept_head())
@@ -178,14 +180,14 @@ class Chosen:
         digest = hashlib.sha256(repr(sorted(formats.items())).encode()).hexdigest()[:8]
         found = self.parts.get(
             f"{self._prefix}recipe-{recipe.bits_asked:g}-{digest}",
-            lambda: _kept(self.trial.measure(name, modelopt.config(recipe))),
+            lambda: _kept(self.evaluation.measure(name, modelopt.config(recipe))),
         )
         return {**found, "name": name, "predicted": self.predicted(formats), "sum": recipe.damage}
 
     def _modelopt(self, names: Sequence[str], bits: float) -> dict[str, Any]:
         state = self.parts.directory / f"{self._prefix}modelopt-{len(names)}-pairs.pt"
         pairs = [self.pairs[name] for name in names]
-        measured = self.trial.auto_quantize(pairs, bits, state)
+        measured = self.evaluation.auto_quantize(pairs, bits, state)
         return {**_kept(measured), "formats": measured.formats}
 
 

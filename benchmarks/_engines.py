@@ -19,16 +19,17 @@ from torch import nn
 from benchmarks._floor import Work, count_work
 from benchmarks._machine import Measured, measure, synchronize
 from benchmarks._workload import Cell, Workload
-from qsens.engine import fused, reference
-from qsens.engine.budget import plan_budget
-from qsens.engine.calibrate import Maxima, calibrate
+from qsens.checkpoint.groups import Group, find_groups
+from qsens.checkpoint.structure import head_of
+from qsens.data.samples import Batch, Samples, equal_length_batches, make_batch, nominal_labels
+from qsens.engine.amax import Amax, calibrate
+from qsens.engine.batching import calibrates
 from qsens.engine.candidates import Candidates, Request, distinct
-from qsens.engine.families import head_of
-from qsens.engine.groups import Group, find_groups
+from qsens.engine.gradient import scorer
+from qsens.engine.memory import plan_budget
+from qsens.engine.modelopt import reference
 from qsens.engine.quantizer import on_cpu
-from qsens.engine.samples import Batch, Samples, equal_length_batches, make_batch, nominal_labels
 from qsens.engine.scores import PassScores
-from qsens.engine.waves import calibrates
 from qsens.names import GROUP_SUFFIX
 
 Baseline = Literal["longest", "padded512", "padded_left", "reference"]
@@ -92,27 +93,27 @@ def run_fused(load: Workload, cells: Sequence[Cell], *, samples: Samples | None 
             candidates,
             limit_gb=None,
         )
-        snapshots, boundaries = candidates.snapshots(), load.boundaries()
-        maxima: dict[int, Maxima] | None = {}
+        calibration_sizes, boundaries = candidates.calibration_sizes(), load.boundaries()
+        amax: dict[int, Amax] | None = {}
         if calibrates(load.model, samples, candidates, boundaries=boundaries, budget=budget):
-            maxima = None  # as `qsens sweep` does it: the scoring pass finds them on its way
-        elif snapshots:
-            maxima = calibrate(
+            amax = None  # as `qsens sweep` does it: the scoring pass finds them on its way
+        elif calibration_sizes:
+            amax = calibrate(
                 load.model,
                 samples,
                 groups,
-                snapshots=snapshots,
+                calibration_sizes=calibration_sizes,
                 boundaries=boundaries,
                 max_tokens=budget.max_tokens,
             )
         synchronize(load.device)
         calibrated = time.monotonic()
-        found = fused.score(
+        found = scorer.score(
             load.model,
             samples,
             groups,
             candidates,
-            maxima,
+            amax,
             boundaries=boundaries,
             budget=budget,
         )
@@ -124,7 +125,7 @@ def run_fused(load: Workload, cells: Sequence[Cell], *, samples: Samples | None 
         measured=measured,
         scores=scores,
         candidates=len(candidates.pairs),
-        calibrated=max(snapshots, default=0),
+        calibrated=max(calibration_sizes, default=0),
         work=_work(load, samples, groups, candidates),
         padding_share=found.padding_share,
     )
@@ -139,10 +140,12 @@ def run_fused_on_reference_batches(load: Workload, cells: Sequence[Cell]) -> Sco
         boundaries=[*load.boundaries(), *(cell.scored for cell in cells)],
         batch_size=load.batch_size,
     )
-    snapshots, maxima = candidates.snapshots(), {}
-    if snapshots:
-        maxima = calibrate(load.model, load.samples, groups, snapshots=snapshots, batches=batches)
-    found = fused.score(load.model, load.samples, groups, candidates, maxima, batches=batches)
+    calibration_sizes, amax = candidates.calibration_sizes(), {}
+    if calibration_sizes:
+        amax = calibrate(
+            load.model, load.samples, groups, calibration_sizes=calibration_sizes, batches=batches
+        )
+    found = scorer.score(load.model, load.samples, groups, candidates, amax, batches=batches)
     return _sensitivities(load, cells, candidates, found, load.samples)
 
 
@@ -361,7 +364,7 @@ def _work(
             group.weights for group in groups if group.covered and not names & {*group.members}
         ),
         head=weight.numel(),
-        calibrated=max(candidates.snapshots(), default=0),
+        calibrated=max(candidates.calibration_sizes(), default=0),
         scored=candidates.scored,
     )
 

@@ -11,17 +11,17 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from benchmarks import _engines, _machine
-from benchmarks._parts import Parts
+from benchmarks._parts import Components
 from benchmarks._workload import Cell, Workload, pair_configs
 from qsens.analysis.audit import judge
-from qsens.engine import fisher, fused
-from qsens.engine.budget import plan_budget
-from qsens.engine.calibrate import Maxima, calibrate
+from qsens.checkpoint.groups import find_groups
+from qsens.engine.amax import Amax, calibrate
 from qsens.engine.candidates import Candidates, distinct
-from qsens.engine.divergence import diverge
-from qsens.engine.groups import find_groups
+from qsens.engine.gradient import fisher, scorer
+from qsens.engine.kl.measure import diverge
+from qsens.engine.memory import plan_budget
 from qsens.engine.scores import PassScores
-from qsens.manifest import Point
+from qsens.schema.manifest import Point
 
 _REPEATS = 3
 
@@ -35,13 +35,13 @@ class Scored:
         parts: Where what was measured is kept.
     """
 
-    def __init__(self, load: Workload, pairs: Sequence[str], parts: Parts) -> None:
+    def __init__(self, load: Workload, pairs: Sequence[str], parts: Components) -> None:
         self.load, self.parts = load, parts
         self.count = min(load.score_size, len(load.samples))
         self.cells = [load.cell(pair, self.count) for pair in pair_configs(pairs)]
         self.candidates = distinct([_engines.request(cell) for cell in self.cells])
         self.groups = [group for group in find_groups(load.model, load.disabled) if group.covered]
-        self._maxima: dict[int, Maxima] | None = None
+        self._amax: dict[int, Amax] | None = None
 
     def truth(self) -> dict[str, dict[str, Any]]:
         """Return of every pair the divergence of each group alone, in nats, and the seconds."""
@@ -78,21 +78,24 @@ class Scored:
             f"cost-{self.load.device.type}-{'-'.join(map(str, draws))}", lambda: self._cost(draws)
         )
 
-    def _calibrated(self) -> dict[int, Maxima]:
-        if self._maxima is None:
-            snapshots = self.candidates.snapshots()
-            self._maxima = {}
-            if snapshots:
-                self._maxima = calibrate(
-                    self.load.model, self.load.samples, self.groups, snapshots=snapshots
+    def _calibrated(self) -> dict[int, Amax]:
+        if self._amax is None:
+            calibration_sizes = self.candidates.calibration_sizes()
+            self._amax = {}
+            if calibration_sizes:
+                self._amax = calibrate(
+                    self.load.model,
+                    self.load.samples,
+                    self.groups,
+                    calibration_sizes=calibration_sizes,
                 )
-        return self._maxima
+        return self._amax
 
     def _truth(self, cell: Cell) -> dict[str, Any]:
-        candidates, maxima = distinct([_engines.request(cell)]), self._calibrated()
+        candidates, amax = distinct([_engines.request(cell)]), self._calibrated()
         started, cpu = time.monotonic(), time.process_time()
         found = diverge(
-            self.load.model, self.load.samples, self.groups, candidates, maxima, boundaries=[]
+            self.load.model, self.load.samples, self.groups, candidates, amax, boundaries=[]
         )
         return {
             "seconds": time.monotonic() - started,
@@ -102,7 +105,7 @@ class Scored:
 
     def _run_gradient(self) -> PassScores:
         budget = plan_budget(self.load.model, self.groups, self.candidates, limit_gb=None)
-        return fused.score(
+        return scorer.score(
             self.load.model,
             self.load.samples,
             self.groups,

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
+from qsens.checkpoint.loading import load_model, load_tokenizer
+from qsens.checkpoint.structure import family_of, resolve_components
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, choices, load_sweep
-from qsens.engine.captions import read_captions
-from qsens.engine.checkpoint import load_model, load_tokenizer
-from qsens.engine.families import family_of, resolve_parts
-from qsens.engine.samples import Samples, tokenize
+from qsens.data.captions import read_captions
+from qsens.data.samples import Samples, tokenize
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = ("wfp8_afp8", "wint8_aint8", "wfp8_afp16", "wint8_afp16")
@@ -209,7 +209,7 @@ def build(
     if model is not None:
         config = ModelConfig(path=model.resolve(), dtype=dtype)  # type: ignore[arg-type]
         loaded = load_model(config, device)
-        disabled = resolve_parts(config).vision_patterns
+        disabled = resolve_components(config).vision_patterns
         samples = tokenize(lines, load_tokenizer(config), longest=dataset.calib_seq_len)
     else:
         assert shape is not None

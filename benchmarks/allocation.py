@@ -19,8 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from qsens.analysis.allocation import allocate, pareto
-from qsens.analysis.options import UNQUANTIZED, Option, Unit
+from qsens.recipes.allocation import allocate, pareto
+from qsens.recipes.format_choices import UNQUANTIZED, FormatChoice, Unit
 
 _SIZES = (6, 10, 25, 50, 380)  # in units of 2 ** 20 weights
 
@@ -66,7 +66,7 @@ def random_units(groups: int, formats: int, seed: int) -> list[Unit]:
         level = np.exp(draw.normal(0, 2))
         hurt = level * 4.0**-bits * np.exp(draw.normal(0, 0.5, formats))
         pairs = zip(bits.tolist(), hurt.tolist(), strict=True)
-        options = [Option(f"f{place}", *pair) for place, pair in enumerate(pairs)]
+        options = [FormatChoice(f"f{place}", *pair) for place, pair in enumerate(pairs)]
         weights = int(draw.choice(_SIZES)) << 20
         units.append(Unit((f"group {index}",), weights, (UNQUANTIZED, *options)))
     return units

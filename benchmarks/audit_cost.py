@@ -29,12 +29,12 @@ import torch
 from benchmarks import _engines, _machine, _workload
 from qsens.analysis.audit import choose_groups
 from qsens.analysis.ranking import Row
-from qsens.engine.budget import plan_budget
-from qsens.engine.calibrate import calibrate
+from qsens.checkpoint.groups import Group, find_groups
+from qsens.checkpoint.loading import resolve_device
+from qsens.engine.amax import calibrate
 from qsens.engine.candidates import distinct
-from qsens.engine.checkpoint import resolve_device
-from qsens.engine.divergence import diverge
-from qsens.engine.groups import Group, find_groups
+from qsens.engine.kl.measure import diverge
+from qsens.engine.memory import plan_budget
 from qsens.pipeline.audit import GROUPS
 
 SCORED = 128
@@ -83,9 +83,11 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     small = [cell for cell in cells if cell.size == "small"]
     groups = find_groups(load.model, load.disabled)
     candidates = distinct([_engines.request(cell) for cell in small])
-    maxima = {}
-    if candidates.snapshots():
-        maxima = calibrate(load.model, load.samples, groups, snapshots=candidates.snapshots())
+    amax = {}
+    if candidates.calibration_sizes():
+        amax = calibrate(
+            load.model, load.samples, groups, calibration_sizes=candidates.calibration_sizes()
+        )
     seconds: dict[str, list[float]] = {"pass": [], "audit": []}
     only: set[tuple[str, int]]
     used: set[str]
@@ -107,7 +109,7 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
             load.samples,
             [group for group in groups if group.name in used],
             candidates,
-            maxima,
+            amax,
             boundaries=load.boundaries(),
             budget=budget,
             only=only,

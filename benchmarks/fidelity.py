@@ -40,17 +40,17 @@ import torch
 
 from benchmarks import _tables, _workload
 from benchmarks._chosen import Chosen
-from benchmarks._parts import Parts
+from benchmarks._parts import Components
 from benchmarks._scored import Scored
 from benchmarks._workload import NIGHTLY
+from qsens.checkpoint.files import identify
+from qsens.checkpoint.loading import resolve_device
 from qsens.config import choices
+from qsens.data.records import Record
 from qsens.demo.recipe import RECIPE, held_out_captions, read_record
-from qsens.engine.checkpoint import resolve_device
-from qsens.engine.files import identify
-from qsens.engine.records import Record
 from qsens.errors import QsensError
 from qsens.grid import Plan
-from qsens.pipeline.check import held_out
+from qsens.pipeline.evaluate_recipe import held_out
 from qsens.writing import write_text
 
 DRAWS = (1, 2, 4, 8, 16)
@@ -130,10 +130,10 @@ def _run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
         "dtype": given.dtype,
         "device": load.device.type,
     }
-    scores = Parts(given.work, {**subject, "count": given.count, "pairs": sorted(given.pairs)})
+    scores = Components(given.work, {**subject, "count": given.count, "pairs": sorted(given.pairs)})
     scored = Scored(load, given.pairs, scores)
     found: dict[str, Any] = {"subject": subject, "count": scored.count, "pairs": given.pairs}
-    steps: dict[str, tuple[Parts, Callable[[], Any]]] = {
+    steps: dict[str, tuple[Components, Callable[[], Any]]] = {
         "truth": (scores, scored.truth),
         "methods": (scores, lambda: scored.methods(given.draws, given.seeds)),
         "modelopt": (scores, scored.modelopt),
@@ -141,7 +141,7 @@ def _run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     }
     for name, (parts, make) in steps.items():
         found[name] = make() if name in given.only else parts.known(make)
-    recipes = Parts(given.work, subject)
+    recipes = Components(given.work, subject)
     found["recipes"] = (
         _recipes(given, path, captions, recipes)
         if "recipes" in given.only
@@ -153,7 +153,7 @@ def _run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 def _recipes(
-    given: argparse.Namespace, path: Path, captions: Path | None, parts: Parts
+    given: argparse.Namespace, path: Path, captions: Path | None, parts: Components
 ) -> dict[str, Any]:
     """Return the choices by set and bits."""
     file = captions or _workload.captions_file()

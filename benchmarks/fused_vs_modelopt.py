@@ -42,7 +42,7 @@ from benchmarks import _engines, _machine, _results, _workload
 from benchmarks._engines import Baseline, FusedRun
 from benchmarks._results import MergeError
 from benchmarks._workload import Cell, Workload
-from qsens.engine.checkpoint import resolve_device
+from qsens.checkpoint.loading import resolve_device
 from qsens.errors import QsensError
 
 GROWTH_SAMPLES = (16, 64, 256, 1024, 4096)

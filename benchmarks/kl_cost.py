@@ -82,12 +82,12 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks import _engines, _machine, _workload
-    from qsens.engine.budget import plan_budget
-    from qsens.engine.calibrate import calibrate
+    from qsens.checkpoint.groups import find_groups
+    from qsens.checkpoint.loading import resolve_device
+    from qsens.engine.amax import calibrate
     from qsens.engine.candidates import distinct
-    from qsens.engine.checkpoint import resolve_device
-    from qsens.engine.divergence import diverge
-    from qsens.engine.groups import find_groups
+    from qsens.engine.kl.measure import diverge
+    from qsens.engine.memory import plan_budget
 
     torch.set_grad_enabled(False)
     load = _workload.build(
@@ -103,15 +103,17 @@ def _measure(given: argparse.Namespace) -> dict[str, Any]:
     cells = [load.cell(pair, "small") for pair in _workload.pair_configs(pairs)]
     groups = find_groups(load.model, load.disabled)
     candidates = distinct([_engines.request(cell) for cell in cells])
-    maxima = {}
-    if candidates.snapshots():
-        maxima = calibrate(load.model, load.samples, groups, snapshots=candidates.snapshots())
+    amax = {}
+    if candidates.calibration_sizes():
+        amax = calibrate(
+            load.model, load.samples, groups, calibration_sizes=candidates.calibration_sizes()
+        )
     budget = plan_budget(load.model, groups, candidates, limit_gb=None, losses=0)
     seconds = []
     for _ in range(2):
         _machine.synchronize(load.device)
         started = time.monotonic()
-        diverge(load.model, load.samples, groups, candidates, maxima, boundaries=[], budget=budget)
+        diverge(load.model, load.samples, groups, candidates, amax, boundaries=[], budget=budget)
         _machine.synchronize(load.device)
         seconds.append(time.monotonic() - started)
     return {"seconds": seconds[-1]}

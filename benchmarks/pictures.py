@@ -22,14 +22,14 @@ from typing import Any
 import torch
 
 from benchmarks import _engines, _machine, _workload
-from qsens.engine import fused
-from qsens.engine.budget import GIB, peak, plan_budget, reset_peak
-from qsens.engine.calibrate import calibrate
+from qsens.checkpoint.groups import find_groups
+from qsens.checkpoint.loading import resolve_device
+from qsens.data.samples import Picture, Samples
+from qsens.engine.amax import calibrate
+from qsens.engine.batching import calibrates
 from qsens.engine.candidates import distinct
-from qsens.engine.checkpoint import resolve_device
-from qsens.engine.groups import find_groups
-from qsens.engine.samples import Picture, Samples
-from qsens.engine.waves import calibrates
+from qsens.engine.gradient import scorer
+from qsens.engine.memory import GIB, peak, plan_budget, reset_peak
 
 SCORED = 128
 
@@ -81,21 +81,21 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     _machine.synchronize(load.device)
     before = reset_peak(load.device)
     started = time.monotonic()
-    maxima = None
+    amax = None
     if not calibrates(model, samples, candidates, boundaries=sizes, budget=budget):
-        maxima = {}
-        if candidates.snapshots():
-            maxima = calibrate(
+        amax = {}
+        if candidates.calibration_sizes():
+            amax = calibrate(
                 model,
                 samples,
                 groups,
-                snapshots=candidates.snapshots(),
+                calibration_sizes=candidates.calibration_sizes(),
                 boundaries=sizes,
                 max_tokens=budget.max_tokens,
             )
     _machine.synchronize(load.device)
     calibrated = time.monotonic()
-    found = fused.score(model, samples, groups, candidates, maxima, boundaries=sizes, budget=budget)
+    found = scorer.score(model, samples, groups, candidates, amax, boundaries=sizes, budget=budget)
     _machine.synchronize(load.device)
     ended = time.monotonic()
     if not all(found.reached) or found.failures.refused:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from qsens.checksums import digest_file, metadata_of
 from qsens.errors import Damaged
-from qsens.manifest import Manifest, read_manifest
 from qsens.reading import has_file, read_bytes
+from qsens.schema.manifest import Manifest, read_manifest
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"

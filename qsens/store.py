@@ -23,11 +23,11 @@ from qsens.documents import dump_document
 from qsens.errors import Damaged
 from qsens.grid import Cell, Plan
 from qsens.locks import held, lock_at
-from qsens.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest
 from qsens.reading import has_file
 from qsens.results import AGAIN, read_result
 from qsens.results import MANIFEST as MANIFEST
 from qsens.results import STATE as STATE
+from qsens.schema.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest
 from qsens.writing import make_directory, write_directory, writing
 
 # Where damaged files are set aside, by who found them; `prune` takes them away in time.

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from qsens.checkpoint.structure import FAMILIES
 from qsens.config import ModelConfig, PairConfig, Roots, SweepConfig, choices, load_sweep
 from qsens.config.models import AutoquantConfig, DatasetConfig
 from qsens.config.pairs import QuantizerConfig
-from qsens.engine.families import FAMILIES
 from qsens.grid import (
     CheckpointIdentity,
     PicturesIdentity,

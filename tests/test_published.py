@@ -11,15 +11,14 @@ import pytest
 
 from qsens.errors import Damaged
 from qsens.grid import Plan, read_plan
-from qsens.pipeline.prune import prune
 from qsens.pipeline.publish import publish, report
 from qsens.pipeline.stored import read_sweep
 from qsens.published import PLAN, Place, Published, Shown, place_of, published_sweeps
 from qsens.report import Summary
 from qsens.report.sweep import read_summary
 from qsens.store import Store
-
-from .pipeline import results
+from qsens.tools.prune import prune
+from tests.pipeline import results
 
 # The second was made by a clock that was years ahead.
 DAYS = ((1, "a"), (28, "b"), (2, "d"), (3, "e"))

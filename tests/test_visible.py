@@ -16,8 +16,7 @@ import pytest
 from qsens.cli.base import Terminal
 from qsens.errors import UserError
 from qsens.visible import LINES, visible, visible_json
-
-from .test_manifest import NAME, OLDER, ROW
+from tests.schema.test_manifest import NAME, OLDER, ROW
 
 # A screen cleared, a title set, a line ended, writing turned round, C1 controls, half a character.
 FOREIGN = "a\x1b[2J\x1b]0;t\x07\r\nerror: b\u202ec\x9b31m\x7f\ud800[/x] [red]:smile:"

@@ -22,7 +22,7 @@ _FINAL = (UserError.exit_code, AnswerIsNo.exit_code)
 # by then, the scheduler takes it for lost, kills it and counts a try; so the pause is not short.
 PAUSE = timedelta(seconds=30)
 _WAIT_AT_MOST = timedelta(hours=6)
-# As `qsens.engine.budget` reads it; that module imports torch.
+# As `qsens.engine.memory` reads it; that module imports torch.
 MEMORY_SHARE = "QSENS_MEMORY_SHARE"
 HALF = "0.5"
 

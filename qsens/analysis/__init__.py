@@ -1,1 +1,1 @@
-"""Ranking, stability, drift, allocation: numbers in, numbers out, no torch."""
+"""Ranking, stability, drift, agreement, audit verdicts: numbers in, numbers out, no torch."""

@@ -14,8 +14,8 @@ from scipy.stats import binom, spearmanr
 from qsens.analysis.ranking import Row
 from qsens.documents import read_document
 from qsens.errors import Damaged
-from qsens.manifest import AUDIT_VERSION, Audit, Judgement, Point, Verdict
 from qsens.names import kind_of
+from qsens.schema.manifest import AUDIT_VERSION, Audit, Judgement, Point, Verdict
 
 # Groups that are always audited: those that hurt most.
 TOP = 5

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qsens.config.models import Frozen
-from qsens.manifest import Manifest
 from qsens.names import group_name
+from qsens.schema.manifest import Manifest
 
 # Experts that a report names of each mixture.
 FIRST = 3

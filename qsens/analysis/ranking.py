@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 from qsens.analysis.stability import Spread, Verdict
 from qsens.analysis.statistic import Statistic, statistic_of, value_of
 from qsens.config.models import Frozen
-from qsens.manifest import GroupSensitivity, Manifest, Status
 from qsens.names import Kind, group_name, kind_of
+from qsens.schema.manifest import GroupSensitivity, Manifest, Status
 
 _Key = TypeVar("_Key", bound=Hashable)
 # No score is near it, and the sum of a hundred million such numbers is still finite.

@@ -170,11 +170,13 @@ def recipe(
         typer.Option(metavar="PATTERN", help="Groups or modules that stay at 16 bits; repeatable."),
     ] = None,
     tied_head: Annotated[
-        bool, typer.Option("--tied-head", help="Let a head tied to the embedding be quantized.")
+        bool,
+        typer.Option("--tied-head", help="Let a head tied to the embedding be quantized."),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Where to write it; stdout if left out.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Measure it against single pairs and ModelOpt's choice.")
+        bool,
+        typer.Option("--check", help="Measure it against single pairs and ModelOpt's choice."),
     ] = False,
     captions: Annotated[
         Path | None, typer.Option(help="With --check: captions; unused ones when left out.")
@@ -209,7 +211,7 @@ def _say_recipe(found: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    from qsens.export.recipe import LeftOut
+    from qsens.recipes.formats.evidence import LeftOut
 
     say_notices(found["notices"])
     for entry in found["left_out"]:

@@ -80,7 +80,7 @@ def fetch_model(
     HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN are those of huggingface_hub. A download that was
     interrupted goes on where it stopped.
     """
-    from qsens.pipeline.fetch import fetch_model as step
+    from qsens.tools.fetch import fetch_model as step
 
     with ProgressLine(stderr, cells=[]) as line:
         fetched = step(
@@ -107,10 +107,12 @@ def captions(
     ] = "coco2017_captions",
     out: Annotated[Path | None, typer.Option(help="Directory; that of the data set.")] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Directory of the images: write image and caption, JSONL.")
+        Path | None,
+        typer.Option(help="Directory of the images: write image and caption, JSONL."),
     ] = None,
     size: Annotated[
-        list[str] | None, typer.Option(help="Size to write, may be repeated; all when left out.")
+        list[str] | None,
+        typer.Option(help="Size to write, may be repeated; all when left out."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws other images and captions.")] = 0,
     replace: Annotated[
@@ -119,7 +121,7 @@ def captions(
     as_json: Json = False,
 ) -> None:
     """Make calibration samples from COCO's annotations: one caption an image, nested sizes."""
-    from qsens.pipeline.coco import make_captions
+    from qsens.tools.coco import make_captions
 
     made = make_captions(
         annotations,
@@ -153,7 +155,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove old sweeps and what only they refer to."""
-    from qsens.pipeline.prune import prune as step
+    from qsens.tools.prune import prune as step
 
     results = Roots.from_environment().results
     pruned = step(results, keep_sweeps=keep_sweeps, keep_days=keep_days, dry_run=dry_run)
@@ -170,7 +172,7 @@ def prune(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is installed and free here, and what would fail."""
-    from qsens.pipeline.doctor import examine
+    from qsens.tools.doctor import examine
 
     found = examine()
     if as_json:

@@ -32,7 +32,8 @@ def plan(
     words: Words = None,
     out: Annotated[Path | None, typer.Option(help="Where to write plan.json.")] = None,
     lanes: Annotated[
-        int | None, typer.Option(min=1, max=64, help="GPUs to share the grid among; dag.lanes.")
+        int | None,
+        typer.Option(min=1, max=64, help="GPUs to share the grid among; dag.lanes."),
     ] = None,
     keys: Annotated[bool, typer.Option("--keys", help="List every key and leave.")] = False,
     as_json: Json = False,

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from qsens.data.chat import chat_samples
+from qsens.data.samples import Batch, Samples, make_batch
 from qsens.demo.drawings import Drawing
 from qsens.demo.recipe import PROMPT
-from qsens.engine.chat import chat_samples
-from qsens.engine.samples import Batch, Samples, make_batch
 
 _T = TypeVar("_T")
 _BUCKET = 16

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qsens.data.samples import Batch
 from qsens.demo.recipe import Training
-from qsens.engine.samples import Batch
 
 Progress = Callable[[int, int, float], None]
 """Called with the step, the number of steps and the loss in nats per token."""

@@ -1,4 +1,4 @@
-"""The engine: checkpoint, samples, groups, calibration and scores.
+"""The engine: amax, candidates, quantized weights and inputs, activations, scores.
 
 Importing this package imports nothing heavy; its modules say whether they need torch.
 """

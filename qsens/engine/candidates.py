@@ -41,7 +41,7 @@ class Input:
     """
 
     cfg: Cfg | None
-    snapshot: int | None
+    calibration_size: int | None
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,11 @@ class Candidates:
     scored: tuple[int, ...]
     of_cell: Mapping[str, int]
 
-    def snapshots(self) -> list[int]:
+    def calibration_sizes(self) -> list[int]:
         """Return the sample counts that calibration has to stop at, ascending."""
-        return sorted({entry.snapshot for entry in self.inputs if entry.snapshot is not None})
+        return sorted(
+            {entry.calibration_size for entry in self.inputs if entry.calibration_size is not None}
+        )
 
     def active(self, first_sample: int) -> dict[int, list[tuple[int, int]]]:
         """Return the candidates that score a batch which starts at ``first_sample``.
@@ -91,11 +93,11 @@ def distinct(requests: Sequence[Request]) -> Candidates:
     of_cell = {}
     for request in requests:
         weights.setdefault(_key(request.weight), request.weight)
-        snapshot = None
+        calibration_size = None
         if request.input is not None and needs_calibration(request.input):
-            snapshot = request.calibrated
-        key = (_key(request.input), snapshot)
-        inputs.setdefault(key, Input(request.input, snapshot))
+            calibration_size = request.calibrated
+        key = (_key(request.input), calibration_size)
+        inputs.setdefault(key, Input(request.input, calibration_size))
         pair = (list(weights).index(_key(request.weight)), list(inputs).index(key))
         index = pairs.setdefault(pair, len(pairs))
         scored[index] = max(scored.get(index, 0), request.scored)

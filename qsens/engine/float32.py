@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from qsens.engine.experts import is_experts
+from qsens.checkpoint.experts import is_experts
 from qsens.errors import UserError
 
 try:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qsens.engine.groups import Group
+from qsens.checkpoint.groups import Group
 from qsens.errors import Fault, UserError
-from qsens.manifest import Status
+from qsens.schema.manifest import Status
 
 Progress = Callable[[str, int, int], None]
 """Called as work goes on: the phase, steps done, steps in all."""
@@ -175,7 +175,7 @@ class PassScores:
     loss: torch.Tensor
     seconds: float
     padding_share: float
-    maxima: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    amax: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     draws: torch.Tensor | None = None
     experts: Mapping[str, ExpertTable] = field(default_factory=dict)
     floor: torch.Tensor | None = None

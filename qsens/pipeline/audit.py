@@ -14,16 +14,16 @@ from qsens.documents import dump_document
 from qsens.errors import Damaged, Fault, UserError
 from qsens.grid import Cell, Plan
 from qsens.identity import measured_kl_version
-from qsens.manifest import Audit, GroupSensitivity, Manifest, Point
 from qsens.names import group_name, kind_of
 from qsens.pipeline.cell import Progress
 from qsens.reading import has_file
 from qsens.results import AGAIN
+from qsens.schema.manifest import Audit, GroupSensitivity, Manifest, Point
 from qsens.store import Store
 from qsens.writing import write_text
 
 if TYPE_CHECKING:
-    from qsens.pipeline.truth import Truth
+    from qsens.pipeline.measured_kl import MeasuredKL
 
 GROUPS = 12
 
@@ -246,9 +246,9 @@ def _to_measure(
 
 def _truths(
     store: Store, wanted: Mapping[str, Sequence[str]], progress: Progress
-) -> Iterator[Truth]:
+) -> Iterator[MeasuredKL]:
     if not wanted:
         return
-    from qsens.pipeline.truth import true_divergences
+    from qsens.pipeline.measured_kl import measured_kl
 
-    yield from true_divergences(store, wanted, progress)
+    yield from measured_kl(store, wanted, progress)

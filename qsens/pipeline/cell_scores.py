@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from qsens.checkpoint.experts import input_names
+from qsens.checkpoint.groups import Group
+from qsens.data.samples import nominal_labels
 from qsens.engine.candidates import Candidates, Request
-from qsens.engine.experts import input_names
-from qsens.engine.groups import Group
 from qsens.engine.quantizer import needs_fallback
-from qsens.engine.samples import nominal_labels
 from qsens.engine.scores import CellScores, ExpertScores, GroupScore, PassScores
 from qsens.grid import Cell, Plan
 from qsens.pipeline.loading import Loaded, groups_of
@@ -89,8 +89,8 @@ def cell_scores(
                     experts=_experts(found, group, index, weights),
                 )
             )
-    snapshot = candidates.inputs[candidates.pairs[index][1]].snapshot
-    calibrated = found.maxima[snapshot] if snapshot is not None else {}
+    calibration_size = candidates.inputs[candidates.pairs[index][1]].calibration_size
+    calibrated = found.amax[calibration_size] if calibration_size is not None else {}
     covered = [group for group in groups if group.covered]
     notices = []
     if any(needs_fallback(cfg) for cfg in (request.weight, request.input) if cfg is not None):

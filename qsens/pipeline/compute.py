@@ -14,18 +14,18 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from safetensors.torch import load_file, save
 
+from qsens.checkpoint.groups import Group
+from qsens.checkpoint.loading import device_name
 from qsens.checksums import DIGEST, sealed_tensors
-from qsens.engine import fisher, fused
-from qsens.engine.budget import GIB, memory_share, peak, plan_budget, reset_peak
-from qsens.engine.calibrate import Maxima
-from qsens.engine.calibrate import calibrate as run_calibration
+from qsens.data.samples import Samples, batch_tokens, equal_length_batches
+from qsens.engine.amax import Amax
+from qsens.engine.amax import calibrate as run_calibration
+from qsens.engine.batching import calibrates
 from qsens.engine.candidates import Candidates, Request, distinct
-from qsens.engine.checkpoint import device_name
-from qsens.engine.divergence import diverge
-from qsens.engine.groups import Group
-from qsens.engine.samples import Samples, batch_tokens, equal_length_batches
+from qsens.engine.gradient import fisher, scorer
+from qsens.engine.kl.measure import diverge
+from qsens.engine.memory import GIB, memory_share, peak, plan_budget, reset_peak
 from qsens.engine.scores import CellScores, Progress
-from qsens.engine.waves import calibrates
 from qsens.errors import QsensError, UserError
 from qsens.grid import Cell, Plan, calibration_digest
 from qsens.pipeline.cell_scores import cell_scores
@@ -66,7 +66,7 @@ def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> 
 @torch.inference_mode(False)
 def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
     """Compute one cell by ModelOpt's ``auto_quantize``."""
-    from qsens.engine import reference  # imports ModelOpt, which takes seconds
+    from qsens.engine.modelopt import reference  # imports ModelOpt, which takes seconds
 
     plan = store.plan
     config = plan.config
@@ -157,15 +157,15 @@ def _score_pass(
         samples=samples,
     )
     started = time.monotonic()
-    maxima = _stored_maxima(store, cells, candidates)
-    missing = [count for count in candidates.snapshots() if count not in maxima]
+    amax = _stored_amax(store, cells, candidates)
+    missing = [count for count in candidates.calibration_sizes() if count not in amax]
     in_passing = (
-        not maxima
+        not amax
         and method != "kl_div"
         and calibrates(model, samples, candidates, boundaries=sizes, budget=budget)
     )
     if missing and not in_passing:
-        maxima |= _calibrate(plan, loaded, groups, cells, missing, progress)
+        amax |= _calibrate(plan, loaded, groups, cells, missing, progress)
     calibrated = time.monotonic() - started
     log.info(
         "%d cells, %d candidates, at most %d tokens at once; memory above the weights: "
@@ -177,14 +177,14 @@ def _score_pass(
         budget.limit / GIB,
     )
     before = reset_peak(loaded.device)
-    known = None if in_passing else maxima
+    known = None if in_passing else amax
     if method == "gradient":
-        measure = partial(fused.score, maxima=known)
+        measure = partial(scorer.score, amax=known)
     elif method == "fisher":
         draws, seed = config.autoquant.draws, config.autoquant.seed
-        measure = partial(fisher.estimate, maxima=known, draws=draws, seed=seed)
+        measure = partial(fisher.estimate, amax=known, draws=draws, seed=seed)
     else:
-        measure = partial(diverge, maxima=maxima)
+        measure = partial(diverge, amax=amax)
     found = measure(
         model, samples, groups, candidates, boundaries=sizes, budget=budget, progress=progress
     )
@@ -224,7 +224,7 @@ def both_engines(
         Sensitivities by group name, ours and ModelOpt's, and the seconds of each engine's
         calibration and score together.
     """
-    from qsens.engine import reference  # imports ModelOpt, which takes seconds
+    from qsens.engine.modelopt import reference  # imports ModelOpt, which takes seconds
 
     plan = store.plan
     config = plan.config
@@ -240,13 +240,17 @@ def both_engines(
     request = request_of(plan, cell)
     candidates = distinct([request])
     started = time.monotonic()
-    maxima: dict[int, Maxima] = {}
+    amax: dict[int, Amax] = {}
     batches = equal_length_batches(samples, boundaries=[*sizes, scored], batch_size=batch_size)
-    if candidates.snapshots():
-        maxima = run_calibration(
-            model, samples, groups, snapshots=candidates.snapshots(), batches=batches
+    if candidates.calibration_sizes():
+        amax = run_calibration(
+            model,
+            samples,
+            groups,
+            calibration_sizes=candidates.calibration_sizes(),
+            batches=batches,
         )
-    found = fused.score(model, samples, groups, candidates, maxima, batches=batches)
+    found = scorer.score(model, samples, groups, candidates, amax, batches=batches)
     seconds = {"fused": time.monotonic() - started}
     ours = cell_scores(plan, cell, request, candidates, found, loaded)
     started = time.monotonic()
@@ -297,13 +301,11 @@ def _without_labels(plan: Plan, cell: Cell, samples: Samples) -> UserError | Non
     )
 
 
-def _stored_maxima(
-    store: Store, cells: Sequence[Cell], candidates: Candidates
-) -> dict[int, Maxima]:
+def _stored_amax(store: Store, cells: Sequence[Cell], candidates: Candidates) -> dict[int, Amax]:
     """Read the maxima that ``calibrate`` has left, by sample count."""
-    found: dict[int, Maxima] = {}
+    found: dict[int, Amax] = {}
     by_count = {store.plan.samples_used(cell): cell for cell in cells}
-    for count in candidates.snapshots():
+    for count in candidates.calibration_sizes():
         digest = calibration_digest(store.plan, by_count[count])
         if store.is_calibrated(digest):
             found[count] = load_file(store.calibration(digest))
@@ -317,13 +319,13 @@ def _calibrate(
     cells: Sequence[Cell],
     counts: Sequence[int],
     progress: Progress,
-) -> dict[int, Maxima]:
+) -> dict[int, Amax]:
     share = memory_share()
     return run_calibration(
         loaded.model,
         loaded.samples,
         groups,
-        snapshots=counts,
+        calibration_sizes=counts,
         boundaries=plan.boundaries(_longest(plan, cells)),
         # What does not fit in one batch goes through in several: no maximum depends on it.
         max_tokens=int(batch_tokens(loaded.device) * share) if share < 1 else None,

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qsens.analysis.drift import RATE, Change, changes, moved
+from qsens.analysis.provenance import Difference, differences, inputs, settings
 from qsens.analysis.ranking import normalise_name
-from qsens.analysis.reasons import Difference, differences, inputs, settings
 from qsens.analysis.samples import SampleScores
 from qsens.errors import UserError
 from qsens.grid import Plan, read_plan

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from qsens.checkpoint.files import find_weights
+from qsens.checkpoint.groups import Group, find_groups
+from qsens.checkpoint.loading import has_tied_head, load_model, load_tokenizer, resolve_device
+from qsens.checkpoint.unused import unused_notices
 from qsens.config.models import Modality
-from qsens.engine.captions import read_samples
-from qsens.engine.chat import chat_samples, load_processor
-from qsens.engine.checkpoint import has_tied_head, load_model, load_tokenizer, resolve_device
-from qsens.engine.files import find_weights
-from qsens.engine.groups import Group, find_groups
-from qsens.engine.pictures import PictureReader
-from qsens.engine.records import Record
-from qsens.engine.samples import Samples, refuse_unknown_tokens, tokenize
+from qsens.data.captions import read_samples
+from qsens.data.chat import chat_samples, load_processor
+from qsens.data.images import PictureReader
+from qsens.data.records import Record
+from qsens.data.samples import Samples, refuse_unknown_tokens, tokenize
 from qsens.engine.scores import Progress
-from qsens.engine.unused import unused_notices
 from qsens.errors import UserError
 from qsens.grid import Cell, Plan
-from qsens.manifest import Dataset
 from qsens.pipeline.plan import identify_checkpoint
+from qsens.schema.manifest import Dataset
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from qsens.analysis.ranking import Row
 from qsens.config import PairConfig
 from qsens.errors import UserError
-from qsens.export import llm_compressor
-from qsens.export.recipe import LeftOut
 from qsens.pipeline.shapes import module_shapes
+from qsens.recipes.formats import llm_compressor
+from qsens.recipes.formats.evidence import LeftOut
 
 _UNCHECKED = "whether llm-compressor takes every module in its format was not checked"
 

@@ -13,19 +13,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qsens.checkpoint.files import identify, read_config, shapes
+from qsens.checkpoint.quantized import refuse_quantized
+from qsens.checkpoint.settings import check_settings
+from qsens.checkpoint.structure import resolve_components
+from qsens.checkpoint.templates import check_chat_template
+from qsens.checkpoint.tokenizer_files import check_tokenizer
 from qsens.config import ModelConfig, Roots, SweepConfig, load_sweep
+from qsens.data.captions import identify_samples
+from qsens.data.images import PictureReader, cache_of, read_resolution
 from qsens.documents import dump_document
-from qsens.engine.captions import identify_samples
-from qsens.engine.families import resolve_parts
-from qsens.engine.files import identify, read_config, shapes
-from qsens.engine.pictures import PictureReader, cache_of, read_resolution
-from qsens.engine.quantized import refuse_quantized
-from qsens.engine.settings import check_settings
-from qsens.engine.templates import check_chat_template
-from qsens.engine.tokenizer_files import check_tokenizer
 from qsens.grid import CheckpointIdentity, Plan, calibration_digest, make_plan
 from qsens.identity import identify_patterns
-from qsens.pipeline.checks import check_disk, check_formats, covered_shapes
+from qsens.pipeline.preflight import check_disk, check_formats, covered_shapes
 from qsens.reading import read_bytes
 from qsens.store import Store
 from qsens.writing import write_text
@@ -61,7 +61,7 @@ def plan_sweep(
     refuse_quantized(given.path)
     check_settings(given)
     check_tokenizer(given.path)
-    config = loaded.config.model_copy(update={"model": resolve_parts(given)})
+    config = loaded.config.model_copy(update={"model": resolve_components(given)})
     checkpoint = identify_checkpoint(config.model, roots.results)
     reader = picture_reader(config, roots)
     samples, notices = identify_samples(config.dataset, config.dataset.size, reader)

@@ -10,7 +10,6 @@ from typing import Any
 from qsens.documents import dump_document, dump_json
 from qsens.errors import Damaged
 from qsens.grid import Cell, Plan
-from qsens.manifest import Audit, Manifest, find_manifest
 from qsens.pipeline.audit import find_audits
 from qsens.pipeline.drift import find_drift
 from qsens.pipeline.failures import failure_reason
@@ -25,6 +24,7 @@ from qsens.report.model_index import write_model_index
 from qsens.report.sweep import PAGE, SUMMARY, Summary, build_summary, read_summary, write_sweep
 from qsens.report.views import protected
 from qsens.results import AGAIN
+from qsens.schema.manifest import Audit, Manifest, find_manifest
 from qsens.store import Store, publishing
 from qsens.writing import copy_file, write_text
 

@@ -6,20 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qsens.analysis.options import UNQUANTIZED_BITS, matches
-from qsens.analysis.prices import price
 from qsens.config import Roots
 from qsens.config.models import SIZES, Coverage, Size
 from qsens.errors import AnswerIsNo, UserError
-from qsens.export import llm_compressor, modelopt
-from qsens.export.recipe import LeftOut, Recipe, choose, tally
 from qsens.grid import Plan
-from qsens.manifest import dump_json
 from qsens.pipeline.packing import Packing, pack
 from qsens.pipeline.stored import read_sweep
 from qsens.reading import has_file
+from qsens.recipes.format_choices import UNQUANTIZED_BITS, matches
+from qsens.recipes.formats import llm_compressor, modelopt
+from qsens.recipes.formats.evidence import LeftOut, Recipe, choose, tally
+from qsens.recipes.score_correction import price
 from qsens.report.findings import of_coverage, series_of
 from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell
+from qsens.schema.manifest import dump_json
 from qsens.writing import write_text
 
 _NAME = f"Name a directory with a {SUMMARY}, that file, or a sweep id."
@@ -54,7 +54,7 @@ def write_recipe(
         keep: Patterns (fnmatch) of groups or modules that stay at 16 bits.
         tied_head: Whether a head that is tied to the embedding may be quantized too.
         out: Where to write it; nothing is written when not given.
-        check: Whether to measure it, see :func:`qsens.pipeline.check.check_recipe`.
+        check: Whether to measure it, see :func:`qsens.pipeline.evaluate_recipe.check_recipe`.
         captions: File of captions to measure on.
         roots: Where things lie; from the environment when not given.
 
@@ -90,7 +90,7 @@ def write_recipe(
         write_text(out, text)
     checked = None
     if check:
-        from qsens.pipeline.check import check_recipe
+        from qsens.pipeline.evaluate_recipe import check_recipe
 
         cells = _cells(summary, recipe.size, coverage, pairs)
         left_out = {entry.format for entry in recipe.left_out if not entry.modules}

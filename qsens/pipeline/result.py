@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from qsens.analysis.allocation import allocate_one
-from qsens.engine.pictures import in_words, too_many
+from qsens.data.images import in_words, too_many
 from qsens.engine.scores import CellScores, GroupScore
 from qsens.grid import Cell, Plan
-from qsens.manifest import (
+from qsens.names import GROUP_SUFFIX
+from qsens.recipes.allocation import allocate_one
+from qsens.schema.manifest import (
     SCHEMA_VERSION,
     AutoquantState,
     Dataset,
@@ -24,7 +25,6 @@ from qsens.manifest import (
     Scheme,
     Versions,
 )
-from qsens.names import GROUP_SUFFIX
 
 _NONE = "NONE(effective-bits: 16.0)"
 

@@ -14,7 +14,15 @@ from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, settled, spread
 from qsens.analysis.statistic import Statistic
 from qsens.config.models import Frozen
 from qsens.lenient import UNKNOWN
-from qsens.manifest import (
+from qsens.names import Kind
+from qsens.report import charts
+from qsens.report import format as look
+from qsens.report.assets import ASSETS, embedded, linked, page_data
+from qsens.report.findings import CellStability
+from qsens.report.prose import samples_words
+from qsens.report.render import render_html, render_markdown
+from qsens.report.svg import depth_svg
+from qsens.schema.manifest import (
     Audit,
     Dataset,
     Manifest,
@@ -25,14 +33,6 @@ from qsens.manifest import (
     Versions,
     dump_json,
 )
-from qsens.names import Kind
-from qsens.report import charts
-from qsens.report import format as look
-from qsens.report.assets import ASSETS, embedded, linked, page_data
-from qsens.report.findings import CellStability
-from qsens.report.render import render_html, render_markdown
-from qsens.report.svg import depth_svg
-from qsens.report.words import samples_words
 from qsens.writing import write_text
 
 REPORT_VERSION = 1

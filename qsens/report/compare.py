@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from qsens.analysis.reasons import Difference
+from qsens.analysis.provenance import Difference
 from qsens.config.models import Frozen
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from qsens.analysis.provenance import Difference
 from qsens.analysis.ranking import Row, normalise_name
-from qsens.analysis.reasons import Difference
 from qsens.analysis.stability import compare_sizes
 from qsens.analysis.statistic import Statistic, compared_by, value_of
 from qsens.config.models import COVERAGES, SIZES, Coverage, Frozen, Modality, Size
 from qsens.grid import Cell
-from qsens.manifest import Audit
+from qsens.schema.manifest import Audit
 
 if TYPE_CHECKING:
     from qsens.report.sweep import SummaryCell

@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from qsens.report import format as look
-from qsens.report import words
+from qsens.report import prose
 from qsens.report.charts import column_name
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -20,29 +20,29 @@ _FILTERS = {
     "companions": look.companions,
     "correlation": look.correlation,
     "count": look.count,
-    "drift_words": words.drift_words,
-    "experts_words": words.experts_words,
-    "idle_words": words.idle_words,
-    "independent_words": words.independent_words,
+    "drift_words": prose.drift_words,
+    "experts_words": prose.experts_words,
+    "idle_words": prose.idle_words,
+    "independent_words": prose.independent_words,
     "known": look.known,
     # What `link` returns, or a name of our own: nothing in it needs an escape.
     "link_target": Markup,
     "mebibytes": look.mebibytes,
-    "modality_words": words.modality_words,
+    "modality_words": prose.modality_words,
     "moment": look.moment,
     "percent": look.percent,
     "places": look.places,
     "ratio": look.ratio,
     "scientific": look.scientific,
-    "settled_words": words.settled_words,
-    "statistic_words": words.statistic_words,
+    "settled_words": prose.settled_words,
+    "statistic_words": prose.statistic_words,
     "shown": look.shown,
     "signed_percent": look.signed_percent,
     "span": look.span,
-    "stable_words": words.stable_words,
-    "trusted_ratio": words.trusted_ratio,
+    "stable_words": prose.stable_words,
+    "trusted_ratio": prose.trusted_ratio,
     "units": look.units,
-    "unmeasured_words": words.unmeasured_words,
+    "unmeasured_words": prose.unmeasured_words,
     "yes_no": look.yes_no,
 }
 

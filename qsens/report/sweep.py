@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qsens.analysis.allocation import ParetoPoint, pareto
-from qsens.analysis.options import build_units
-from qsens.analysis.prices import price
 from qsens.analysis.ranking import Row, total_per_token
 from qsens.analysis.samples import SampleScores
 from qsens.analysis.statistic import statistic_of
 from qsens.config.models import SIZES, Coverage, Frozen, Modality, Size
 from qsens.documents import dump_document, read_document
 from qsens.grid import Cell, Plan, refuse_another_sweep
-from qsens.manifest import Audit, Manifest
 from qsens.published import SUMMARY as SUMMARY
 from qsens.published import SWEEPS as SWEEPS
+from qsens.recipes.allocation import ParetoPoint, pareto
+from qsens.recipes.format_choices import build_decision_groups
+from qsens.recipes.score_correction import price
 from qsens.report import charts
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data
@@ -30,10 +29,11 @@ from qsens.report.findings import (
     of_coverage,
     series_of,
 )
+from qsens.report.prose import statistic_words
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import heat_svg
 from qsens.report.views import heat_table, pair_lines, protected, stable_in
-from qsens.report.words import statistic_words
+from qsens.schema.manifest import Audit, Manifest
 from qsens.writing import write_text
 
 SUMMARY_VERSION = 2
@@ -347,7 +347,7 @@ def _pareto(plan: Plan, cells: Sequence[SummaryCell], audits: Sequence[Audit]) -
     rows = (row for each in priced.rows.values() for row in each)
     statistic = statistic_of(plan.config.autoquant.method, rows)
     keep_head = plan.checkpoint.tied_head is not False
-    return pareto(build_units(priced.rows, statistic, keep_head=keep_head))
+    return pareto(build_decision_groups(priced.rows, statistic, keep_head=keep_head))
 
 
 def _in_order(plan: Plan) -> list[Cell]:

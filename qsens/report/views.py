@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from qsens.analysis.ranking import MeanShare, Row, mean_shares, normalise_name
 from qsens.config.models import SIZES, Size
-from qsens.manifest import Audit
 from qsens.report.findings import largest_cells
+from qsens.schema.manifest import Audit
 
 if TYPE_CHECKING:
     from qsens.report.sweep import Summary, SummaryCell

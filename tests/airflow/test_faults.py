@@ -23,9 +23,8 @@ from qsens.pipeline.plan import plan_sweep
 from qsens.store import Store
 from qsens_airflow.local import Components
 from qsens_airflow.plans import plan_of_run
-
-from ..waiting import wait_for
-from .house import House, Run
+from tests.airflow.house import House, Run
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 # Slow enough to be hit in the middle. No calibration: lanes would wait for that of the first.

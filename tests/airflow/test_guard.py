@@ -23,8 +23,7 @@ import psutil
 import pytest
 
 from qsens_airflow.guard import computing_environment
-
-from ..waiting import wait_for
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "the-secret-that-a-child-must-not-see"

@@ -19,10 +19,9 @@ from qsens.grid import Plan
 from qsens.pipeline.plan import plan_sweep
 from qsens_airflow import base, lease
 from qsens_airflow.cells import ScoreOperator
-
-from ..pipeline import results
-from ..waiting import wait_for
-from .test_operators import run
+from tests.airflow.test_operators import run
+from tests.pipeline import results
+from tests.waiting import wait_for
 
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 Script = Callable[[str], Path]

@@ -27,8 +27,7 @@ from qsens_airflow.audit import AuditOperator
 from qsens_airflow.base import one_line
 from qsens_airflow.cells import ScoreOperator
 from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator
-
-from ..waiting import wait_for
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.usefixtures("airflow_database", "own_signals")
 

@@ -18,9 +18,8 @@ from qsens.store import Store
 from qsens.writing import write_text
 from qsens_airflow.local import Components
 from qsens_airflow.plans import plan_of_run
-
-from ..browser import Watched, chromium
-from ..pipeline import results
+from tests.browser import Watched, chromium
+from tests.pipeline import results
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = "manual__2030-01-01T00:00:00+00:00"

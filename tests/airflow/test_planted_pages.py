@@ -25,9 +25,8 @@ from starlette.staticfiles import StaticFiles
 
 from qsens.pipeline.publish import publish, report
 from qsens_airflow.pages import make_app
-
-from ..browser import Watched, chromium
-from ..pipeline import results
+from tests.browser import Watched, chromium
+from tests.pipeline import results
 
 COOKIE = ("_token", "right")
 MODEL = "models/tiny/layer-analysis"

@@ -16,8 +16,7 @@ from qsens.grid import read_plan
 from qsens.store import Store
 from qsens_airflow.local import Components
 from qsens_airflow.rest import TaskState
-
-from .house import House, Run
+from tests.airflow.house import House, Run
 
 ROOT = Path(__file__).resolve().parents[2]
 # Floats that neither the numerics nor ModelOpt know: this pair fails when it is scored.

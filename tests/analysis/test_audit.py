@@ -6,7 +6,7 @@ import pytest
 
 from qsens.analysis.audit import choose_groups, digest_of, judge
 from qsens.analysis.ranking import Row
-from qsens.manifest import Audit, Point
+from qsens.schema.manifest import Audit, Point
 
 
 def row(position: int | None, kind: str = "o") -> Row:

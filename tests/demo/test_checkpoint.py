@@ -15,16 +15,15 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from qsens.config import ModelConfig
+from qsens.data.chat import load_processor
 from qsens.demo import checkpoint, training
 from qsens.demo import recipe as recipes
 from qsens.demo.batches import Lessons
 from qsens.demo.checkpoint import DemoResult
 from qsens.demo.drawings import drawings
 from qsens.demo.sentences import captions
-from qsens.engine.chat import load_processor
 from qsens.errors import UserError
-
-from .chats import TURN, inputs, patches
+from tests.demo.chats import TURN, inputs, patches
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def header(directory: Path) -> dict[str, Any]:
     return dict(tensors)
 
 
-def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
+def calibration_size(directory: Path) -> dict[str, tuple[int, bytes]]:
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
@@ -269,10 +268,10 @@ def test_readme_states_the_figures(demo_checkpoint: DemoResult) -> None:
 def test_a_finished_checkpoint_is_left_alone(
     demo_checkpoint: DemoResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = snapshot(demo_checkpoint.directory)
+    before = calibration_size(demo_checkpoint.directory)
     monkeypatch.setattr(training, "fit", None)
     assert checkpoint.build(demo_checkpoint.directory) == demo_checkpoint
-    assert snapshot(demo_checkpoint.directory) == before
+    assert calibration_size(demo_checkpoint.directory) == before
 
 
 def test_training_is_deterministic_and_leaves_torch_alone() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from qsens.engine.samples import Samples
+from qsens.data.samples import Samples
 
 EXPERTS = 6
 # The expert of each layer that gets no token.

@@ -12,7 +12,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from qsens.engine.samples import Picture, Samples
+from qsens.data.samples import Picture, Samples
 
 IMAGE, START, END = 190, 192, 193
 # Qwen2.5-VL's windows are 4x4 patches here: one whole, six of which five are cut, one narrow.

@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qsens.checkpoint.experts import is_experts
 from qsens.engine import float32
-from qsens.engine.experts import is_experts
 from qsens.engine.float32 import exact_products, in_float32, split
-from qsens.engine.kl import divergences
+from qsens.engine.kl.divergence import divergences
 from qsens.errors import UserError
-
-from . import mixtures, pictures
+from tests.engine import mixtures, pictures
 
 _NEEDS_GPU = pytest.mark.skipif(
     float32.triton is None or not torch.cuda.is_available(), reason="needs a GPU and Triton"

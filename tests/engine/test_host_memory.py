@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsens.engine.budget import free_memory
 from qsens.engine.host_memory import available_memory, most_memory
+from qsens.engine.memory import free_memory
 
 MIB = 1 << 20
 V1 = "9:name=systemd:/\n4:cpuset,memory:/docker/abc\n0::/\n"

@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from qsens.config import PairConfig, Roots, choices, load_sweep
+from qsens.data.samples import Samples, equal_length_batches, nominal_labels
 from qsens.engine.candidates import Candidates, Request, distinct, needs_calibration
-from qsens.engine.samples import Samples, equal_length_batches, nominal_labels
 from qsens.engine.scores import PassScores
 
 pytest.importorskip("modelopt")
 
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-from qsens.engine import fused, reference
-from qsens.engine.calibrate import calibrate
-from qsens.engine.groups import find_groups
+from qsens.checkpoint.groups import find_groups
+from qsens.engine.amax import calibrate
+from qsens.engine.gradient import scorer
+from qsens.engine.modelopt import reference
 
 REPO = Path(__file__).resolve().parents[2]
 ROOTS = Roots(root=REPO, results=REPO, configs=(REPO / "configs",))
@@ -114,12 +115,16 @@ def one_pass(
         ]
     )
     batches = equal_length_batches(samples, boundaries=[len(samples)], batch_size=BATCH_SIZE)
-    maxima = {}
-    if candidates.snapshots():
-        maxima = calibrate(
-            model, samples, groups, snapshots=candidates.snapshots(), batches=batches
+    amax = {}
+    if candidates.calibration_sizes():
+        amax = calibrate(
+            model,
+            samples,
+            groups,
+            calibration_sizes=candidates.calibration_sizes(),
+            batches=batches,
         )
-    found = fused.score(model, samples, groups, candidates, maxima, batches=batches)
+    found = scorer.score(model, samples, groups, candidates, amax, batches=batches)
     return found, candidates, [group.name for group in found.groups]
 
 

@@ -8,18 +8,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from qsens.checkpoint.groups import find_groups
 from qsens.config import load_sweep
-from qsens.engine import fisher, fused
-from qsens.engine.budget import Budget
-from qsens.engine.calibrate import calibrate
+from qsens.data.samples import Samples
+from qsens.engine.amax import calibrate
 from qsens.engine.candidates import Candidates, Request, distinct
-from qsens.engine.divergence import diverge
-from qsens.engine.groups import find_groups
+from qsens.engine.gradient import fisher, scorer
+from qsens.engine.kl.measure import diverge
+from qsens.engine.memory import Budget
 from qsens.engine.quantizer import on_cpu
-from qsens.engine.samples import Samples
 from qsens.engine.scores import PassScores
-
-from . import pictures
+from tests.engine import pictures
 
 COUNT, SCORED, BATCH = 12, 8, 4
 
@@ -55,10 +54,10 @@ def run(
 ) -> tuple[list[str], PassScores]:
     candidates, model = one(name), pictures.model(family)
     groups = find_groups(model)
-    maxima = {}
-    if candidates.snapshots():
-        maxima = calibrate(model, samples, groups, snapshots=[COUNT])
-    found = fused.score(model, samples, groups, candidates, maxima, budget=budget)
+    amax = {}
+    if candidates.calibration_sizes():
+        amax = calibrate(model, samples, groups, calibration_sizes=[COUNT])
+    found = scorer.score(model, samples, groups, candidates, amax, budget=budget)
     assert found.failures.refused == {}
     return [group.name for group in groups], found
 
@@ -154,18 +153,18 @@ def test_a_sample_scores_what_it_scores_alone(family: str, samples: Samples) -> 
     """Rows of the tower go to the sample of their picture, in whatever order they are."""
     candidates, model = one("wint8_aint8"), pictures.model(family)
     groups = find_groups(model)
-    maxima = calibrate(model, samples, groups, snapshots=[COUNT])
-    together = fused.score(model, samples, groups, candidates, maxima).per_sample
-    truth = diverge(model, samples, groups, candidates, maxima, boundaries=[]).per_sample
+    amax = calibrate(model, samples, groups, calibration_sizes=[COUNT])
+    together = scorer.score(model, samples, groups, candidates, amax).per_sample
+    truth = diverge(model, samples, groups, candidates, amax, boundaries=[]).per_sample
     for index in range(SCORED):
         single = alone(samples, index)
-        found = fused.score(model, single, groups, candidates, maxima).per_sample
+        found = scorer.score(model, single, groups, candidates, amax).per_sample
         torch.testing.assert_close(found[..., 0], together[..., index], rtol=1e-4, atol=0)
-        found = diverge(model, single, groups, candidates, maxima, boundaries=[]).per_sample
+        found = diverge(model, single, groups, candidates, amax, boundaries=[]).per_sample
         torch.testing.assert_close(found[..., 0], truth[..., index], rtol=1e-3, atol=1e-9)
     # The draws of a sample hang on its index: one sample at a time, but of the same samples.
     budget = Budget(limit=0, max_tokens=1, predicted=0)
-    given = (model, samples, groups, candidates, maxima)
+    given = (model, samples, groups, candidates, amax)
     drawn = fisher.estimate(*given, draws=8, seed=0).per_sample
     split = fisher.estimate(*given, draws=8, seed=0, budget=budget).per_sample
     torch.testing.assert_close(split, drawn, rtol=1e-3, atol=1e-12)
@@ -198,7 +197,7 @@ def test_fisher_estimates_the_divergence_of_the_captions(family: str, samples: S
 def test_labels_are_the_caption_alone(family: str, samples: Samples) -> None:
     model = pictures.model(family)
     groups = find_groups(model)
-    found = fused.score(model, samples, groups, one("wint8_afp16"), {})
+    found = scorer.score(model, samples, groups, one("wint8_afp16"), {})
     for index in range(SCORED):
         ids = torch.tensor([samples.ids[index]])
         picture = samples.pictures[index]

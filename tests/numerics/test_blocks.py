@@ -6,8 +6,7 @@ import torch
 from qsens.numerics.blocks import fake_mx, fake_nvfp4, from_blocks, to_blocks
 from qsens.numerics.floats import E2M1, E3M2, E4M3
 from qsens.numerics.integers import Integer
-
-from . import oracle
+from tests.numerics import oracle
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from qsens.numerics import floats
-
-from . import oracle
+from tests.numerics import oracle
 
 GRIDS = {
     "E2M1": (floats.E2M1, oracle.E2M1),

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from qsens.numerics.integers import Integer, fake_integer
-
-from . import oracle
+from tests.numerics import oracle
 
 
 def row(*values: float) -> torch.Tensor:

@@ -7,9 +7,8 @@ import torch
 
 from qsens.numerics import compute_amax, fake_quantize, kernels
 from qsens.numerics.formats import format_of
-
-from .test_golden import DTYPES, OURS, differing, formats, read, without_ours
-from .test_quantize import ALL
+from tests.numerics.test_golden import DTYPES, OURS, differing, formats, read, without_ours
+from tests.numerics.test_quantize import ALL
 
 pytestmark = pytest.mark.skipif(
     kernels.triton is None or not torch.cuda.is_available(), reason="needs a GPU and Triton"

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from qsens.numerics import compute_amax, fake_quantize
-
-from . import oracle
+from tests.numerics import oracle
 
 pytest.importorskip("modelopt")
 

@@ -10,8 +10,7 @@ from hypothesis.extra import numpy as arrays
 import qsens.numerics
 from qsens.errors import UserError
 from qsens.numerics import compute_amax, fake_quantize, is_dynamic, supports
-
-from . import oracle
+from tests.numerics import oracle
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from qsens.numerics.scales import abs_max, e8m0, nvfp4
-
-from . import oracle
+from tests.numerics import oracle
 
 NAN, INF = float("nan"), float("inf")
 

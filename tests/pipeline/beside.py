@@ -23,12 +23,12 @@ from typing import Any
 
 from qsens.errors import QsensError
 from qsens.grid import Plan, read_plan
-from qsens.pipeline.prune import prune
 from qsens.pipeline.publish import publish, report
 from qsens.pipeline.recipe import write_recipe
 from qsens.published import shown_sweeps
 from qsens.results import MANIFEST, STATE, read_result
 from qsens.store import Store
+from qsens.tools.prune import prune
 
 READING = ("report", "recipe", "shown")
 PROCESSES = (("compute",), ("publish",), ("publish",), ("prune",), ("prune",), READING)

@@ -26,29 +26,28 @@ import yaml
 
 from qsens.analysis.audit import judge
 from qsens.analysis.samples import read_samples as read_samples_of
+from qsens.checkpoint.templates import check_chat_template
 from qsens.checksums import sealed
 from qsens.config import Roots, choices, load_sweep
+from qsens.data.captions import read_samples
+from qsens.data.images import read_resolution
 from qsens.documents import dump_document
-from qsens.engine.captions import read_samples
 from qsens.engine.host_memory import most_memory
-from qsens.engine.pictures import read_resolution
-from qsens.engine.templates import check_chat_template
 from qsens.errors import QsensError, TryAgain, UserError
 from qsens.grid import read_plan
-from qsens.manifest import Audit, Point
 from qsens.pipeline.audit import is_audited
-from qsens.pipeline.coco import draw, read_annotations
 from qsens.pipeline.failures import Failure, failure_to_tell
 from qsens.pipeline.plan import plan_json, plan_sweep
-from qsens.pipeline.prune import prune
 from qsens.pipeline.publish import publish, report
 from qsens.pipeline.recipe import write_recipe
 from qsens.published import shown_sweeps
 from qsens.reading import read_json
+from qsens.schema.manifest import Audit, Point
 from qsens.store import Store
+from qsens.tools.coco import draw, read_annotations
+from qsens.tools.prune import prune
 from qsens.writing import write_bytes, write_text
-
-from . import results
+from tests.pipeline import results
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 TEXT = {

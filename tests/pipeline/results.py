@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepConfig
 from qsens.config.models import AutoquantConfig
 from qsens.grid import Cell, CheckpointIdentity, Plan, SamplesIdentity, make_plan
-from qsens.manifest import Manifest, dump_json
+from qsens.schema.manifest import Manifest, dump_json
 from qsens.store import Store
 
 LAYERS = [f"model.layers.{depth}.mlp.down_proj" for depth in range(12)]

@@ -15,11 +15,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from qsens.config import Roots
 from qsens.grid import Plan
-from qsens.manifest import Manifest, read_manifest
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.sweep import run_sweep
-
-from ..engine import pictures
+from qsens.schema.manifest import Manifest, read_manifest
+from tests.engine import pictures
 
 REPO = Path(__file__).resolve().parents[2]
 SIZES = {"small": 4, "medium": 8, "large": 12}

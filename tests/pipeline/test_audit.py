@@ -14,11 +14,10 @@ import pytest
 
 from qsens.analysis.audit import digest_of, judge
 from qsens.documents import dump_document, dump_json
-from qsens.manifest import Audit, Point, read_manifest
 from qsens.pipeline.audit import find_audits
+from qsens.schema.manifest import Audit, Point, read_manifest
 from qsens.store import Store
-
-from . import results
+from tests.pipeline import results
 
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult

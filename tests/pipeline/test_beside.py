@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 from qsens.grid import read_plan
-from qsens.manifest import MANIFEST_SUFFIX
 from qsens.pipeline.plan import plan_json
 from qsens.pipeline.stored import Result, read_sweep
 from qsens.results import read_result
+from qsens.schema.manifest import MANIFEST_SUFFIX
 from qsens.store import Store
-
-from . import results
+from tests.pipeline import results
 
 BESIDE = Path(__file__).with_name("beside.py")
 TIMES = 6

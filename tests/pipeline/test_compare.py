@@ -15,8 +15,7 @@ from qsens.pipeline.compare import compare
 from qsens.pipeline.publish import publish
 from qsens.report.compare import write_comparison
 from qsens.store import Store
-
-from . import results
+from tests.pipeline import results
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
 MOVING = {results.LAYERS[3]: 5.0}

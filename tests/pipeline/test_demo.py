@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qsens.manifest import Manifest, read_manifest
+from qsens.schema.manifest import Manifest, read_manifest
 
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult

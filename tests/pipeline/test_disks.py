@@ -18,17 +18,16 @@ from qsens.locks import held, lock_at
 from qsens.pipeline.audit import audit
 from qsens.pipeline.cell import calibrate, score
 from qsens.pipeline.compare import compare
-from qsens.pipeline.doctor import examine
 from qsens.pipeline.plan import plan_sweep
-from qsens.pipeline.prune import prune
 from qsens.pipeline.publish import publish, report
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
 from qsens.store import Store
+from qsens.tools.doctor import examine
+from qsens.tools.prune import prune
 from qsens.writing import write_bytes
 from tests import disks
-
-from . import fuzz, results
+from tests.pipeline import fuzz, results
 
 
 def files(root: Path) -> dict[str, bytes]:

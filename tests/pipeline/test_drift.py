@@ -8,8 +8,7 @@ from qsens.grid import Plan
 from qsens.pipeline.publish import publish, report
 from qsens.report import Summary
 from qsens.store import Store
-
-from . import results
+from tests.pipeline import results
 
 MOVING = {results.LAYERS[3]: 5.0}
 

@@ -12,14 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from qsens.errors import AnswerIsNo, UserError
 from qsens.grid import Plan
-from qsens.manifest import read_manifest
 from qsens.pipeline.cell import score
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
+from qsens.schema.manifest import read_manifest
 from qsens.store import Store
-
-from ..engine.hostile import plan_of, write_captions
-from ..engine.tiny_families import CAPTIONS, configuration, save
+from tests.checkpoint.hostile import plan_of, write_captions
+from tests.checkpoint.tiny_families import CAPTIONS, configuration, save
 
 WEIGHTS = "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

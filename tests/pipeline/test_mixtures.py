@@ -17,21 +17,20 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
 )
 
+from qsens.checkpoint.groups import find_groups
+from qsens.checkpoint.loading import load_model
 from qsens.config import Roots, choices, load_sweep
-from qsens.engine.budget import plan_budget
 from qsens.engine.candidates import Request, distinct
-from qsens.engine.checkpoint import load_model
-from qsens.engine.groups import find_groups
+from qsens.engine.memory import plan_budget
 from qsens.grid import Plan
-from qsens.manifest import Manifest, read_manifest
-from qsens.pipeline.checks import check_formats, covered_shapes
 from qsens.pipeline.plan import plan_sweep
+from qsens.pipeline.preflight import check_formats, covered_shapes
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
 from qsens.pipeline.verify import verify
-
-from ..engine import mixtures, pictures
-from . import seeing
+from qsens.schema.manifest import Manifest, read_manifest
+from tests.engine import mixtures, pictures
+from tests.pipeline import seeing
 
 REPO = Path(__file__).resolve().parents[2]
 LAYERS = [f"model.layers.{depth}.mlp.experts" for depth in range(2)]

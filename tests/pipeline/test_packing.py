@@ -18,9 +18,8 @@ from qsens.errors import UserError
 from qsens.pipeline.packing import pack
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.shapes import module_shapes
-
-from .seeing import Place
-from .test_weight_names import before, renamed
+from tests.pipeline.seeing import Place
+from tests.pipeline.test_weight_names import before, renamed
 
 
 def row(layer: str, weights: int, kind: str = "down", *members: str, status: str = "scored") -> Row:

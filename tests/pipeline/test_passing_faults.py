@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from qsens.config import Roots
-from qsens.engine import copies, fused
+from qsens.engine.gradient import scorer
+from qsens.engine.kl import perturbed_forward
 from qsens.errors import Fault
 from qsens.grid import Plan
-from qsens.manifest import Manifest, read_manifest
 from qsens.pipeline.audit import audit, find_audits
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.sweep import run_sweep
+from qsens.schema.manifest import Manifest, read_manifest
 from qsens.store import Store
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def numbers(manifest: Manifest) -> dict[str, float | None]:
 
 
 @pytest.mark.parametrize(
-    ("method", "module"), [("gradient", fused), ("fisher", fused), ("kl_div", copies)]
+    ("method", "module"), [("gradient", scorer), ("fisher", scorer), ("kl_div", perturbed_forward)]
 )
 def test_the_cell_fails_alone_and_is_computed_again(
     method: str,
@@ -96,7 +97,7 @@ def test_an_audit_fails_for_its_pair_alone_and_is_made_again(
     plan = plan_of(demo_checkpoint, tmp_path, "fisher")
     run_sweep(plan)
     with monkeypatch.context() as broken:
-        break_integers(broken, copies)
+        break_integers(broken, perturbed_forward)
         with pytest.raises(Fault, match="No space left on device"):
             audit(plan)
     assert [found.pair for found in find_audits(Store(plan))] == ["wfp8_afp16"]

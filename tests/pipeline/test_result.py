@@ -10,16 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qsens.checkpoint.groups import Group
 from qsens.config import Roots
 from qsens.documents import dump_document
-from qsens.engine.groups import Group
 from qsens.engine.scores import CellScores, GroupScore
-from qsens.manifest import Manifest, Status, read_manifest
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.result import build_manifest
 from qsens.pipeline.sweep import run_sweep
-
-from . import results
+from qsens.schema.manifest import Manifest, Status, read_manifest
+from tests.pipeline import results
 
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult

@@ -12,21 +12,21 @@ from PIL import Image
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qsens.engine.chat import chat_samples, load_processor
+from qsens.data.chat import chat_samples, load_processor
 from qsens.errors import QsensError, UserError
 from qsens.grid import Plan
-from qsens.manifest import Manifest, read_manifest
 from qsens.pipeline.audit import audit
 from qsens.pipeline.cell import calibrate, score
-from qsens.pipeline.prune import prune
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
 from qsens.pipeline.verify import verify
+from qsens.schema.manifest import Manifest, read_manifest
 from qsens.store import Store
-
-from ..engine import pictures, tiny_families
-from . import seeing
-from .seeing import MAX_PIXELS, SIZES, Place, rows, scores
+from qsens.tools.prune import prune
+from tests.checkpoint import tiny_families
+from tests.engine import pictures
+from tests.pipeline import seeing
+from tests.pipeline.seeing import MAX_PIXELS, SIZES, Place, rows, scores
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +198,11 @@ def test_digests_follow_what_the_model_sees(place: Place) -> None:
         file.write(b"more")
     bytes_changed = digests()
     for cell, digest in before.items():
-        sees = "all_layers" in cell
-        assert (changed[cell] != digest) == sees
-        assert (pixels[cell] != digest) == sees
+        takes_images = "all_layers" in cell
+        assert (changed[cell] != digest) == takes_images
+        assert (pixels[cell] != digest) == takes_images
         # The seventh picture is none of the small size.
-        assert (bytes_changed[cell] != digest) == (sees and not cell.endswith("small"))
+        assert (bytes_changed[cell] != digest) == (takes_images and not cell.endswith("small"))
 
 
 def test_pictures_that_changed_since_the_plan_are_refused(place: Place) -> None:
@@ -386,7 +386,7 @@ def test_samples_are_what_the_processor_and_the_template_make(place: Place) -> N
     processor = Qwen2VLImageProcessorPil.from_pretrained(place.checkpoint)
     processor.size["longest_edge"] = MAX_PIXELS
     theirs = processor(images=[picture], return_tensors="pt")
-    from qsens.engine.pictures import PictureReader
+    from qsens.data.images import PictureReader
 
     pixels = PictureReader.of(place.plan()).read(image)
     assert pixels is not None

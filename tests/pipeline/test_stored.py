@@ -19,7 +19,6 @@ from qsens.config import Roots
 from qsens.documents import dump_document
 from qsens.errors import Damaged, Fault, OutOfMemory, QsensError, TryAgain, UserError
 from qsens.grid import Plan, calibration_digest, read_plan
-from qsens.manifest import read_manifest
 from qsens.pipeline import compute
 from qsens.pipeline.audit import audit, find_audits, is_audited
 from qsens.pipeline.cell import calibrate, score
@@ -30,10 +29,10 @@ from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.stored import Result
 from qsens.pipeline.sweep import run_sweep
 from qsens.report.sweep import read_summary
+from qsens.schema.manifest import read_manifest
 from qsens.store import Store
-
-from ..engine import tiny_families
-from . import results
+from tests.checkpoint import tiny_families
+from tests.pipeline import results
 
 REPO = Path(__file__).resolve().parents[2]
 FLIPS = 40

@@ -12,8 +12,7 @@ from qsens.errors import UserError
 from qsens.pipeline import compute
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.verify import verify
-
-from .seeing import Place
+from tests.pipeline.seeing import Place
 
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qsens.engine.files import shapes
+from qsens.checkpoint.files import shapes
 from qsens.errors import UserError
 from qsens.pipeline.cell import score
-
-from ..engine import pictures
-from .seeing import Place, rows, scores
+from tests.engine import pictures
+from tests.pipeline.seeing import Place, rows, scores
 
 PAIRS = "wint8_aint8,wint4_afp16"
 CELLS = [f"{pair}{coverage}-small" for pair in PAIRS.split(",") for coverage in ("-all_layers", "")]
@@ -76,7 +75,7 @@ def test_either_name_of_the_tower_loads_plans_and_scores_alike(family: str, tmp_
 
 def test_names_that_fit_no_module_are_refused_by_name(tmp_path: Path) -> None:
     place = Place(tmp_path)
-    astray = renamed(place.checkpoint, tmp_path / "astray", lambda name: f"tower.{name}")
-    plan = place.plan(f"model.path={astray}", "dataset.size=small")
+    unmatched = renamed(place.checkpoint, tmp_path / "astray", lambda name: f"tower.{name}")
+    plan = place.plan(f"model.path={unmatched}", "dataset.size=small")
     with pytest.raises(UserError, match=r"weights are missing, the first is lm_head\.weight"):
         score(plan, "wint8_aint8-all_layers-small")

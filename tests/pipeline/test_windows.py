@@ -12,17 +12,16 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from qsens.engine.chat import chat_samples, load_processor
-from qsens.engine.checkpoint import load_tokenizer
-from qsens.engine.pictures import PictureReader
+from qsens.checkpoint.loading import load_tokenizer
+from qsens.data.chat import chat_samples, load_processor
+from qsens.data.images import PictureReader
 from qsens.errors import UserError
 from qsens.grid import Plan
-from qsens.manifest import Manifest, read_manifest
 from qsens.pipeline.cell import calibrate, score
 from qsens.pipeline.verify import verify
-
-from ..engine import pictures
-from .seeing import SIZES, Place, rows, scores
+from qsens.schema.manifest import Manifest, read_manifest
+from tests.engine import pictures
+from tests.pipeline.seeing import SIZES, Place, rows, scores
 
 TOWER = pictures.TOWER["Qwen2.5-VL"]
 

@@ -13,7 +13,7 @@ import pytest
 from qsens.analysis.audit import judge
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepConfig
 from qsens.grid import CheckpointIdentity, Plan, SamplesIdentity, make_plan
-from qsens.manifest import Audit, Manifest, Point
+from qsens.schema.manifest import Audit, Manifest, Point
 
 QUANTIZER = {"num_bits": 8, "axis": 0}
 

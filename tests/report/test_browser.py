@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qsens.analysis.reasons import Difference
+from qsens.analysis.provenance import Difference
 from qsens.analysis.samples import SampleScores
 from qsens.config.models import SIZES
-from qsens.manifest import Manifest
 from qsens.report import build_summary, write_cell, write_model_index, write_sweep
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison, write_comparison
 from qsens.report.findings import Drift, Moved
-
-from ..browser import PHONE, Watched, chromium
-from .conftest import Make
-from .test_cell_report import HOSTILE
+from qsens.schema.manifest import Manifest
+from tests.browser import PHONE, Watched, chromium
+from tests.report.conftest import Make
+from tests.report.test_cell_report import HOSTILE
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 NAMES = ("qkv", "o", "gate_up", "down")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from qsens.analysis.samples import SampleScores
-from qsens.manifest import Manifest, read_manifest
 from qsens.report import build_cell, write_cell
 from qsens.report.charts import depth_map
+from qsens.schema.manifest import Manifest, read_manifest
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
 HOSTILE = {

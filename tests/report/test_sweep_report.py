@@ -10,13 +10,13 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from qsens.analysis.allocation import ParetoPoint
 from qsens.analysis.samples import SampleScores
 from qsens.config import DatasetConfig
-from qsens.manifest import read_manifest
+from qsens.recipes.allocation import ParetoPoint
 from qsens.report import Summary, build_summary, charts, write_sweep
 from qsens.report.charts import pareto
 from qsens.report.views import heat_table, protected
+from qsens.schema.manifest import read_manifest
 
 A, B = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 CELLS = ["wint8_afp16-small", "wint8_afp16-medium", "wfp8_afp8-small", "wfp8_afp8-medium"]

@@ -1,0 +1,1 @@
+"""A checkpoint: its files and digests, structure, groups, experts, loading."""

@@ -1,0 +1,186 @@
+"""Load a checkpoint: model and tokenizer, from a local directory, safetensors only. Needs torch."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+
+from qsens.checkpoint.experts import is_experts
+from qsens.checkpoint.files import find_weights, read_config
+from qsens.checkpoint.quantized import refuse_quantized
+from qsens.checkpoint.refusals import refusals
+from qsens.checkpoint.structure import find_head, head_of, remember_head, resolve_components
+from qsens.checkpoint.templates import read_chat_template
+from qsens.config import ModelConfig
+from qsens.errors import UserError
+from qsens.reading import shown
+
+# What ModelOpt makes quantized modules of.
+QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ATTENTION = "_attn_implementation"
+_INSTALL = (
+    "Install a newer transformers, or what it asks for; set model.trust_remote_code=true if the "
+    "checkpoint brings its own code and you trust it."
+)
+log = logging.getLogger(__name__)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of that name; ``auto`` is the first GPU where there is one, else the CPU.
+
+    Attention never goes through cuDNN from here on: it builds a plan for each shape of a batch,
+    for seconds, and its gradient is NaN where a row is masked whole.
+
+    Raises:
+        UserError: A GPU is asked for that is not there.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    available = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if available else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (
+        not available or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UserError(
+            f"there is no device '{name}'",
+            where="autoquant.device",
+            remedy=f"{torch.cuda.device_count()} CUDA devices are visible; use auto or cpu.",
+        )
+    return device
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Return whether ModelOpt quantizes a module: a linear one, a convolution, or experts."""
+    return isinstance(module, QUANTIZABLE) or is_experts(module)
+
+
+def device_name(device: torch.device) -> str:
+    """Return a device in words: ``cpu``, or the card's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
+    """Load the model in evaluation mode, in the data type of its model file.
+
+    Raises:
+        UserError: The files are not whole or quantized already, this transformers cannot load the
+            architecture, or the patterns of its parts leave a module out.
+    """
+    weights = find_weights(config.path)
+    refuse_quantized(config.path)
+    settings = _settings(config)
+    _choose_attention(settings)
+    # What was hashed is what is read, whatever else lies there.
+    settings.transformers_weights = weights.entry
+    auto = (
+        AutoModelForImageTextToText
+        if type(settings) in AutoModelForImageTextToText._model_mapping
+        else AutoModelForCausalLM
+    )
+    with refusals(
+        f"transformers {transformers.__version__} cannot load it",
+        where=f"model.path = {config.path}",
+        remedy=_INSTALL,
+    ):
+        model, report = auto.from_pretrained(
+            config.path,
+            config=settings,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+        )
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, held, wanted = mismatched[0]
+        raise UserError(
+            f"{len(mismatched)} weights have another shape than config.json says, the first is "
+            f"{name}: {tuple(held)} where {tuple(wanted)} is said",
+            where=f"model.path = {config.path}",
+            remedy="Get the weights and the config.json of one and the same checkpoint.",
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{len(missing)} weights are missing, the first is {missing[0]}",
+            where=f"model.path = {config.path}",
+            remedy="The score of a randomly filled layer means nothing: get the whole checkpoint.",
+        )
+    if any(map(is_experts, model.modules())):
+        # As ModelOpt has it: other ways to multiply round otherwise.
+        model.set_experts_implementation("eager")
+    names = [name for name, module in model.named_modules() if is_quantizable(module)]
+    remember_head(model, find_head(names, resolve_components(config)))
+    model.requires_grad_(False)
+    module: nn.Module = model.to(device).eval()
+    return module
+
+
+def has_tied_head(model: nn.Module) -> bool:
+    """Return whether the head of a loaded model shares its weight with another module."""
+    weight = head_of(model).weight
+    names = [name for name, one in model.named_parameters(remove_duplicate=False) if one is weight]
+    return len(names) > 1
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Load the checkpoint's own tokenizer.
+
+    Raises:
+        UserError: There is none, or it is broken.
+    """
+    _settings(config)  # which a tokenizer reads as well: what is wrong with it is said of it
+    with refusals(
+        "its tokenizer cannot be loaded",
+        where=f"model.path = {config.path}",
+        remedy="Save the tokenizer beside the weights, and install what it asks for.",
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.path, local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = read_chat_template(config.path)
+    return tokenizer
+
+
+def _settings(config: ModelConfig) -> Any:
+    kind = read_config(config.path).get("model_type", "unknown")
+    with refusals(
+        f"transformers {transformers.__version__} cannot load model type '{shown(kind)}'",
+        where=f"model.path = {config.path}",
+        remedy=_INSTALL,
+    ):
+        return AutoConfig.from_pretrained(
+            config.path, local_files_only=True, trust_remote_code=config.trust_remote_code
+        )
+
+
+def _choose_attention(settings: Any) -> None:
+    """Let transformers choose attention that is there, but where a part asks for ``eager``.
+
+    Other kinds need packages that may not be installed, and read no padding masks of ours.
+    """
+    parts = {"": settings} | {name: getattr(settings, name, None) for name in settings.sub_configs}
+    asked = {name: getattr(part, _ATTENTION, None) for name, part in parts.items()}
+    others = sorted({str(one) for one in asked.values()} - {"None", "eager", "sdpa"})
+    if others:
+        log.warning(
+            "config.json asks for attention '%s': transformers' own choice is used instead",
+            shown(", ".join(others)),
+        )
+    settings._attn_implementation = {
+        name: one if one == "eager" else None for name, one in asked.items()
+    }

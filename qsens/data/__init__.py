@@ -1,0 +1,1 @@
+"""Samples: captions, records and images, from files to tokens."""

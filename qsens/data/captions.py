@@ -1,0 +1,133 @@
+"""Captions of sample files, read without torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from qsens.checksums import digest_file
+from qsens.config import DatasetConfig
+from qsens.config.models import JSONL, SIZES, SQLITE, TEXT, Size, has_suffix
+from qsens.data.images import PictureReader, identify_pictures
+from qsens.data.records import CHOOSE, Record, read_records
+from qsens.errors import UserError
+from qsens.grid import SamplesIdentity
+from qsens.reading import read_bytes
+
+
+def read_captions(path: Path, split: str = "") -> list[str]:
+    """Return the captions of a file; see :func:`read_samples`."""
+    return [record.caption for record in read_samples(path, split)]
+
+
+def read_samples(path: Path, split: str = "") -> list[Record]:
+    """Return the samples of a file, captions stripped, in order, without empty ones.
+
+    A ``.txt`` file holds one a line; a byte-order mark and CRLF line ends are taken as what they
+    are. ``.jsonl`` and ``.sqlite`` are those of :mod:`qsens.data.records`.
+
+    Args:
+        path: The file; its suffix, in any case, says what it is.
+        split: Which samples of an SQLite file: the name of the size.
+
+    Raises:
+        UserError: The file has another suffix, is missing, empty, broken, no regular file, or no
+            UTF-8; the message names the line.
+    """
+    if not has_suffix(path, (*TEXT, *JSONL, *SQLITE)):
+        raise UserError(
+            f"is no file of samples that qsens knows: its suffix is '{path.suffix}'",
+            where=f"samples file {path}",
+            remedy=f"Known are {', '.join(TEXT)} (a caption a line), {', '.join(JSONL)} "
+            '({"image": PATH, "caption": TEXT} a line) and '
+            f"{', '.join(SQLITE)} (a table).",
+        )
+    if has_suffix(path, TEXT):
+        samples = [Record("", caption) for caption in _lines(path)]
+    else:
+        samples = read_records(path, split)
+    if not samples:
+        raise UserError(
+            "holds no caption", where=f"captions file {path}", remedy="Write one caption a line."
+        )
+    return samples
+
+
+def _lines(path: Path) -> list[str]:
+    data = read_bytes(path, where=f"captions file {path}", remedy=CHOOSE)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"line {line} is no UTF-8 (byte 0x{data[error.start]:02x})",
+            where=f"captions file {path}",
+            remedy="Save the file as UTF-8.",
+        ) from error
+    captions = [line.strip() for line in text.replace("\r\n", "\n").split("\n")]
+    return [caption for caption in captions if caption]
+
+
+def identify_samples(
+    dataset: DatasetConfig, sizes: Sequence[Size], reader: PictureReader | None = None
+) -> tuple[dict[Size, SamplesIdentity], list[str]]:
+    """Read the files of ``sizes``; check that each is the head of the next.
+
+    Args:
+        dataset: The data set.
+        sizes: The sizes.
+        reader: Reads the pictures; none where no cell does.
+
+    Returns:
+        What each file is, and a notice for each that is shorter than its size or skips pictures.
+
+    Raises:
+        UserError: A file is missing or broken, or is not the head of the next larger one; or no
+            picture can be used.
+    """
+    found: dict[Size, SamplesIdentity] = {}
+    heads: dict[Size, list[Record]] = {}
+    notices = []
+    for size in sizes:
+        path = dataset.path(size)
+        samples = read_samples(path, size)
+        heads[size] = samples[: dataset.limit(size)]
+        found[size] = SamplesIdentity(
+            path=path, digest=digest_file(path, remedy=CHOOSE), available=len(samples)
+        )
+        if len(samples) < dataset.asked(size):
+            notices.append(
+                f"{path.name} holds {len(samples)} captions, fewer than the {dataset.asked(size)} "
+                f"of size '{size}': its results are PARTIAL"
+            )
+    _check_nesting(dataset, heads, "caption", lambda record: record.caption)
+    if reader is not None:
+        _check_nesting(dataset, heads, "picture", lambda record: record.image)
+        pictures, more = identify_pictures(dataset, heads, reader)
+        notices += more
+        found = {
+            size: samples.model_copy(update={"pictures": pictures[size]})
+            for size, samples in found.items()
+        }
+    return found, notices
+
+
+def _check_nesting(
+    dataset: DatasetConfig,
+    heads: Mapping[Size, list[Record]],
+    what: str,
+    part: Callable[[Record], str],
+) -> None:
+    ordered = [size for size in SIZES if size in heads]
+    for smaller, larger in itertools.pairwise(ordered):
+        common = min(len(heads[smaller]), len(heads[larger]))
+        for line, (a, b) in enumerate(
+            zip(heads[smaller][:common], heads[larger][:common], strict=True), start=1
+        ):
+            if part(a) != part(b):
+                raise UserError(
+                    f"is not the head of {dataset.path(larger).name}: {what} {line} differs",
+                    where=f"captions file {dataset.path(smaller)}",
+                    remedy="Make each size the first samples of the next larger one.",
+                )

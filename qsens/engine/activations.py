@@ -1,0 +1,167 @@
+"""Rows of modules over a wave: what they read, gave, and got as gradients. Needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from qsens.data.samples import Batch, Unit
+
+UNITS: tuple[Unit, ...] = ("tokens", "patches", "visual")
+
+
+@dataclass
+class ModuleActivations:
+    """The rows of one module over a wave, in the order of its batches: its real tokens, or those
+    of the pictures.
+
+    Attributes:
+        unit: What the rows are.
+        inputs: ``(tokens, in)``; the very same object where modules read one input.
+        outputs: ``(tokens, out)``.
+        slopes: Gradients at the output, of every loss that goes backward,
+            ``(losses, tokens, out)``.
+        routing: Of experts alone: the experts of each token and the router's weights of them,
+            both ``(tokens, experts of a token)``.
+    """
+
+    unit: Unit
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+    grad_output: torch.Tensor
+    routing: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass
+class SavedLayer:
+    """One run of a layer: what went in, what came out, and its record where one was kept."""
+
+    name: str
+    hidden: torch.Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: torch.Tensor
+    record: tuple[torch.Tensor, torch.Tensor] | None
+    grad_output: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class SavedForward:
+    """A batch between its forward and its backward pass.
+
+    Attributes:
+        batch: The batch, on the model's device.
+        real: Indices of the real tokens, padding counted; none where nothing is padded.
+        counts: How many rows a tensor of each unit has.
+        hidden: The head's input, ``(samples, longest, hidden)``.
+    """
+
+    batch: Batch
+    real: torch.Tensor | None
+    counts: dict[Unit, int]
+    hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    calls: list[SavedLayer] = field(default_factory=list)
+
+    def rows(self, tensor: torch.Tensor, into: torch.Tensor) -> None:
+        """Write the rows of ``(samples, longest, channels)`` or ``(rows, channels)``."""
+        flat = tensor.flatten(0, -2)
+        if self.real is None or tensor.ndim == 2:
+            into.copy_(flat)
+        else:
+            torch.index_select(flat, 0, self.real, out=into)
+
+    def unit(self, tensor: torch.Tensor) -> Unit:
+        """Return what the rows of a module's output are.
+
+        Raises:
+            RuntimeError: They are neither tokens nor those of the pictures.
+        """
+        if tensor.ndim > 2:
+            return "tokens"
+        for unit in ("patches", "visual"):
+            if self.counts[unit] == len(tensor):
+                return unit
+        raise RuntimeError(f"{len(tensor)} rows that belong to no sample")
+
+
+class ActivationBuffer:
+    """Gathers the rows of a layer's modules, batch after batch.
+
+    Args:
+        totals: Rows of the wave, by unit.
+        losses: Losses that go backward, one after the other.
+
+    Attributes:
+        loss: Index of the loss that goes backward now.
+    """
+
+    def __init__(self, totals: Mapping[Unit, int], losses: int) -> None:
+        self.totals = totals
+        self.losses = losses
+        self.loss = 0
+        self.rows: dict[str, ModuleActivations] = {}
+
+    @contextmanager
+    def batch(self, saved: SavedForward, starts: Mapping[Unit, int]) -> Iterator[None]:
+        """Take the rows of ``saved`` while the context lasts; they begin at ``starts``."""
+        self._flight = saved
+        self._at = {
+            unit: slice(start, start + saved.counts[unit]) for unit, start in starts.items()
+        }
+        self._by_address: dict[int, torch.Tensor] = {}
+        self._filled: set[int] = set()
+        self._missing = set(self.rows)
+        yield
+        for name in self._missing:  # no gradient of this batch reached it
+            rows = self.rows[name]
+            for tensor in (rows.inputs, rows.outputs, *rows.grad_output, *rows.routing):
+                tensor[self._at[rows.unit]] = 0
+
+    def take(
+        self,
+        name: str,
+        inputs: torch.Tensor,
+        outputs: torch.Tensor,
+        grad_output: torch.Tensor,
+        routing: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Take what one module read, gave, and got as a gradient; of experts their routing too."""
+        if routing:  # experts see padded batches flat
+            shape = self._flight.batch.input_ids.shape
+            inputs, outputs, grad_output, *routing = (
+                tensor.reshape(*shape, -1) for tensor in (inputs, outputs, grad_output, *routing)
+            )
+        rows = self.rows.get(name)
+        if rows is None:
+            # q, k and v read one tensor: its rows are taken once and are one object.
+            shared = self._by_address.get(inputs.data_ptr())
+            unit = self._flight.unit(outputs)
+            rows = ModuleActivations(
+                unit,
+                self._new(unit, inputs) if shared is None else shared,
+                self._new(unit, outputs),
+                self._new(unit, grad_output, self.losses),
+                tuple(self._new(unit, tensor) for tensor in routing),
+            )
+            self.rows[name] = rows
+            self._missing.add(name)
+            self._by_address[inputs.data_ptr()] = rows.inputs
+        at = self._at[rows.unit]
+        if name in self._missing:
+            self._missing.remove(name)
+            if id(rows.inputs) not in self._filled:
+                self._filled.add(id(rows.inputs))
+                self._flight.rows(inputs, rows.inputs[at])
+            self._flight.rows(outputs, rows.outputs[at])
+            for tensor, into in zip(routing, rows.routing, strict=True):
+                self._flight.rows(tensor, into[at])
+        self._flight.rows(grad_output, rows.grad_output[self.loss, at])
+
+    def _new(self, unit: Unit, like: torch.Tensor, *more: int) -> torch.Tensor:
+        # Earlier batches that did not reach the module count as zeros.
+        make = like.new_zeros if self._at[unit].start else like.new_empty
+        return make(*more, self.totals[unit], like.shape[-1])

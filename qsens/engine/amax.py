@@ -1,0 +1,133 @@
+"""Calibration: the maximum of every input over the first samples, a snapshot at each size.
+
+Needs torch. One run over the samples serves every size and every format: for the ``max``
+algorithm, the maximum does not depend on the format, and a running maximum in sample order passes
+every nested size on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from qsens.checkpoint.experts import input_names
+from qsens.checkpoint.groups import Group
+from qsens.data.samples import Batch, Samples, batch_tokens, padded_batches
+from qsens.engine.recompute import RecomputedModel
+from qsens.engine.scores import Progress, silent
+
+Amax = dict[str, torch.Tensor]
+"""The largest magnitude of each module's inputs over the real tokens: float32 scalars on a CPU."""
+
+
+class RunningAmax:
+    """Running maxima of the inputs of modules, with a snapshot wherever a size ends.
+
+    Args:
+        names: The inputs.
+        snapshots: Sample counts to stop at.
+        device: Where the modules are.
+    """
+
+    def __init__(
+        self, names: Iterable[str], calibration_sizes: Sequence[int], device: torch.device
+    ) -> None:
+        self._largest = {name: torch.zeros((), device=device) for name in names}
+        self._snapshots = calibration_sizes
+        self._device = device
+        self._found: dict[int, Amax] = {}
+        self._real: torch.Tensor | None = None
+        # Held, so that no other tensor can take its place in memory while it is compared with.
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def begin(self, batch: Batch) -> None:
+        """Take the inputs that come from now on for those of ``batch``."""
+        for count in self._snapshots:
+            if count <= batch.first and count not in self._found:
+                self._found[count] = dict(self._largest)
+        real = batch.real_tokens()
+        self._real = None if real is None else real.to(self._device)
+
+    @torch.no_grad()
+    def take(self, name: str, x: torch.Tensor) -> None:
+        """Take a module's input: ``(samples, longest, channels)``, or rows of a vision tower."""
+        if self._last is not None and self._last[1] is x:
+            self._largest[name] = self._largest[self._last[0]]  # q, k and v read one input
+            return
+        self._last = name, x
+        rows = x.flatten(0, -2)
+        rows = rows[self._real] if self._real is not None and x.ndim == 3 else rows
+        largest = torch.linalg.vector_norm(rows, ord=torch.inf, dtype=torch.float32)
+        self._largest[name] = torch.maximum(self._largest[name], largest)
+
+    def calibration_sizes(self) -> dict[int, Amax]:
+        """Return the maxima at every snapshot, all batches begun and done."""
+        self._last = None
+        return {
+            count: moved(self._found.get(count, self._largest), torch.device("cpu"))
+            for count in self._snapshots
+        }
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    samples: Samples,
+    groups: Sequence[Group],
+    *,
+    calibration_sizes: Sequence[int],
+    boundaries: Sequence[int] = (),
+    max_tokens: int | None = None,
+    batches: Sequence[Batch] | None = None,
+    progress: Progress = silent,
+) -> dict[int, Amax]:
+    """Return the maxima over the first ``n`` samples, for every ``n`` in ``calibration_sizes``.
+
+    A model without gradients is run over all samples; a pass that runs it anyway can do without,
+    see :class:`RunningAmax`.
+
+    Args:
+        model: The model, in evaluation mode.
+        samples: The samples, at least as many as the largest snapshot.
+        groups: The groups; those that are not covered are left out.
+        snapshots: Sample counts to stop at.
+        boundaries: Sample counts that no batch crosses; the snapshots are added.
+        max_tokens: Tokens of a batch at most, padding included.
+        batches: Batches to run instead of the engine's own, such as those of the other engine.
+        progress: Called as batches go through.
+    """
+    modules = {
+        name: model.get_submodule(name)
+        for group in groups
+        if group.covered
+        for name in group.members
+    }
+    run = RecomputedModel(model, modules)
+    inputs = [each for name, module in modules.items() for each in input_names(name, module)]
+    running = RunningAmax(inputs, calibration_sizes, run.device)
+    end = max(calibration_sizes)
+    if batches is None:
+        cuts = [*boundaries, *calibration_sizes]
+        together = batch_tokens(run.device)
+        batches = padded_batches(
+            samples, end, boundaries=cuts, together=together, max_tokens=max_tokens
+        )
+    batches = [batch for batch in batches if batch.first < end]
+    with run.watched(running.take):
+        for index, batch in enumerate(batches):
+            running.begin(batch)
+            hidden = run.hidden(batch)
+            for name, module in modules.items():
+                if module is run.head:
+                    running.take(name, hidden)
+            progress("calibrate", index + 1, len(batches))
+    return running.calibration_sizes()
+
+
+def moved(amax: Amax, device: torch.device) -> Amax:
+    """Return maxima on another device, moved in one transfer."""
+    if not amax:
+        return {}
+    return dict(zip(amax, torch.stack(list(amax.values())).to(device), strict=True))

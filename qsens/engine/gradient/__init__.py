@@ -1,0 +1,1 @@
+"""Scores from gradients: `gradient` (ModelOpt's formula) and `fisher`."""

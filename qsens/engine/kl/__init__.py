@@ -1,0 +1,1 @@
+"""Measured KL divergence: forward passes with one group quantized."""

@@ -1,0 +1,299 @@
+"""How much memory a pass may take, and how many tokens go through at once under it. Needs torch."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qsens.checkpoint.experts import expert_weights, is_experts
+from qsens.checkpoint.groups import Group
+from qsens.checkpoint.modules import layers_of
+from qsens.checkpoint.structure import head_of
+from qsens.data.samples import BATCH_TOKENS, Samples
+from qsens.engine.candidates import Candidates
+from qsens.engine.head import HEAD_ROWS
+from qsens.engine.host_memory import available_memory, most_memory
+from qsens.engine.quantizer import WEIGHT_CHUNK
+from qsens.errors import UserError
+
+GIB = 1 << 30
+# Environment variable: what a run after one that was out of memory may take of the budget, 0 to 1.
+MEMORY_SHARE = "QSENS_MEMORY_SHARE"
+# What is left to the allocator's own waste and to what the estimate does not see.
+_SHARE_OF_FREE = 0.8
+_LEAST_TOKENS = 64
+# Work on a weight is shared by the tokens of a wave: more than this saves little.
+_WAVE_TOKENS = 2 * BATCH_TOKENS
+# Forward alone, a token takes less, and kernels are launched for nothing else.
+_FORWARD_TOKENS = 4 * BATCH_TOKENS
+# What the records of all layers may take, and how many tokens they must reach for: a second run of
+# every layer costs less than quantizing every weight for a few tokens.
+_RECORDS = 6 * GIB
+_RECORDED_TOKENS = BATCH_TOKENS // 4
+_HEAD_FORMATS = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory of a pass.
+
+    Attributes:
+        limit: Bytes above the weights that the pass may take.
+        max_tokens: Tokens in flight at most, padding included.
+        predicted: Bytes above the weights that it is expected to take.
+        keeps_records: Whether the record of every layer is kept, so that none runs twice.
+        head_formats: Weight formats of the head that are held at once.
+    """
+
+    limit: int
+    max_tokens: int
+    predicted: int
+    keeps_records: bool = False
+    head_formats: int = 1
+
+
+def plan_budget(
+    model: nn.Module,
+    groups: Sequence[Group],
+    candidates: Candidates,
+    *,
+    limit_gb: float | None,
+    losses: int = 1,
+    samples: Samples | None = None,
+) -> Budget:
+    """Return how many tokens fit.
+
+    Args:
+        model: The model, loaded.
+        groups: Its groups.
+        candidates: What the pass computes.
+        limit_gb: GiB above the weights; from what is free when not given.
+        losses: Losses that go backward, each with gradients of its own; 0 where nothing does.
+        samples: The samples: how many patches of pictures a token brings along.
+    """
+    parameter = next(model.parameters())
+    free = limit_gb * GIB if limit_gb else free_memory(parameter.device) * _SHARE_OF_FREE
+    limit = int(free * memory_share())
+    # Measured divergences are taken in float32; so are changes of outputs under several losses.
+    wide = parameter.element_size() if losses == 1 else max(4, parameter.element_size())
+    size = parameter.element_size() if losses else wide
+    rows = _Rows.of(model, samples)
+    fixed, per_token, records = _footprint(model, groups, candidates, size, wide, losses, rows)
+    fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
+    # Patches that a token brings along are work on weights too: fewer tokens share it as well.
+    enough = int((_WAVE_TOKENS if losses else _FORWARD_TOKENS) / max(1.0, rows.patches / 2))
+    tokens = min(enough, fitting)
+    recorded = int((min(limit, _RECORDS) - fixed) / (per_token + records))
+    keeps = losses > 0 and recorded >= _RECORDED_TOKENS
+    if keeps:
+        tokens, per_token = min(enough, recorded), per_token + records
+    predicted = int(fixed + tokens * per_token)
+    head: torch.Tensor = head_of(model).weight
+    more = (limit - predicted) // (head.numel() * size)
+    formats = max(1, min(_HEAD_FORMATS, len(candidates.weights), 1 + more))
+    return Budget(
+        limit=limit,
+        max_tokens=tokens,
+        predicted=predicted + (formats - 1) * head.numel() * size,
+        keeps_records=keeps,
+        head_formats=formats,
+    )
+
+
+def memory_share() -> float:
+    """Return the share of its budget that a pass may take, above 0 and at most 1.
+
+    Raises:
+        UserError: The environment says something else.
+    """
+    text = os.environ.get(MEMORY_SHARE) or "1"
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(
+            f"'{text}' is no share",
+            where=f"environment variable {MEMORY_SHARE}",
+            remedy="Set it to a number above 0 and at most 1, or unset it.",
+        )
+    return share
+
+
+def peak(device: torch.device) -> int:
+    """Return the bytes that were taken at most since ``reset_peak`` (on a CPU: ever)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return most_memory()
+
+
+def reset_peak(device: torch.device) -> int:
+    """Start measuring; return the bytes that are taken now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return int(torch.cuda.memory_allocated(device))
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How many rows a token is to each part of a model, at most over the samples.
+
+    Attributes:
+        layers: Names of the layers.
+        tower: Name of the vision tower; empty where there is none.
+        patches: Patches of pictures a token.
+        visual: The same once they are merged.
+        kept: Values a token that are kept between the layers: what goes in.
+    """
+
+    layers: tuple[str, ...]
+    tower: str
+    patches: float
+    visual: float
+    kept: float
+
+    @classmethod
+    def of(cls, model: nn.Module, samples: Samples | None) -> _Rows:
+        """Return those of a model and samples."""
+        tower = next(
+            (
+                name
+                for name, module in model.named_modules()
+                if hasattr(module, "patch_embed") and hasattr(module, "blocks")
+            ),
+            "",
+        )
+        counts = []
+        if samples is not None and samples.pictures:
+            counts = [
+                (len(picture.patches) / len(ids), ids.count(samples.image_token or 0) / len(ids))
+                for picture, ids in zip(samples.pictures, samples.ids, strict=True)
+            ]
+        patches = max((each for each, _ in counts), default=0.0)
+        visual = max((each for _, each in counts), default=0.0)
+        kept = 0.0
+        layers = layers_of(model)
+        for name, layer in layers.items():
+            inner = [part for part in layer.modules() if isinstance(part, nn.Linear)]
+            width = inner[0].in_features if inner else 0
+            kept += width * (patches if tower and name.startswith(f"{tower}.") else 1.0)
+        return cls(tuple(layers), tower, patches, visual, kept)
+
+    def of_module(self, name: str, module: nn.Module) -> tuple[str, float]:
+        """Return the layer of a module, empty where it is in none, and its rows a token."""
+        layer = next((layer for layer in self.layers if name.startswith(f"{layer}.")), "")
+        if not (self.tower and name.startswith(f"{self.tower}.")):
+            return layer, 1.0
+        at_patches = layer or not isinstance(module, nn.Linear)
+        return layer, self.patches if at_patches else self.visual
+
+
+def _footprint(
+    model: nn.Module,
+    groups: Sequence[Group],
+    candidates: Candidates,
+    size: int,
+    wide: int,
+    losses: int,
+    rows: _Rows,
+) -> tuple[float, float, float]:
+    """Return the bytes of a pass: those that depend on no token, those of a token, its records.
+
+    Args:
+        model: The model.
+        groups: Its groups.
+        candidates: What the pass computes.
+        size: Bytes of a value that the model makes.
+        wide: Bytes of a value of a quantized module's output.
+        losses: Losses that go backward.
+        rows: How many rows a token is.
+    """
+    head = head_of(model)
+    stored = head.weight.element_size()
+    # Outputs made anew, inputs in the parts that a product in float32 takes them in.
+    anew = wide if wide > size else 0
+    parts = 6 if wide > stored else 0
+    more = max(0, losses - 1)  # gradients beside those that the record counts
+    # A candidate of a small size scores few of the tokens: counted as the share that it does.
+    share = [scored / max(candidates.scored) for scored in candidates.scored]
+    of_weight: Counter[int] = Counter()
+    of_input: dict[int, float] = {}
+    for (weight_index, entry), part in zip(candidates.pairs, share, strict=True):
+        of_weight[weight_index] += part  # type: ignore[assignment]
+        of_input[entry] = max(of_input.get(entry, 0.0), part)
+    most = max(of_weight.values())
+    inside: dict[str, float] = {}
+    slopes: dict[str, float] = {}
+    widest = largest = 0.0
+    for group in groups:
+        if not group.covered:
+            continue
+        for name in group.members:
+            module = model.get_submodule(name)
+            if is_experts(module):
+                layer, _ = rows.of_module(name, module)
+                held, kept, working = _of_experts(model, module, size, wide, most, losses)
+                largest = max(largest, held)
+                inside[layer] = inside.get(layer, 0.0) + kept
+                hidden = expert_weights(module)[0].shape[2]
+                slopes[layer] = slopes.get(layer, 0.0) + more * size * hidden
+                stacked = 2 * sum(of_input.values()) + most
+                widest = max(widest, hidden * (size * 3 + wide * (stacked + most)) + working)
+                continue
+            weight: torch.Tensor = module.weight  # type: ignore[assignment]
+            largest = max(largest, weight.numel())
+            if module is head:
+                continue
+            layer, each = rows.of_module(name, module)
+            out, into = each * weight.shape[0], each * weight[0].numel()
+            # One layer at a time: what autograd keeps while it runs again, and the rows taken.
+            inside[layer] = inside.get(layer, 0.0) + 1.5 * size * (into + out)
+            slopes[layer] = slopes.get(layer, 0.0) + more * size * out
+            # Quantized inputs, also stacked for two kinds of weights; the rows; one product.
+            stacked = 2 * sum(of_input.values()) + most
+            products = out * (2 * size + most * wide + anew)
+            widest = max(widest, into * (size + wide * stacked + parts * most) + products)
+    hidden, vocabulary = head.weight.shape[1], head.weight.shape[0]
+    chunk = min(largest, WEIGHT_CHUNK)
+    held = size + (wide if wide > stored else 0)
+    fixed = largest * held + chunk * 3 * 4 + HEAD_ROWS * vocabulary * (3 * 4 + 2 * size)
+    at_head = hidden * (size * 3 + wide * most)
+    per_token = rows.kept * size * 1.1 + max(
+        max(inside.values(), default=0.0) + max(slopes.values(), default=0.0) + widest, at_head
+    )
+    return fixed, per_token, sum(inside.values()) - max(inside.values(), default=0.0)
+
+
+def _of_experts(
+    model: nn.Module, module: nn.Module, size: int, wide: int, most: float, losses: int
+) -> tuple[int, float, float]:
+    """Return elements of one expert's weights, and bytes a token: the record, the work beside it.
+
+    Args:
+        most: Candidates that one weight format has.
+    """
+    first, second = expert_weights(module)
+    hidden, inner = second.shape[1:]
+    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
+    chosen: int = config.num_experts_per_tok
+    # Autograd keeps what every expert of a token reads, its two halves, and what it adds.
+    kept = size * (2 * hidden + chosen * (3 * hidden + 4 * inner))
+    # What experts add; an expert may get every row of every candidate; norms of all pairs.
+    norms = chosen * most * (1 + losses) * 4
+    working = size * chosen * hidden + wide * most * (3 * hidden + 4 * inner) + norms
+    return first[0].numel() + second[0].numel(), kept, working
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return available_memory()

@@ -1,0 +1,1 @@
+"""What ModelOpt itself computes: the reference engine, and evaluation of whole recipes."""

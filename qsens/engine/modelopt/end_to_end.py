@@ -1,0 +1,329 @@
+"""Whole models under mixed formats, measured on captions. Needs torch and modelopt.
+
+Both models, the one under test and the one it is held to, run in float32 with their weights as they
+are stored, see :mod:`qsens.engine.float32`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import glob
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import numpy as np
+import torch
+import torch.nn.functional as F
+from modelopt.torch.quantization.algorithms import QuantRecipe
+from torch import nn
+
+from qsens.checkpoint.experts import FIRST, SECOND, is_experts
+from qsens.checkpoint.groups import Group
+from qsens.config import PairConfig
+from qsens.data.samples import Batch, Samples, equal_length_batches
+from qsens.engine.float32 import in_float32, is_narrow
+from qsens.engine.quantizer import by_numerics
+from qsens.names import group_name
+
+MODELOPT = "ModelOpt"
+_BATCH = 16
+_IGNORED = -100  # a label that the loss leaves out
+# ModelOpt's solver takes scores near 1e-5 for 0.
+_LOSS_SCALE = 1e4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one way to quantize does.
+
+    Attributes:
+        name: What chose the formats.
+        bits: Bits a weight over what may be quantized; what stays unquantized counts 16.
+        loss: Increase of the loss, nats a token.
+        divergence: KL divergence from the unquantized model, nats a token.
+        scored: The same on the samples that predictions are over; none where that is not known.
+        predicted: The recipe's own prediction; none where there is none in nats.
+        by_caption: Increase of the loss summed over each caption, nats.
+        labels: Labels of each caption.
+        formats: Name of the format of each quantized module, where ModelOpt chose it.
+    """
+
+    name: str
+    bits: float
+    loss: float
+    divergence: float
+    scored: float | None
+    predicted: float | None
+    by_caption: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    formats: Mapping[str, str] | None = None
+
+    def against(self, other: Measured) -> tuple[float, float]:
+        """Return how much more loss a token this has than ``other``, with its standard error.
+
+        Both ran on the same captions: what all captions have in common drops out.
+        """
+        difference = self.by_caption - other.by_caption
+        mean = float(difference.sum() / self.labels.sum())
+        rest = difference - mean * self.labels
+        return mean, float(np.sqrt(len(rest) * rest.var(ddof=1)) / self.labels.sum())
+
+    def numbers(self) -> dict[str, Any]:
+        """Return it as JSON can hold it, without the captions."""
+        numbers = {"name": self.name, "bits": self.bits, "loss": self.loss}
+        divergences = {"divergence": self.divergence, "scored": self.scored}
+        return numbers | divergences | {"predicted": self.predicted}
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """A model that copies are quantized of, as a whole, and measured.
+
+    Attributes:
+        model: The unquantized model.
+        groups: Its groups; those covered count for the bits.
+        excluded: Module name patterns outside the coverage: no bits count them.
+        kept: Module name patterns that stay at 16 bits and count.
+        calibration: Samples to calibrate on.
+        held_out: Samples to measure on.
+        scored: How many of the samples to calibrate on predictions are over: what a prediction
+            leaves out shows on them.
+    """
+
+    model: nn.Module
+    groups: Sequence[Group]
+    excluded: Sequence[str]
+    kept: Sequence[str]
+    calibration: Samples
+    held_out: Samples
+    scored: int = 0
+
+    def uniform(self, pair: PairConfig) -> dict[str, Any]:
+        """Return the configuration of one pair everywhere but in what stays at 16 bits.
+
+        Embeddings do: no score and no bits are of them, and a preset's patterns match them.
+        """
+        modules = self.model.named_modules()
+        tables = [glob.escape(name) for name, each in modules if isinstance(each, nn.Embedding)]
+        off = [
+            {"quantizer_name": suffixed, "enable": False}
+            for pattern in (*self.excluded, *self.kept, *tables)
+            for suffixed in (pattern, f"{pattern}.*")
+        ]
+        return {**pair.modelopt(), "quant_cfg": [*pair.quant_cfg(), *off]}
+
+    def measure(
+        self, name: str, config: Mapping[str, Any], predicted: float | None = None
+    ) -> Measured:
+        """Quantize a copy by ``config``, as ``mtq.quantize`` takes it, and measure it."""
+        model = copy.deepcopy(self.model)
+        with _quiet():
+            mtq.quantize(model, by_numerics(config), self._calibrate)
+        return self._judge(name, model, predicted)
+
+    def auto_quantize(
+        self, pairs: Sequence[PairConfig], bits: float, state: Path | None = None
+    ) -> Measured:
+        """Let ModelOpt choose from ``pairs`` at ``bits``, its loss scaled for its solver.
+
+        Args:
+            pairs: The formats to choose from.
+            bits: Bits a weight, at most.
+            state: File of ModelOpt's that keeps its scores, which another target then starts from;
+                none is kept when not given.
+        """
+        model = copy.deepcopy(self.model)
+        batches = self._batches(self.calibration)
+        with _quiet(), torch.enable_grad():
+            model, found = mtq.auto_quantize(
+                model,
+                constraints={
+                    "effective_bits": bits,
+                    "cost": {"excluded_module_name_patterns": list(self.excluded)},
+                },
+                quantization_formats=[by_numerics(_stated(pair)) for pair in pairs],
+                data_loader=batches,
+                forward_step=_logits,
+                loss_func=lambda logits, batch: (
+                    _LOSS_SCALE * _losses(logits, batch).sum() / sum(batch.lengths("labels"))
+                ),
+                disabled_layers=[*self.excluded, *self.kept],
+                num_calib_steps=len(batches),
+                num_score_steps=len(batches),
+                verbose=False,
+                checkpoint=str(state) if state is not None else None,
+            )
+        measured = self._judge(MODELOPT, model, None)
+        return replace(measured, formats=self._chosen(found["best"]["recipe"], pairs))
+
+    def _chosen(
+        self, recipes: Mapping[str, QuantRecipe], pairs: Sequence[PairConfig]
+    ) -> dict[str, str]:
+        """Return the name of the pair of each module that ModelOpt quantized."""
+        configs = {pair.name: by_numerics(_stated(pair)) for pair in pairs}
+        names = {QuantRecipe(config, name): name for name, config in configs.items()}
+        of_group = {group.name: group.members for group in self.groups}
+        return {
+            member: names[recipe]
+            for key, recipe in recipes.items()
+            if recipe in names
+            for member in of_group[group_name(key)]
+        }
+
+    def floor(self) -> float | None:
+        """Return the divergence of the unquantized model from itself in float32, nats a token.
+
+        Measured on the held-out samples; none where it rounds no more than float32 does. A whole
+        model whose divergence is near it loses little that rounding does not lose.
+        """
+        if not is_narrow(next(self.model.parameters()).dtype):
+            return None
+        found = 0.0
+        with torch.no_grad():
+            for batch in self._batches(self.held_out):
+                rounded = _logits(self.model, batch)
+                with in_float32(self.model):
+                    found += _divergence(_logits(self.model, batch), rounded, batch)
+        return found / self.held_out.predictions()
+
+    def _judge(self, name: str, model: nn.Module, predicted: float | None) -> Measured:
+        """Measure a quantized model against the unquantized one."""
+        covered = [group for group in self.groups if group.covered]
+        bits = effective_bits(model, covered)
+        lost, labels = [], []
+        divergence = 0.0
+        with torch.no_grad():
+            _fold(model, covered)
+            with in_float32(self.model), in_float32(model):
+                for batch in self._batches(self.held_out):
+                    before, after = _logits(self.model, batch), _logits(model, batch)
+                    lost += (_losses(after, batch) - _losses(before, batch)).tolist()
+                    labels += batch.lengths("labels")
+                    divergence += _divergence(before, after, batch)
+                scored = sum(
+                    _divergence(_logits(self.model, batch), _logits(model, batch), batch)
+                    for batch in self._batches(self.calibration, self.scored)
+                )
+        return Measured(
+            name=name,
+            bits=bits,
+            loss=sum(lost) / sum(labels),
+            divergence=divergence / self.held_out.predictions(),
+            scored=scored / self.calibration.predictions(self.scored) if self.scored else None,
+            predicted=predicted,
+            by_caption=np.array(lost),
+            labels=np.array(labels),
+        )
+
+    def _calibrate(self, model: nn.Module) -> None:
+        with torch.no_grad():
+            for batch in self._batches(self.calibration):
+                _logits(model, batch)
+
+    def _batches(self, samples: Samples, count: int | None = None) -> list[Batch]:
+        """Return batches of the first ``count`` samples; of all when not given."""
+        count = len(samples) if count is None else count
+        device = next(self.model.parameters()).device
+        bounds = [count, len(samples)]
+        batches = equal_length_batches(samples, boundaries=bounds, batch_size=_BATCH)
+        return [batch.to(device) for batch in batches if batch.first < count]
+
+
+def effective_bits(model: nn.Module, groups: Sequence[Group]) -> float:
+    """Return bits a weight over ``groups``; what has no quantizer on counts 16."""
+    used = total = 0.0
+    for module in _modules(model, groups):
+        for weight, quantizer in _weights(module):
+            total += weight.numel()
+            bits = quantizer._effective_bits if quantizer.is_enabled else 16.0
+            used += weight.numel() * bits
+    return used / total
+
+
+def _fold(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Quantize the weights once, instead of in every forward pass.
+
+    Each gets a parameter of its own: that of a head may be the embedding's as well.
+    """
+    for module in _modules(model, groups):
+        for weight, quantizer in _weights(module):
+            if not quantizer.is_enabled:
+                continue
+            if is_experts(module):  # a part of the one parameter
+                weight.copy_(quantizer(weight))
+            else:
+                module.weight = nn.Parameter(quantizer(weight), requires_grad=False)
+            quantizer.disable()
+
+
+def _modules(model: nn.Module, groups: Sequence[Group]) -> list[nn.Module]:
+    return [model.get_submodule(name) for group in groups for name in group.members]
+
+
+def _weights(module: Any) -> list[tuple[torch.Tensor, Any]]:
+    """Return the weights of a quantized module, each with its quantizer; experts have many."""
+    if not is_experts(module):
+        return [(module.weight, module.weight_quantizer)]
+    return [
+        pair
+        for part in (FIRST, SECOND)
+        for pair in zip(
+            getattr(module, part), getattr(module, f"{part}_weight_quantizers"), strict=True
+        )
+    ]
+
+
+def _stated(pair: PairConfig) -> dict[str, Any]:
+    """Return a pair as ModelOpt takes it, its bits stated on the inputs as well.
+
+    ModelOpt counts the fewest bits that any quantizer of a format has: FP8 weights with INT4
+    activations would count as 4 bits a weight, and its choice would miss the target.
+    """
+    entries = [
+        {**entry, "cfg": {**entry["cfg"], "effective_bits": pair.effective_bits}}
+        if "cfg" in entry
+        else entry
+        for entry in pair.quant_cfg()
+    ]
+    return {**pair.modelopt(), "quant_cfg": entries}
+
+
+def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return ``(samples, tokens, vocabulary)``; batches hold no padding."""
+    logits: torch.Tensor = model(**batch.inputs(), use_cache=False).logits
+    return logits
+
+
+def _divergence(before: torch.Tensor, after: torch.Tensor, batch: Batch) -> float:
+    """Return the KL divergence of two outputs where it counts, summed over the batch, in nats."""
+    found = 0.0
+    # One sample at a time: a large vocabulary in double is much.
+    for one, other, counts in zip(before, after, batch.predicts(), strict=True):
+        p, q = (logits[counts].double().log_softmax(dim=-1) for logits in (one, other))
+        found += float((p.exp() * (p - q)).sum())
+    return found
+
+
+def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the cross-entropy summed over the labels of each sample, in nats, float64."""
+    labels = batch.input_ids[:, 1:].masked_fill(~batch.label_mask(), _IGNORED)
+    losses = F.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1),
+        labels.flatten(),
+        reduction="none",
+        ignore_index=_IGNORED,
+    )
+    return losses.view(labels.shape).double().sum(dim=1)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

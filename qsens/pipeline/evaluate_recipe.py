@@ -1,0 +1,150 @@
+"""What a recipe really costs: the whole model on samples that the sweep did not use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qsens.config import PairConfig
+from qsens.config.models import SIZES, Modality
+from qsens.data.captions import read_samples
+from qsens.data.records import Record
+from qsens.errors import UserError
+from qsens.grid import Cell, Plan
+from qsens.recipes.format_choices import matches
+from qsens.recipes.formats import modelopt
+from qsens.recipes.formats.evidence import Recipe
+
+if TYPE_CHECKING:
+    from qsens.engine.modelopt.end_to_end import EndToEnd
+
+RECIPE = "recipe"
+
+
+def check_recipe(
+    recipe: Recipe,
+    plan: Plan,
+    cell: Cell,
+    *,
+    formats: Mapping[str, PairConfig],
+    keep: Sequence[str] = (),
+    tied_head: bool = False,
+    captions: Path | None = None,
+) -> dict[str, Any]:
+    """Measure a recipe against each uniform pair that fits, and against ModelOpt's choice.
+
+    All are calibrated on the samples of ``cell``, and keep the same modules at 16 bits.
+
+    Args:
+        recipe: The recipe.
+        plan: The plan of its sweep.
+        cell: A cell of the size and the coverage that it was chosen from.
+        formats: The formats that were to choose from, by name.
+        keep: Patterns of groups or modules that the recipe was told to keep.
+        tied_head: Whether a tied head might be quantized.
+        captions: File of samples to measure on; unused ones of the data set when not given.
+
+    Returns:
+        ``{captions, scored, floor, measured: [{name, bits, loss, divergence, scored, predicted}],
+        better: [...]}``, the recipe first: how many captions were measured on and scored, increase
+        of the loss and KL divergence on the former, KL divergence on the latter; ``floor`` is what
+        rounding to the model's own data type costs by itself, on the former; ``better`` names what
+        fits the target and has a lower KL divergence.
+
+    Raises:
+        UserError: There are no samples that the sweep did not use.
+    """
+    kept = [
+        member
+        for choice in recipe.choices
+        if (choice.kind == "head" and plan.checkpoint.tied_head is not False and not tied_head)
+        or any(matches(group, choice.members, keep) for group in choice.groups)
+        for member in choice.members
+    ]
+    kept += recipe.outside
+    evaluation = end_to_end_of(plan, cell, held_out(plan, cell.modality, captions), kept)
+    predicted = recipe.damage if recipe.damage_unit == "nats a token" else None
+    measured = [evaluation.measure(RECIPE, modelopt.config(recipe), predicted)]
+    total = sum(choice.weights for choice in recipe.choices)
+    fixed = sum(choice.weights for choice in recipe.choices if choice.members[0] in kept)
+    for name, pair in formats.items():
+        bits = (16 * fixed + pair.effective_bits * (total - fixed)) / total
+        if bits <= recipe.bits_asked + 1e-9:
+            measured.append(evaluation.measure(name, evaluation.uniform(pair)))
+    measured.append(evaluation.auto_quantize(list(formats.values()), recipe.bits_asked))
+    ours, *others = measured
+    return {
+        "captions": len(evaluation.held_out),
+        "scored": evaluation.scored,
+        "floor": evaluation.floor(),
+        "measured": [entry.numbers() for entry in measured],
+        "better": [
+            entry.name
+            for entry in others
+            if entry.bits <= recipe.bits_asked + 1e-9 and entry.divergence < ours.divergence
+        ],
+    }
+
+
+def held_out(plan: Plan, modality: Modality, captions: Path | None = None) -> list[Record]:
+    """Return samples that no cell of ``plan`` used: other captions, or other pictures.
+
+    Args:
+        plan: The plan.
+        modality: What a sample is.
+        captions: Where to take them from; the data set's largest file when not given.
+
+    Raises:
+        UserError: None are left.
+    """
+    pictures = modality == "image_text"
+
+    def key(record: Record) -> str:
+        return record.image if pictures else record.caption
+
+    used: set[str] = set()
+    for cell in plan.cells:
+        if cell.modality == "text" and pictures:
+            continue
+        read = read_samples(plan.samples[cell.size].path, cell.size)
+        used |= {key(record) for record in read[: plan.samples_taken(cell)]}
+    dataset = plan.config.dataset
+    largest = max(dataset.files, key=SIZES.index)
+    path = captions or dataset.path(largest)
+    left = [record for record in read_samples(path, largest) if key(record) not in used]
+    if not left:
+        raise UserError(
+            f"holds no {'picture' if pictures else 'caption'} that the sweep did not use",
+            where=f"captions file {path}",
+            remedy="Name a file of other captions with --captions FILE.",
+        )
+    return left
+
+
+def end_to_end_of(
+    plan: Plan, cell: Cell, records: Sequence[Record], kept: Sequence[str]
+) -> EndToEnd:
+    """Load the checkpoint, with the samples of a cell to calibrate on, and others to measure on.
+
+    Args:
+        plan: The plan.
+        cell: The cell.
+        records: What to measure on.
+        kept: Names of modules that stay at 16 bits.
+    """
+    from qsens.engine.modelopt.end_to_end import EndToEnd
+    from qsens.pipeline.loading import groups_of, load_checkpoint, read_as, with_samples
+
+    checkpoint = load_checkpoint(plan, lambda *_: None)
+    loaded = with_samples(plan, cell, checkpoint)
+    outside = () if cell.coverage == "all_layers" else plan.config.model.vision_patterns
+    return EndToEnd(
+        model=loaded.model,
+        groups=groups_of(plan, cell, loaded.model),
+        excluded=outside,
+        kept=[modelopt.literal(name) for name in kept],
+        calibration=loaded.samples,
+        held_out=read_as(cell.modality, records, plan, checkpoint),
+        scored=plan.samples_scored(cell),
+    )

@@ -1,0 +1,150 @@
+"""True KL divergences for an audit: load, perturb one group at a time. Imports torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import load_file
+
+from qsens.checkpoint.loading import device_name
+from qsens.engine.amax import Amax
+from qsens.engine.candidates import distinct
+from qsens.engine.kl.measure import diverge
+from qsens.engine.memory import plan_budget
+from qsens.engine.scores import Progress
+from qsens.errors import Fault
+from qsens.grid import Cell
+from qsens.pipeline.compute import request_of, widest
+from qsens.pipeline.loading import Checkpoint, groups_of, load_checkpoint, with_samples
+from qsens.store import Store
+
+_AMAX = "amax.input."
+
+
+@dataclass(frozen=True)
+class MeasuredKL:
+    """What was measured.
+
+    Attributes:
+        nats: KL divergence a real token of each group, by cell and group.
+        failures: Why the numerics refuse to measure a group, by cell and group.
+        faults: What went wrong otherwise: nothing of these cells was measured.
+        floor: Divergence of the model as it is from itself in float32, nats a token; none where it
+            rounds no more than that.
+        seconds: What it took, loading left out.
+        device: The device, in words.
+    """
+
+    nats: Mapping[str, Mapping[str, float]]
+    failures: Mapping[str, dict[str, str]]
+    faults: Mapping[str, Fault]
+    floor: float | None
+    seconds: float
+    device: str
+
+
+@torch.inference_mode(False)
+def measured_kl(
+    store: Store, wanted: Mapping[str, Sequence[str]], progress: Progress
+) -> Iterator[MeasuredKL]:
+    """Measure the true KL divergence of some groups of some cells of one size.
+
+    Calibration is that of the scores: its maxima lie beside them. The checkpoint is loaded once.
+
+    Args:
+        store: Where the results of the plan lie.
+        wanted: Names of the groups, by cell id.
+        progress: Called as work goes on.
+
+    Yields:
+        What was measured of the cells of each modality.
+    """
+    checkpoint = load_checkpoint(store.plan, progress)
+    modalities: dict[str, dict[str, Sequence[str]]] = {}
+    for name, layers in wanted.items():
+        modalities.setdefault(store.plan.cell(name).modality, {})[name] = layers
+    for share in modalities.values():
+        yield _measured(store, share, checkpoint, progress)
+
+
+def _measured(
+    store: Store,
+    wanted: Mapping[str, Sequence[str]],
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> MeasuredKL:
+    plan = store.plan
+    config = plan.config
+    cells = [plan.cell(name) for name in wanted]
+    loaded = with_samples(plan, cells[0], checkpoint)
+    groups = groups_of(plan, widest(cells, cells[0]), loaded.model)
+    candidates = distinct([request_of(plan, cell) for cell in cells])
+    of_cell = candidates.of_cell
+    used = {name for names in wanted.values() for name in names}
+    started = time.monotonic()
+    found = diverge(
+        loaded.model,
+        loaded.samples,
+        [group for group in groups if group.name in used],
+        candidates,
+        _amax(store, cells, candidates.calibration_sizes()),
+        boundaries=plan.boundaries(cells[0]),
+        budget=plan_budget(
+            loaded.model,
+            groups,
+            candidates,
+            limit_gb=config.autoquant.memory_budget_gb,
+            losses=0,
+            samples=loaded.samples,
+        ),
+        only={(name, of_cell[cell]) for cell, names in wanted.items() for name in names},
+        progress=progress,
+    )
+    seconds = time.monotonic() - started
+    at = {group.name: position for position, group in enumerate(found.groups)}
+    nats: dict[str, dict[str, float]] = {}
+    failures: dict[str, dict[str, str]] = {}
+    faults: dict[str, Fault] = {}
+    for cell in cells:
+        fault = found.failures.fault(of_cell[cell.cell], f"audit of {cell.cell}")
+        if fault is not None:
+            faults[cell.cell] = fault
+            continue
+        nats[cell.cell], failures[cell.cell] = {}, {}
+        tokens = loaded.samples.predictions(plan.samples_scored(cell))
+        for name in wanted[cell.cell]:
+            candidate = of_cell[cell.cell]
+            value = float(found.per_sample[at[name], candidate].sum()) / tokens
+            reason = found.failures.refused.get((at[name], candidate))
+            if reason is None and not math.isfinite(value):
+                reason = "its divergence is not finite"
+            if reason is None:
+                nats[cell.cell][name] = value
+            else:
+                failures[cell.cell][name] = reason
+    floor = None
+    if found.floor is not None:
+        floor = float(found.floor.sum()) / loaded.samples.predictions(len(found.floor))
+    return MeasuredKL(nats, failures, faults, floor, seconds, device_name(loaded.device))
+
+
+def _amax(store: Store, cells: Sequence[Cell], calibration_sizes: Sequence[int]) -> dict[int, Amax]:
+    """Read the maxima that the scores were calibrated with, by sample count."""
+    found: dict[int, Amax] = {}
+    for cell in cells:
+        count = store.plan.samples_used(cell)
+        if count not in calibration_sizes:
+            continue
+        state = load_file(store.state(cell))
+        amax = {
+            name.removeprefix(_AMAX): value
+            for name, value in state.items()
+            if name.startswith(_AMAX)
+        }
+        if amax:
+            found.setdefault(count, {}).update(amax)  # a cell may lack those of the tower
+    return found

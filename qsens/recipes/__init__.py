@@ -1,0 +1,1 @@
+"""From scores to a decision: format choices, allocation, score correction; no torch."""

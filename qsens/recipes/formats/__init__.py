@@ -1,0 +1,1 @@
+"""Recipes as other tools read them; no torch."""

@@ -1,0 +1,262 @@
+"""The recipe of a sweep: a format for every group, and what it promises."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal
+
+from qsens.analysis.ranking import Row
+from qsens.analysis.statistic import Statistic, statistic_of
+from qsens.config import PairConfig
+from qsens.config.models import Frozen, Size
+from qsens.names import Kind
+from qsens.recipes.allocation import allocate
+from qsens.recipes.format_choices import build_decision_groups
+from qsens.recipes.formats import filters
+from qsens.recipes.score_correction import ScoreCorrection
+
+RECIPE_VERSION = 1
+# Modules that a line of words names.
+_LISTED = 20
+Method = Literal["gradient", "fisher", "kl_div"]
+DamageUnit = Literal["nats a token", "gradient score", "score of the method"]
+
+
+class Choice(Frozen):
+    """What one group becomes, or groups that are decided together."""
+
+    groups: tuple[str, ...]
+    """ModelOpt's names of the groups; one, as a rule."""
+    members: tuple[str, ...]
+    """Names of their modules."""
+    kind: Kind
+    """What the first group is in a decoder layer."""
+    depth: int | None
+    """Index of its layer, from 0."""
+    format: str | None
+    """Name of the format, a key of ``formats``; null leaves the modules at 16 bits."""
+    bits: float
+    """Bits a weight costs, block scales included."""
+    weights: int
+    """Weight elements."""
+    damage: float
+    """What the sweep found that the format does, these groups taken alone."""
+
+
+class LeftOut(Frozen):
+    """A format of the sweep that was no option."""
+
+    format: str
+    """Its name."""
+    reason: str
+    """Why."""
+    modules: tuple[str, ...] = ()
+    """The modules that it was no option for; empty where it was none for any."""
+
+    @property
+    def words(self) -> str:
+        """Return all of it in one line."""
+        shown = ", ".join(self.modules[:_LISTED])
+        more = f", and {len(self.modules) - _LISTED} more" if len(self.modules) > _LISTED else ""
+        return f"{self.format}: {self.reason}" + (f": {shown}{more}" if shown else "")
+
+
+class Recipe(Frozen):
+    """A format for every group that may be quantized."""
+
+    schema_version: int = RECIPE_VERSION
+    """Version of this schema."""
+    sweep_id: str
+    """The sweep that it was chosen from."""
+    model: str
+    """Directory of the model's results under ``models/``."""
+    checkpoint_digest: str
+    """SHA-256 over the contents of the checkpoint's configuration and weight files."""
+    size: Size
+    """Calibration size of the scores."""
+    method: Method
+    """The score: ``gradient``, ``fisher``, ``kl_div``."""
+    damage_unit: DamageUnit
+    """Unit of every damage."""
+    bits_asked: float
+    """Target, in bits a weight over all groups here; what stays unquantized counts 16."""
+    bits: float
+    """Bits a weight that the recipe comes to."""
+    damage: float
+    """Sum of the damages of the groups: a prediction, each group taken alone."""
+    formats: dict[str, PairConfig]
+    """The formats used, by name, as qsens defines them."""
+    prices: dict[str, ScoreCorrection] = {}
+    """How the damages of these formats were found."""
+    choices: tuple[Choice, ...]
+    """What each group becomes, in model order."""
+    outside: tuple[str, ...]
+    """Modules outside the coverage: they stay as they are, and no bits count them."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Formats of the sweep that were no option."""
+    notices: tuple[str, ...] = ()
+    """What a reader should know."""
+
+
+def choose(
+    cells: Mapping[str, Sequence[Row]],
+    formats: Mapping[str, PairConfig],
+    target_bits: float,
+    *,
+    sweep_id: str,
+    model: str,
+    checkpoint_digest: str,
+    size: Size,
+    method: Method,
+    prices: Mapping[str, ScoreCorrection] | None = None,
+    keep: Sequence[str] = (),
+    keep_head: bool = False,
+    refused: Mapping[str, Collection[str]] | None = None,
+    left_out: Sequence[LeftOut] = (),
+    notices: Sequence[str] = (),
+) -> Recipe:
+    """Choose a format for every group so that the total damage is least at ``target_bits``.
+
+    Args:
+        cells: The rows of the sweep, by the format's name.
+        formats: Those formats, by the same names.
+        target_bits: Bits a weight, at most.
+        sweep_id: The sweep.
+        model: Directory of the model's results.
+        checkpoint_digest: Digest of the checkpoint.
+        size: Calibration size of the rows.
+        method: The score.
+        prices: How the damages of the rows were found, by the same names.
+        keep: Patterns (fnmatch) of groups or members that stay at 16 bits.
+        keep_head: Whether the head stays at 16 bits.
+        refused: Names of groups that a format is no option for, by the format's name.
+        left_out: Formats of the sweep that are no option, for the record.
+        notices: What a reader should know.
+
+    Raises:
+        AnswerIsNo: The target is out of reach.
+    """
+    statistic = statistic_of(method, (row for rows in cells.values() for row in rows))
+    decisions = build_decision_groups(
+        cells, statistic, keep=keep, keep_head=keep_head, refused=refused
+    )
+    found = allocate(decisions, target_bits)
+    rows = {row.layer: row for rows in cells.values() for row in rows}
+    choices = [
+        Choice(
+            groups=decision.groups,
+            members=tuple(name for layer in decision.groups for name in rows[layer].members),
+            kind=rows[decision.groups[0]].kind,
+            depth=rows[decision.groups[0]].depth,
+            format=choice.format,
+            bits=choice.bits,
+            weights=decision.weights,
+            damage=choice.damage,
+        )
+        for decision, choice in zip(decisions, found.choices, strict=True)
+    ]
+    outside = {name for row in rows.values() if row.status == "disabled" for name in row.members}
+    used = {choice.format for choice in choices}
+    return Recipe(
+        sweep_id=sweep_id,
+        model=model,
+        checkpoint_digest=checkpoint_digest,
+        size=size,
+        method=method,
+        damage_unit=_unit(method, statistic),
+        bits_asked=target_bits,
+        bits=found.bits,
+        damage=found.damage,
+        formats={name: formats[name] for name in cells if name in used},
+        prices={name: price for name, price in (prices or {}).items() if name in used},
+        choices=tuple(sorted(choices, key=lambda choice: _natural(choice.groups[0]))),
+        outside=tuple(sorted(outside, key=_natural)),
+        left_out=tuple(left_out),
+        notices=(
+            *notices,
+            *(
+                f"{name} is experimental: nobody is known to deploy it"
+                for name in cells
+                if name in used and formats[name].experimental
+            ),
+            *filters.notices(
+                member
+                for choice in choices
+                if choice.format is not None
+                for member in choice.members
+            ),
+        ),
+    )
+
+
+def _unit(method: Method, statistic: Statistic) -> DamageUnit:
+    """Return the unit of damages; ModelOpt's own ``kl_div`` does not say its tokens."""
+    if method == "gradient":
+        return "gradient score"
+    return "nats a token" if statistic == "sensitivity_per_token" else "score of the method"
+
+
+def header(recipe: Recipe, tool: str) -> str:
+    """Return the comment that opens a recipe's YAML file.
+
+    Args:
+        recipe: The recipe.
+        tool: What takes the file, in words.
+    """
+    lines = [
+        f"{recipe.bits:.4f} bits a weight ({recipe.bits_asked:g} asked), for {tool}.",
+        f"Model {recipe.model}, checkpoint {recipe.checkpoint_digest[:12]}, "
+        f"sweep {recipe.sweep_id}, size {recipe.size}.",
+        f"Predicted damage: {recipe.damage:.6g} {recipe.damage_unit} (method {recipe.method}), "
+        "a sum over groups, each taken alone.",
+    ]
+    for name, groups, weights in tally(recipe):
+        lines.append(f"{name or '16 bits'}: {weights} weights, {groups} of the groups")
+    lines += [f"{name}: {correction_words(price)}" for name, price in recipe.prices.items()]
+    lines += [f"Left out: {entry.words}" for entry in recipe.left_out]
+    lines += [f"Note: {notice}" for notice in recipe.notices]
+    # What a name brings along must stay within the comment.
+    return "".join(f"# {' '.join(line.split())}\n" for line in lines)
+
+
+def correction_words(price: ScoreCorrection) -> str:
+    """Say how the damages of a format were found."""
+    if price.source == "true divergences":
+        return "damages are true divergences, measured in every group"
+    if price.verdict is None:
+        return "damages are scores that were not audited"
+    audited = f"audited with the verdict {price.verdict}"
+    if price.ratio is None:
+        return f"damages are scores, {audited}"
+    return f"damages are scores over {price.ratio:.3f}, their ratio to the truth, {audited}"
+
+
+def tally(recipe: Recipe) -> list[tuple[str | None, int, int]]:
+    """Return each format with its groups and weights; what stays at 16 bits comes last."""
+    found = []
+    for name in (*recipe.formats, None):
+        chosen = [choice for choice in recipe.choices if choice.format == name]
+        groups = sum(len(choice.groups) for choice in chosen)
+        if groups:
+            found.append((name, groups, sum(choice.weights for choice in chosen)))
+    return found
+
+
+def members_of(recipe: Recipe, name: str | None) -> list[str]:
+    """Return the modules of a format, in model order; those that stay at 16 bits for none."""
+    return [
+        member for choice in recipe.choices if choice.format == name for member in choice.members
+    ]
+
+
+def experts_of(recipe: Recipe) -> set[str]:
+    """Return the modules that hold all experts of a layer."""
+    return {
+        member for choice in recipe.choices if choice.kind == "experts" for member in choice.members
+    }
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts layer 10 behind layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

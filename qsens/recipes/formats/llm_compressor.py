@@ -1,0 +1,230 @@
+"""A recipe as llm-compressor takes it, with schemes as compressed-tensors defines them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from qsens.config import PairConfig
+from qsens.config.pairs import QuantizerConfig
+from qsens.errors import UserError
+from qsens.recipes.formats.evidence import Recipe, experts_of, header, members_of
+
+_E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
+# The observer that keeps the maximum over all samples, as calibration here does.
+_OBSERVER = "static_minmax"
+
+
+def config(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe: one stage with one ``QuantizationModifier``.
+
+    Raises:
+        UserError: compressed-tensors cannot express a pair; it is named.
+    """
+    groups = {}
+    for index, (name, pair) in enumerate(recipe.formats.items()):
+        groups[f"group_{index}"] = {"targets": _targets(recipe, name), **scheme(pair)}
+    modifier = {"config_groups": groups, "ignore": [*_targets(recipe, None), *recipe.outside]}
+    return {"quantization_stage": {"quantization_modifiers": {"QuantizationModifier": modifier}}}
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the recipe as YAML, for ``llmcompressor.oneshot(recipe=FILE)``.
+
+    Raises:
+        UserError: compressed-tensors cannot express a pair; it is named.
+    """
+    return header(recipe, "llm-compressor") + yaml.safe_dump(
+        config(recipe), sort_keys=False, width=200
+    )
+
+
+def scheme(pair: PairConfig) -> dict[str, Any]:
+    """Return ``weights`` and ``input_activations`` of a compressed-tensors scheme.
+
+    Raises:
+        UserError: compressed-tensors cannot express the pair; it is named.
+    """
+    reason = refusal(pair)
+    if reason is not None:
+        raise UserError(
+            f"llm-compressor cannot express it: {reason}",
+            where=f"quant_pair {pair.name} ({pair.format})",
+            remedy="Leave the pair out, or export with --to modelopt.",
+        )
+    found = {"weights": _weights(pair.weight_quantizer)}
+    if pair.input_quantizer is not None:
+        found["input_activations"] = _inputs(pair.input_quantizer)
+    return found
+
+
+def refusal(pair: PairConfig) -> str | None:
+    """Return why compressed-tensors cannot express ``pair``; none where it can."""
+    for what, quantizer, convert in (
+        ("weights", pair.weight_quantizer, _weights),
+        ("activations", pair.input_quantizer, _inputs),
+    ):
+        if quantizer is None:
+            continue
+        try:
+            convert(quantizer)
+        except ValueError as error:
+            return f"its {what} are {error}"
+    return None
+
+
+def misread(pair: PairConfig) -> str | None:
+    """Return how vLLM, which loads what llm-compressor writes, reads ``pair`` as another format.
+
+    None where it does not. Its test for weights and activations of 8 bits compares bits, not types.
+    """
+    weight, inputs = pair.weight_quantizer, pair.input_quantizer
+    if inputs is None or {weight.bits(), inputs.bits()} != {8}:
+        return None
+    if weight.has_block_format() or inputs.has_block_format():
+        return None
+    if isinstance(weight.num_bits, int) == isinstance(inputs.num_bits, int):
+        return None
+    return (
+        "vLLM compares bits, not types, and serves 8-bit weights and activations of two types "
+        "wrongly: it takes amax / 448 of an FP8 activation for an INT8 scale"
+    )
+
+
+def unfit(pair: PairConfig, shape: tuple[int, ...]) -> str | None:
+    """Return why compressed-tensors cannot quantize a weight in ``pair``; none where it can.
+
+    Its groups must divide the columns, of weights and of inputs; NVFP4's and MX blocks are such
+    groups, and blocks of rows and columns must divide the columns alone.
+
+    Args:
+        pair: The pair.
+        shape: The weight's, ``(out, in)``.
+    """
+    for quantizer in (pair.weight_quantizer, pair.input_quantizer):
+        size = quantizer.sizes().get(-1) if quantizer is not None else None
+        if size and shape[-1] % size:
+            return f"{shape[-1]} columns do not divide into blocks of {size}"
+    return None
+
+
+def served(pair: PairConfig) -> str | None:
+    """Return what to know of how vLLM serves ``pair``; none where it serves it as it is.
+
+    Source: the choice of schemes for compressed-tensors in vLLM 0.32.
+    """
+    weight, inputs = pair.weight_quantizer, pair.input_quantizer
+    if weight.block_type() == _E8M0:
+        if weight.num_bits != _E2M1:
+            return None
+        if inputs is not None and inputs.type == "dynamic" and inputs.num_bits == _E4M3:
+            return "vLLM may fall back to MXFP4 activations, on some GPUs"
+        return "vLLM serves it with MXFP4 activations on Blackwell GPUs, with 16 bits on others"
+    if weight.block_type() == _E4M3:
+        known = inputs is None or inputs.block_type() == _E4M3
+        return None if known else "no server is known to load NVFP4 weights with such activations"
+    parts = [size for size in weight.sizes().values() if size is not None]
+    if inputs is None:
+        # Packed integers have a scale a channel or a group, FP8 weights one a tensor or a channel.
+        packed = weight.num_bits in (4, 8) and not weight.is_whole_tensor()
+        known = packed if isinstance(weight.num_bits, int) else not parts
+        return None if known else "no server is known to load such weights"
+    token = inputs.sizes().keys() == {-1} and inputs.type == "dynamic"
+    if (weight.num_bits, inputs.num_bits) == (4, 8) and token:
+        return "vLLM loads it on Arm and XPU alone"
+    same = weight.num_bits == inputs.num_bits and weight.bits() == 8
+    return None if same and not parts else "no server is known to load it"
+
+
+def _targets(recipe: Recipe, name: str | None) -> list[str]:
+    """Return names of modules of a format; experts by a pattern, since they become modules there.
+
+    llm-compressor takes a layer of experts apart into three linear modules for each of them.
+    """
+    experts = experts_of(recipe)
+    return [
+        rf"re:^{re.escape(member)}\.\d+\.(gate|up|down)_proj$" if member in experts else member
+        for member in members_of(recipe, name)
+    ]
+
+
+def _weights(quantizer: QuantizerConfig) -> dict[str, Any]:
+    if quantizer.has_block_format():
+        return _blocks_of_a_format(quantizer) | {"dynamic": False}
+    number = _number(quantizer)
+    sizes = quantizer.sizes()
+    strategy: dict[str, Any]
+    if not sizes:
+        if quantizer.axis not in (None, 0, (0,)):
+            raise ValueError(f"scaled along axis {quantizer.axis}, not by output channel")
+        strategy = {"strategy": "tensor" if quantizer.axis is None else "channel"}
+    elif sizes.keys() == {-1}:
+        size = sizes[-1]
+        strategy = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
+    elif sizes.keys() == {-1, -2} and sizes[-1] and sizes[-2]:
+        strategy = {"strategy": "block", "block_structure": [sizes[-2], sizes[-1]]}
+    else:
+        raise ValueError(f"in blocks along axes {', '.join(map(str, sizes))}")
+    return {**number, "symmetric": True, "dynamic": False, **strategy}
+
+
+def _inputs(quantizer: QuantizerConfig) -> dict[str, Any]:
+    if quantizer.has_block_format():
+        found = _blocks_of_a_format(quantizer)
+        if quantizer.block_type() == _E8M0:
+            return found | {"dynamic": True}
+        # The scale over the block scales is calibrated, the block scales are not.
+        return found | {"dynamic": "local", "observer": _OBSERVER}
+    found = {**_number(quantizer), "symmetric": True}
+    sizes = quantizer.sizes()
+    if quantizer.type == "static":
+        if sizes or quantizer.axis is not None:
+            raise ValueError("calibrated with more than one scale for the whole tensor")
+        return found | {"dynamic": False, "strategy": "tensor", "observer": _OBSERVER}
+    found["dynamic"] = True
+    if quantizer.is_whole_tensor():
+        return found | {"strategy": "tensor"}
+    if sizes.keys() != {-1}:
+        raise ValueError("scaled along another axis than the last")
+    size = sizes[-1]
+    return found | ({"strategy": "group", "group_size": size} if size else {"strategy": "token"})
+
+
+def _number(quantizer: QuantizerConfig) -> dict[str, Any]:
+    bits = quantizer.num_bits
+    if isinstance(bits, int):
+        if not 2 <= bits <= 8:
+            raise ValueError(f"integers of {bits} bits")
+        return {"num_bits": bits, "type": "int"}
+    if bits != _E4M3:
+        raise ValueError(f"floats of format E{bits[0]}M{bits[1]} without scales of a format")
+    return {"num_bits": 8, "type": "float"}
+
+
+def _blocks_of_a_format(quantizer: QuantizerConfig) -> dict[str, Any]:
+    """Return what MX and NVFP4 are there: blocks of 32 under a power of two, of 16 under E4M3."""
+    scale, sizes = quantizer.block_type(), quantizer.sizes()
+    bits = quantizer.num_bits
+    known = {_E2M1: 4, (2, 3): 6, _E4M3: 8}
+    found: dict[str, Any] = {"type": "float", "symmetric": True}
+    if scale == _E8M0 and sizes == {-1: 32} and not isinstance(bits, int) and bits in known:
+        return found | {
+            "num_bits": known[bits],
+            "strategy": "group",
+            "group_size": 32,
+            "scale_dtype": "torch.uint8",
+            "zp_dtype": "torch.uint8",
+        }
+    if scale == _E4M3 and sizes == {-1: 16} and bits == _E2M1:
+        return found | {
+            "num_bits": 4,
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "scale_dtype": "torch.float8_e4m3fn",
+            "zp_dtype": "torch.float8_e4m3fn",
+        }
+    number = f"INT{bits}" if isinstance(bits, int) else f"E{bits[0]}M{bits[1]}"
+    blocks = "x".join(str(size) for size in sizes.values())
+    raise ValueError(f"{number} in blocks of {blocks} under scales of {scale}")

@@ -1,0 +1,1 @@
+"""What stands beside a sweep: fetch a checkpoint, captions from COCO, prune, doctor."""

@@ -1,0 +1,40 @@
+"""The memory that a pass may take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from qsens.checkpoint.groups import find_groups
+from qsens.checkpoint.loading import load_model
+from qsens.config import ModelConfig
+from qsens.engine.candidates import Request, distinct
+from qsens.engine.memory import GIB, MEMORY_SHARE, memory_share, plan_budget
+from qsens.errors import UserError
+
+if TYPE_CHECKING:
+    from qsens.demo.checkpoint import DemoResult
+
+
+def test_a_share_of_the_budget_halves_it_and_lets_fewer_tokens_through(
+    demo_checkpoint: DemoResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(path=demo_checkpoint.directory, dtype="float32")
+    model = load_model(config, torch.device("cpu"))
+    groups = find_groups(model, config.vision_patterns)
+    candidates = distinct([Request("a", {"num_bits": 8, "axis": 0}, None, 16, 16)])
+    whole = plan_budget(model, groups, candidates, limit_gb=0.125)
+    monkeypatch.setenv(MEMORY_SHARE, "0.5")
+    half = plan_budget(model, groups, candidates, limit_gb=0.125)
+    assert (whole.limit, half.limit) == (GIB // 8, GIB // 16)
+    assert half.predicted <= half.limit
+    assert half.max_tokens < whole.max_tokens
+
+
+@pytest.mark.parametrize("text", ["0", "2", "half", "nan"])
+def test_a_share_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(MEMORY_SHARE, text)
+    with pytest.raises(UserError, match=f"'{text}' is no share"):
+        memory_share()
