@@ -106,7 +106,7 @@ def alone(
     return found
 
 
-@pytest.mark.parametrize("sees", [False, True], ids=["text", "pictures"])
+@pytest.mark.parametrize("takes_images", [False, True], ids=["text", "pictures"])
 @pytest.mark.parametrize("tokens", [16384, 1], ids=["together", "one at a time"])
 def test_every_group_alone(takes_images: bool, tokens: int) -> None:
     model = pictures.model() if takes_images else text_model()
