@@ -366,7 +366,7 @@ def _decided(
                 ),
                 integrality=np.ones(len(owner)),
                 bounds=Bounds(0, 1),
-                choices={"mip_rel_gap": 0.0},
+                options={"mip_rel_gap": 0.0},
             )
         if solution.status == 2 and len(limits) > len(decisions) + 1:
             return best  # nothing else is left
