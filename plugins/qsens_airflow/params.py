@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from qsens.config import Roots, SweepConfig, choices, load_sweep
 from qsens.config.models import Frozen
 from qsens.config.overrides import LONGEST
+from qsens.config.reference import meanings
 from qsens.errors import UserError
 
 # Params that stand for one key of the configuration; a param's name is the key's last part.
@@ -104,7 +105,8 @@ class SweepParams(Frozen):
             if not value:
                 continue
             names = [value] if isinstance(value, str) else list(value)
-            order = _literals(_field(key))
+            section, name = _section(key)
+            order = _literals(section.model_fields[name])
             if order:
                 names.sort(key=lambda name: order.index(name) if name in order else -1)
             found.append(f"{key}={','.join(names)}")
@@ -145,7 +147,7 @@ def dag_params(preset: str, roots: Roots | None = None) -> dict[str, Param]:
     }
     params = {}
     for name, field in SweepParams.model_fields.items():
-        text = " ".join((field.description or "").split())
+        text = meanings(SweepParams)[name]
         if name == "preset":
             params[name] = Param(
                 preset, description_md=text, type="string", enum=list(choices("sweep", roots))
@@ -174,9 +176,10 @@ def _axis(key: str, roots: Roots | None, shown: Mapping[str, str]) -> Param:
         roots: Where configuration files lie.
         shown: What the form shows for a value, where that is not the value itself.
     """
-    field = _field(key)
+    section, name = _section(key)
+    field = section.model_fields[name]
     allowed = _literals(field) or list(choices(key, roots))
-    text = f"{field.description} `{key}`. {_AS_PRESET}"
+    text = f"{meanings(section)[name]} `{key}`. {_AS_PRESET}"
     if get_origin(field.annotation) is not tuple:
         return Param(
             None,
@@ -197,8 +200,8 @@ def _axis(key: str, roots: Roots | None, shown: Mapping[str, str]) -> Param:
     )
 
 
-def _field(key: str) -> FieldInfo:
-    """Return the field of :class:`SweepConfig` that a dotted key names."""
+def _section(key: str) -> tuple[type[BaseModel], str]:
+    """Return the section of :class:`SweepConfig` that a dotted key lies in, and its name there."""
     model: type[BaseModel] = SweepConfig
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -206,7 +209,7 @@ def _field(key: str) -> FieldInfo:
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
         model = section
-    return model.model_fields[leaf]
+    return model, leaf
 
 
 def _literals(field: FieldInfo) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -73,6 +73,7 @@ def identify(
     trust_remote_code: bool = False,
     heads: Sequence[str] = (),
     dtype: str = "float32",
+    check_tokenizer: Callable[[Path], None] | None = None,
 ) -> CheckpointIdentity:
     """Read what a checkpoint is, and hash its content.
 
@@ -83,6 +84,8 @@ def identify(
         trust_remote_code: Whether the checkpoint's own code runs: it is hashed then.
         heads: Patterns (fnmatch) of the head's module name.
         dtype: Data type that the weights are loaded in.
+        check_tokenizer: Called with ``path`` where the cache does not say that it has passed these
+            very files before: parsing a vocabulary takes longer than all else here.
 
     Raises:
         UserError: The directory is missing, its weight files are not whole or leave open which
@@ -109,6 +112,14 @@ def identify(
                 strict=True,
             )
         )
+
+    def together(chosen: Sequence[Path]) -> str:
+        return digest_of({file.relative_to(path).as_posix(): digests[file] for file in chosen})
+
+    tokenizer_digest = together(tokenizer)
+    if check_tokenizer is not None and f"checked|{tokenizer_digest}" not in known:
+        check_tokenizer(path)
+        known[f"checked|{tokenizer_digest}"] = "whole"
     tied = has_tied_head(config, weights.tensors, heads, dtype, partial(_equal, known=known))
     if cache is not None and known != kept:
         write_text(cache, dump_json(sealed(dict(sorted(known.items())))))
@@ -123,14 +134,10 @@ def identify(
             f"{len(weights.beside)} weight files beside those of the checkpoint are not read, "
             f"the first is {weights.beside[0]}"
         )
-
-    def together(chosen: Sequence[Path]) -> str:
-        return digest_of({file.relative_to(path).as_posix(): digests[file] for file in chosen})
-
     return CheckpointIdentity(
         path=path,
         digest=together(files),
-        tokenizer_digest=together(tokenizer),
+        tokenizer_digest=tokenizer_digest,
         architecture=_architecture(config),
         weight_bytes=sum(file.stat().st_size for file in weights.files),
         tied_head=tied,

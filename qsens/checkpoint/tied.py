@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from qsens.checkpoint.headers import AGAIN, Tensor
 from qsens.reading import open_file
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # What transformers takes where config.json is silent, whatever its text_config says.
 TIED_BY_DEFAULT = {
@@ -90,6 +91,8 @@ def _head(tensors: Mapping[str, Tensor], patterns: Sequence[str]) -> str | None:
 
 def _same(one: Tensor, other: Tensor, dtype: str) -> bool:
     """Return whether two tensors of as many numbers hold the same, once they are loaded."""
+    import numpy as np  # not by whoever plans with a checkpoint that is known
+
     if not {one.dtype, other.dtype} <= _FLOATS.keys():
         return False
     pairs = zip(_numbers(one, dtype), _numbers(other, dtype), strict=True)
@@ -98,6 +101,8 @@ def _same(one: Tensor, other: Tensor, dtype: str) -> bool:
 
 def _numbers(tensor: Tensor, dtype: str) -> Iterator[NDArray[np.float32]]:
     """Yield a tensor's numbers, so many at a time, rounded to ``dtype``."""
+    import numpy as np
+
     kind = np.dtype(_FLOATS[tensor.dtype])
     with open_file(tensor.file, remedy=AGAIN) as opened:
         opened.seek(tensor.begin)
@@ -113,6 +118,8 @@ def _numbers(tensor: Tensor, dtype: str) -> Iterator[NDArray[np.float32]]:
 
 def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
     """Return values rounded to ``dtype``, half to even."""
+    import numpy as np
+
     if dtype == "float16":
         return values.astype(np.float16).astype(np.float32)
     if dtype == "bfloat16":

@@ -14,6 +14,4 @@ Name = Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)]
 class Frozen(BaseModel):
     """Base of all configuration models: immutable, and no unknown keys."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -14,10 +14,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qsens.checkpoint.files import PROCESSOR, read_config
@@ -30,7 +28,11 @@ from qsens.grid import PicturesIdentity, Plan, Skipped, digest_of
 from qsens.reading import has_file, read_bytes, read_json, shown
 from qsens.writing import write_bytes
 
-Pixels = npt.NDArray[np.uint8]
+if TYPE_CHECKING:  # whoever plans without pictures needs no numpy
+    import numpy as np
+    from numpy.typing import NDArray
+
+Pixels: TypeAlias = "NDArray[np.uint8]"
 """A picture, ``(height, width, 3)``, RGB."""
 
 # Decoding these takes half a gibibyte of memory; an ordinary camera's pictures are smaller.
@@ -127,6 +129,8 @@ class PictureReader:
         _, path = self.find(image)
         if path is None:
             return None
+        import numpy as np
+
         pixels: Pixels = np.load(path, allow_pickle=False)
         return pixels
 
@@ -163,6 +167,8 @@ class PictureReader:
 
     def largest(self) -> int:
         """Return the tokens of the largest picture that was found."""
+        import numpy as np
+
         shapes = (np.load(path, mmap_mode="r") for _, path in self._found.values() if path)
         return max((self.resolution.tokens(pixels) for pixels in shapes), default=0)
 
@@ -193,6 +199,8 @@ class PictureReader:
             except Exception as error:  # Decoders raise anything on bytes that they do not expect.
                 reason = str(error).strip() or type(error).__name__
                 raise _Unusable(f"is broken: {reason.splitlines()[0]}") from error
+        import numpy as np
+
         array = io.BytesIO()
         np.save(array, pixels, allow_pickle=False)
         write_bytes(kept, array.getvalue())
@@ -217,6 +225,8 @@ class PictureReader:
 
     def _decode(self, picture: Image.Image) -> Pixels:
         """Return a picture as the model sees it; what is refused is not decoded."""
+        import numpy as np
+
         width, height = picture.size
         if width * height > MOST_PIXELS:
             raise _Unusable(f"is enormous: {width}x{height} pixels")

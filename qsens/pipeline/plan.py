@@ -60,7 +60,6 @@ def plan_sweep(
     given = loaded.config.model
     refuse_quantized(given.path)
     check_settings(given)
-    check_tokenizer(given.path)
     config = loaded.config.model_copy(update={"model": resolve_components(given)})
     checkpoint = identify_checkpoint(config.model, roots.results)
     reader = picture_reader(config, roots)
@@ -108,6 +107,7 @@ def identify_checkpoint(config: ModelConfig, results: Path | None) -> Checkpoint
         trust_remote_code=config.trust_remote_code,
         heads=config.head_patterns,
         dtype=config.dtype,
+        check_tokenizer=check_tokenizer,
     )
 
 

@@ -40,9 +40,7 @@ class Section(BaseModel):
     What is null, or ``unknown``, is not recorded: results of the older layout lack much.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="allow", use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
 
 class Scheme(Section):
