@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
+
 from qsens.checksums import digest_file
 from qsens.config import Roots, load_sweep
 from qsens.config.models import JSONL, SIZES, DatasetConfig, Size, has_suffix
@@ -34,6 +36,25 @@ class Caption:
 
     image: str
     text: str
+
+
+class _Annotation(BaseModel):
+    id: int | str
+    image_id: int | str
+    caption: str
+
+
+class _Image(BaseModel):
+    id: int | str
+    file_name: str = Field(min_length=1)
+
+
+class _File(BaseModel):
+    annotations: list[_Annotation]
+
+
+class _WithImages(_File):
+    images: list[_Image]
 
 
 @dataclass(frozen=True)
@@ -140,22 +161,20 @@ def read_annotations(path: Path, *, with_images: bool) -> Annotations:
         tree = parse_json(data)
     except ValueError as error:
         raise UserError(f"is no JSON: {error}", where=str(path), remedy=_REMEDY) from error
+    try:
+        read = (_WithImages if with_images else _File).model_validate(tree, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"])) or "the file"
+        raise _malformed(f"{at}: {first['msg']}", path) from error
     captions: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for where, entry in _entries(tree, "annotations", path):
-        image, text = _get(entry, "image_id", where, path), _get(entry, "caption", where, path)
-        if not isinstance(text, str):
-            raise _malformed(f"{where}.caption is no text", path)
-        captions[_id(image, f"{where}.image_id", path)].append(
-            (_id(_get(entry, "id", where, path), f"{where}.id", path), text)
-        )
+    for annotation in read.annotations:
+        captions[str(annotation.image_id)].append((str(annotation.id), annotation.caption))
     files: dict[str, str] = {}
-    for where, entry in _entries(tree, "images", path) if with_images else ():
-        key = _id(_get(entry, "id", where, path), f"{where}.id", path)
-        name = _get(entry, "file_name", where, path)
-        if not isinstance(name, str) or not name:
-            raise _malformed(f"{where}.file_name is no file's name", path)
-        if files.setdefault(key, name) != name:
-            raise _malformed(f"{where}: image {key} has two files, {files[key]} and {name}", path)
+    for image in read.images if isinstance(read, _WithImages) else ():
+        known = files.setdefault(str(image.id), image.file_name)
+        if known != image.file_name:
+            raise _malformed(f"image {image.id} has two files, {known} and {image.file_name}", path)
     return Annotations(captions, files, hashlib.sha256(data).hexdigest())
 
 
@@ -256,28 +275,6 @@ def _write(texts: Mapping[Path, str], *, replace: bool) -> None:
     with ExitStack() as stack:
         for path, content in new.items():
             stack.enter_context(write_file(path)).write_bytes(content)
-
-
-def _entries(tree: Any, key: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    found = tree.get(key) if isinstance(tree, dict) else None
-    if not isinstance(found, list):
-        raise _malformed(f"has no list '{key}'", path)
-    for index, entry in enumerate(found):
-        if not isinstance(entry, dict):
-            raise _malformed(f"{key}[{index}] is no object", path)
-        yield f"{key}[{index}]", entry
-
-
-def _get(entry: Mapping[str, Any], key: str, where: str, path: Path) -> Any:
-    if key not in entry:
-        raise _malformed(f"{where} has no '{key}'", path)
-    return entry[key]
-
-
-def _id(value: Any, where: str, path: Path) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise _malformed(f"{where} is neither a whole number nor text", path)
-    return str(value)
 
 
 def _malformed(what: str, path: Path) -> UserError:

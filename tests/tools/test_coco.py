@@ -173,18 +173,18 @@ def test_images_make_jsonl_of_those_that_are_there(tmp_path: Path, roots: Roots)
         (b"{", "is no JSON"),
         (b"\xff\xfe{}", "is no JSON"),
         (b"[" * 200_000, "is no JSON"),
-        (b"[]", "has no list 'annotations'"),
-        (b'{"annotations": {}}', "has no list 'annotations'"),
-        (b'{"annotations": [7]}', "annotations[0] is no object"),
-        (b'{"annotations": [{"id": 1, "image_id": 1}]}', "annotations[0] has no 'caption'"),
-        (b'{"annotations": [{"id": 1, "caption": "x"}]}', "annotations[0] has no 'image_id'"),
+        (b"[]", "the file: Input should be a valid dictionary"),
+        (b'{"annotations": {}}', "annotations: Input should be a valid list"),
+        (b'{"annotations": [7]}', "annotations.0: Input should be a valid dictionary"),
+        (b'{"annotations": [{"id": 1, "image_id": 1}]}', "annotations.0.caption: Field required"),
+        (b'{"annotations": [{"id": 1, "caption": "x"}]}', "annotations.0.image_id: Field required"),
         (
             b'{"annotations": [{"id": 1, "image_id": 1, "caption": null}]}',
-            "annotations[0].caption is no text",
+            "annotations.0.caption: Input should be a valid string",
         ),
         (
             b'{"annotations": [{"id": 1, "image_id": [1], "caption": "x"}]}',
-            "annotations[0].image_id is neither",
+            "annotations.0.image_id",
         ),
         (b'{"annotations": []}', "gives 0 captions"),
     ],
@@ -205,9 +205,9 @@ def test_malformed_files_give_one_message(
 @pytest.mark.parametrize(
     ("images", "said"),
     [
-        (None, "has no list 'images'"),
-        ([{"id": 1}], "images[0] has no 'file_name'"),
-        ([{"id": 1, "file_name": 5}], "images[0].file_name is no file's name"),
+        (None, "images: Input should be a valid list"),
+        ([{"id": 1}], "images.0.file_name: Field required"),
+        ([{"id": 1, "file_name": 5}], "images.0.file_name: Input should be a valid string"),
         ([{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "image 1 has two files"),
     ],
 )
