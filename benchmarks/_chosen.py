@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._parts import Components
+from benchmarks._parts import Parts
 from qsens.config import Roots
 from qsens.data.records import Record
 from qsens.engine.modelopt.end_to_end import MODELOPT, EndToEnd, Measured
@@ -47,7 +47,7 @@ class Chosen:
         self,
         words: Sequence[str],
         held_out: Callable[[Plan], Sequence[Record]],
-        parts: Components,
+        parts: Parts,
         *,
         tied_head: bool = True,
     ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from qsens.writing import write_text
 
 
-class Components:
+class Parts:
     """The parts of one subject.
 
     Args:

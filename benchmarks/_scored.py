@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from benchmarks import _engines, _machine
-from benchmarks._parts import Components
+from benchmarks._parts import Parts
 from benchmarks._workload import Cell, Workload, pair_configs
 from qsens.analysis.audit import judge
 from qsens.checkpoint.groups import find_groups
@@ -35,7 +35,7 @@ class Scored:
         parts: Where what was measured is kept.
     """
 
-    def __init__(self, load: Workload, pairs: Sequence[str], parts: Components) -> None:
+    def __init__(self, load: Workload, pairs: Sequence[str], parts: Parts) -> None:
         self.load, self.parts = load, parts
         self.count = min(load.score_size, len(load.samples))
         self.cells = [load.cell(pair, self.count) for pair in pair_configs(pairs)]

@@ -40,7 +40,7 @@ import torch
 
 from benchmarks import _tables, _workload
 from benchmarks._chosen import Chosen
-from benchmarks._parts import Components
+from benchmarks._parts import Parts
 from benchmarks._scored import Scored
 from benchmarks._workload import NIGHTLY
 from qsens.checkpoint.files import identify
@@ -130,10 +130,10 @@ def _run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
         "dtype": given.dtype,
         "device": load.device.type,
     }
-    scores = Components(given.work, {**subject, "count": given.count, "pairs": sorted(given.pairs)})
+    scores = Parts(given.work, {**subject, "count": given.count, "pairs": sorted(given.pairs)})
     scored = Scored(load, given.pairs, scores)
     found: dict[str, Any] = {"subject": subject, "count": scored.count, "pairs": given.pairs}
-    steps: dict[str, tuple[Components, Callable[[], Any]]] = {
+    steps: dict[str, tuple[Parts, Callable[[], Any]]] = {
         "truth": (scores, scored.truth),
         "methods": (scores, lambda: scored.methods(given.draws, given.seeds)),
         "modelopt": (scores, scored.modelopt),
@@ -141,7 +141,7 @@ def _run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     }
     for name, (parts, make) in steps.items():
         found[name] = make() if name in given.only else parts.known(make)
-    recipes = Components(given.work, subject)
+    recipes = Parts(given.work, subject)
     found["recipes"] = (
         _recipes(given, path, captions, recipes)
         if "recipes" in given.only
@@ -153,7 +153,7 @@ def _run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
 
 
 def _recipes(
-    given: argparse.Namespace, path: Path, captions: Path | None, parts: Components
+    given: argparse.Namespace, path: Path, captions: Path | None, parts: Parts
 ) -> dict[str, Any]:
     """Return the choices by set and bits."""
     file = captions or _workload.captions_file()

@@ -21,7 +21,7 @@ def _root_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_part_is_made_once(tmp_path: Path) -> None:
-    from benchmarks._parts import Components
+    from benchmarks._parts import Parts
 
     made = []
 
@@ -29,13 +29,13 @@ def test_a_part_is_made_once(tmp_path: Path) -> None:
         made.append(1)
         return {"made": len(made)}
 
-    assert Components(tmp_path, {"model": "m", "count": 1}).get("a", make) == {"made": 1}
-    again = Components(tmp_path, {"count": 1, "model": "m"})
+    assert Parts(tmp_path, {"model": "m", "count": 1}).get("a", make) == {"made": 1}
+    again = Parts(tmp_path, {"count": 1, "model": "m"})
     assert again.get("a", make) == {"made": 1}
     assert again.known(lambda: again.get("a", make)) == {"made": 1}
     # What is not there is not made on the way.
     assert again.known(lambda: again.get("b", make)) is None
-    assert Components(tmp_path, {"model": "m", "count": 2}).get("a", make) == {"made": 2}
+    assert Parts(tmp_path, {"model": "m", "count": 2}).get("a", make) == {"made": 2}
     assert again.get("b", make) == {"made": 3}
 
 

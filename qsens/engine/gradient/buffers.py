@@ -1,4 +1,4 @@
-"""Where the rows of a wave lie, and the norms that are kept of them. Needs torch."""
+"""Where the rows of a window lie, and the norms that are kept of them. Needs torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qsens.engine.candidates import Candidates
 
 @dataclass(frozen=True)
 class RowRange:
-    """Where the rows of one candidate lie in a ledger. It scores the first rows of a wave.
+    """Where the rows of one candidate lie. It scores the first rows of a window.
 
     Attributes:
         candidate: Index of the candidate.
@@ -32,13 +32,13 @@ class RowRange:
 
 @dataclass(frozen=True)
 class BufferLayout:
-    """Where the rows of a wave lie, once for each candidate that scores them.
+    """Where the rows of a window lie, once for each candidate that scores them.
 
     Attributes:
-        rows: Rows of the wave.
+        rows: Rows of the window.
         total: Rows over all candidates.
-        slots: By weight format: its candidates.
-        own: Where each sample's rows lie in the wave, filled up with ``rows``,
+        row_ranges: By weight format: the rows of its candidates.
+        own: Where each sample's rows lie in the window, filled up with ``rows``,
             ``(samples, longest)``.
         places: Where each sample's rows lie for each candidate, filled up with ``total``,
             ``(candidates, samples, longest)``.
@@ -93,17 +93,20 @@ def layout_of(
 
 @dataclass(frozen=True)
 class SampleStatistics:
-    """What a wave found for some modules, on its device; float64.
+    """What a window found for some modules, on its device; float64.
 
     Attributes:
         names: The modules.
-        scores: ``(modules, candidates, samples)``; with draws, ``(..., draws)``.
+        scores: Sums of squares, ``(modules, candidates, samples)``.
+        products: Sums of products, ``(modules, candidates, samples, draws)``; without draws, the
+            last dimension is 0.
         errors: ``(modules, candidates, samples)``.
         norms: ``(modules, samples)``.
     """
 
     names: list[str]
     scores: torch.Tensor
+    products: torch.Tensor
     errors: torch.Tensor
     norms: torch.Tensor
 
@@ -115,12 +118,12 @@ class RowStatistics:
         modules: How many modules.
         layout: Where the rows of a candidate lie.
         device: Where they are.
-        draws: Draws of labels; 0 where labels are given.
+        draws: Draws of labels that products are kept of; 0 where norms are.
 
     Attributes:
-        scores: ``|G * dY|`` of each row, ``(modules, total)``, float32; with draws, the sums of
-            ``G * dY``, ``(draws, modules, total)``.
-        errors: ``|dY|`` of each row, same shape.
+        scores: ``|G * dY|`` of each row, ``(modules, total)``, float32; zeros where products are.
+        products: Sums of ``G * dY`` over channels, ``(draws, modules, total)``, float32.
+        errors: ``|dY|`` of each row, shaped as ``scores``.
         norms: ``|Y|`` of each row, ``(modules, rows)``.
     """
 
@@ -128,21 +131,27 @@ class RowStatistics:
         self, modules: int, layout: BufferLayout, device: torch.device, draws: int = 0
     ) -> None:
         self.layout = layout
-        self.draws = draws
-        shape = (draws, modules, layout.total) if draws else (modules, layout.total)
-        self.scores = torch.zeros(shape, device=device)
-        self.errors = torch.zeros(shape[-2:], device=device)
+        self.scores = torch.zeros(modules, 0 if draws else layout.total, device=device)
+        self.products = torch.zeros(draws, modules, layout.total, device=device)
+        self.errors = torch.zeros(modules, layout.total, device=device)
         self.norms = torch.zeros(modules, layout.rows, device=device)
 
+    def measured(self, module: int) -> torch.Tensor:
+        """Return what is kept of one module's rows: norms, ``(total,)``, or products by draw."""
+        return self.products[:, module] if len(self.products) else self.scores[module]
+
     def sums(self, names: list[str]) -> SampleStatistics:
-        """Return the squares of each sample's rows, summed; of draws, the rows summed."""
+        """Return the squares of each sample's rows, summed; of products, the rows summed."""
         places = self.layout.places
+        errors = _square_sums(self.errors, places)
+        draws = len(self.products)
         return SampleStatistics(
             names,
-            _sums(self.scores, places).movedim(0, -1)
-            if self.draws
-            else _square_sums(self.scores, places),
-            _square_sums(self.errors, places),
+            torch.zeros_like(errors) if draws else _square_sums(self.scores, places),
+            _sums(self.products, places).movedim(0, -1)
+            if draws
+            else errors.new_zeros(*errors.shape, 0),
+            errors,
             _square_sums(self.norms, self.layout.own),
         )
 

@@ -7,9 +7,7 @@ a single expert adds to the output, as if the others were not quantized.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +15,12 @@ from torch import nn
 
 from qsens.checkpoint.experts import between, contributions, expert_weights, route
 from qsens.engine.activations import ModuleActivations
-from qsens.engine.gradient.buffers import BufferLayout, RowStatistics, row_norms
+from qsens.engine.gradient.buffers import BufferLayout
 from qsens.engine.gradient.error_norms import RowSpan
-from qsens.engine.quantized_inputs import QuantizedInputs
 from qsens.engine.quantizer import quantize_weight
 
-if TYPE_CHECKING:
-    from qsens.engine.gradient.scorer import GradientScorer
-
 Inner = Callable[[int, torch.Tensor], torch.Tensor]
-"""Quantizes what stands between the products, as an input format and snapshot say."""
+"""Quantizes what stands between the products, as an input format and calibration size say."""
 
 Book = Callable[[torch.Tensor, ModuleActivations, tuple[RowSpan, ...]], None]
 """Books what a candidate does to what one expert adds; the changed rows are used up."""
@@ -34,12 +28,12 @@ Book = Callable[[torch.Tensor, ModuleActivations, tuple[RowSpan, ...]], None]
 
 @dataclass(frozen=True)
 class InputRows:
-    """Rows of a product that an input format and snapshot has made.
+    """Rows of a product that an input format and calibration size has made.
 
     Attributes:
         start: Where they begin.
-        count: How many they are: the first rows of the wave.
-        input: Index of the input format and snapshot.
+        count: How many they are: the first rows of the window.
+        input: Index of the input format and calibration size.
     """
 
     start: int
@@ -48,7 +42,7 @@ class InputRows:
 
 
 class Mixture:
-    """One mixture over the rows of a wave.
+    """One mixture over the rows of a window.
 
     Args:
         module: The experts.
@@ -155,55 +149,3 @@ class Mixture:
             inside = self._expert[self.routing.rows < count]
             self._shares[count] = torch.bincount(inside, minlength=len(self.first)).tolist()
         return self._shares[count]
-
-
-def score_mixture(
-    work: GradientScorer,
-    name: str,
-    rows: ModuleActivations,
-    statistics: RowStatistics,
-    position: int,
-    stack: QuantizedInputs,
-) -> None:
-    """Score every candidate on a mixture, and on each of its experts alone.
-
-    Args:
-        work: The pass.
-        name: The mixture.
-        rows: Its rows.
-        ledger: Receives what is measured of the mixture.
-        position: The place of the mixture there.
-        stack: Its inputs, quantized.
-    """
-    layout, table = statistics.layout, work.experts[name]
-    mixture = Mixture(work.linears[name], rows, layout)
-    if work.exact:
-        rows = replace(rows, outputs=mixture.outputs())
-    statistics.norms[position] = row_norms(rows.outputs)
-    order = list(layout.order)
-    table.tokens[:, order] += mixture.tokens.cpu()
-    for index, row_ranges in layout.row_ranges.items():
-        given, spans = stack.select(row_ranges)
-        input_rows = {
-            start: InputRows(start, stack.counts[row_range.input], row_range.input)
-            for row_range, (start, _, _) in zip(row_ranges, spans, strict=True)
-        }
-        listed = [input_rows[start] for start in sorted(input_rows)]
-        apart = work.statistics(1, replace(layout, rows=0, total=mixture.pairs * len(listed)))
-        try:
-            changed = mixture.change(
-                given,
-                listed,
-                work.candidates.weights[index],
-                partial(work.inputs.between, name),
-                partial(work.measure, statistics=apart, position=0),
-            )
-        except Exception as error:
-            work.fail(name, [row_range.candidate for row_range in row_ranges], error)
-            continue
-        work.measure(changed, rows, spans, statistics, position)
-        found = apart.scores.view(*apart.scores.shape[:-2], len(listed), mixture.pairs)
-        at = {input_row.start: number for number, input_row in enumerate(listed)}
-        for row_range, (start, _, _) in zip(row_ranges, spans, strict=True):
-            alone = work.alone(mixture, found[..., at[start], :], row_range.count)
-            table.per_sample[:, row_range.candidate, order] = alone.cpu()

@@ -1,0 +1,313 @@
+"""The head: scored in chunks of rows, where the gradients start that go backward. Needs torch.
+
+A vocabulary-sized row a token is most of what a naive pass holds: logits are made a chunk of rows
+at a time, once for as many weight formats as are held at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qsens.data.samples import Batch
+from qsens.engine.activations import SavedForward
+from qsens.engine.candidates import Candidates
+from qsens.engine.float32 import exact_products
+from qsens.engine.gradient.buffers import (
+    BufferLayout,
+    RowRange,
+    RowStatistics,
+    SampleStatistics,
+    layout_of,
+    row_norms,
+)
+from qsens.engine.gradient.error_norms import RowSpan, score_norms
+from qsens.engine.head import HEAD_ROWS
+from qsens.engine.quantized_inputs import InputQuantizer, QuantizedInputs
+
+# Rows of the head's output that are held at once in float64.
+_DOUBLE_ROWS = 128
+
+QuantizedWeight = Callable[[str, int, Sequence[RowRange]], torch.Tensor | None]
+"""Returns a module's weight in a format, given who reads it; none where that fails."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a pass.
+
+    Attributes:
+        linear: The module.
+        name: Its name where it is scored; none where it is left alone.
+        candidates: What is computed.
+        inputs: Quantizes what it reads.
+        weight: Quantizes its weight.
+        formats: Weight formats that are held at once.
+    """
+
+    linear: nn.Linear
+    name: str | None
+    candidates: Candidates
+    inputs: InputQuantizer
+    weight: QuantizedWeight
+    formats: int
+
+    def turns(
+        self, layout: BufferLayout
+    ) -> Iterator[Sequence[tuple[torch.Tensor, Sequence[RowRange]]]]:
+        """Yield the quantized weights that are held at once, with who reads them; at least once."""
+        formats = list(layout.row_ranges.items()) if self.name is not None else []
+        for turn in range(0, max(1, len(formats)), self.formats):
+            held = []
+            for index, row_ranges in formats[turn : turn + self.formats]:
+                weight = self.weight(self.name or "", index, row_ranges)
+                if weight is not None:
+                    held.append((weight, row_ranges))
+            yield held
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """What the head gave for a window.
+
+    Attributes:
+        gradients: At the head's input, by batch and loss, ``(samples, longest, hidden)``.
+        loss: Summed loss of each sample, in the order of the window's samples, float64.
+        statistics: What was found of the head; none where it is not scored.
+    """
+
+    gradients: list[list[torch.Tensor]]
+    loss: torch.Tensor
+    statistics: SampleStatistics | None
+
+
+class HeadScorer(Protocol):
+    """Scores the head and says what goes backward."""
+
+    def __call__(self, head: Head, saved_forwards: Sequence[SavedForward]) -> HeadScores:
+        """Score the head over the batches of a window."""
+        ...
+
+
+class LabelHead:
+    """The samples' own labels: the cross-entropy's gradient is ``softmax - one_hot``."""
+
+    def __call__(self, head: Head, saved_forwards: Sequence[SavedForward]) -> HeadScores:
+        """See :class:`HeadScorer`."""
+        linear = head.linear
+        batches = [saved.batch for saved in saved_forwards]
+        masks = [next_tokens(batch) >= 0 for batch in batches]
+        rows = _rows(saved_forwards, masks)
+        labels = _cat([next_tokens(b)[mask] for b, mask in zip(batches, masks, strict=True)])
+        layout = layout_of(batches, head.candidates, rows.device, "labels")
+        statistics = RowStatistics(1, layout, rows.device)
+        back = torch.empty_like(rows)
+        losses = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+        stack = head.inputs.stack(head.name, rows, layout) if head.name is not None else None
+        for turn, weights in enumerate(head.turns(layout)):
+            for at in _chunks(len(rows), HEAD_ROWS):
+                logits = F.linear(rows[at], linear.weight, linear.bias)
+                grad_output, lost = cross_entropy(logits, labels[at])
+                if turn == 0:
+                    losses[at] = lost
+                    back[at] = grad_output @ linear.weight
+                    statistics.norms[0, at] = row_norms(logits)
+                for weight, row_ranges in weights:
+                    assert stack is not None
+                    _score_chunk(
+                        linear, weight, row_ranges, stack, at, logits, grad_output, statistics
+                    )
+        return HeadScores(
+            gradients=[[part] for part in _placed(saved_forwards, masks, back)],
+            loss=_by_sample(losses, layout),
+            statistics=statistics.sums([head.name]) if head.name is not None else None,
+        )
+
+
+class DrawnHead:
+    """Labels drawn from the model's own distribution, stratified; the head itself needs no draw.
+
+    For the head ``1/2 d^T F d`` is half the variance of ``d`` under ``p``: exact to second order.
+
+    Args:
+        draws: Draws of labels.
+        seed: Seed of the draws; those of a sample depend on the seed and its index alone.
+        exact: Whether everything behind the weights is float32.
+    """
+
+    def __init__(self, draws: int, seed: int, *, exact: bool) -> None:
+        self._draws, self._seed, self._exact = draws, seed, exact
+
+    def __call__(self, head: Head, saved_forwards: Sequence[SavedForward]) -> HeadScores:
+        """See :class:`HeadScorer`."""
+        with exact_products() if self._exact else nullcontext():
+            return self._score(head, saved_forwards)
+
+    def _score(self, head: Head, saved_forwards: Sequence[SavedForward]) -> HeadScores:
+        linear = head.linear
+        batches = [saved.batch for saved in saved_forwards]
+        masks = [batch.predicts() for batch in batches]
+        rows = _rows(saved_forwards, masks)
+        labels = _cat([next_tokens(b)[mask] for b, mask in zip(batches, masks, strict=True)])
+        layout = layout_of(batches, head.candidates, rows.device, "predictions")
+        quantiles = torch.cat(
+            [
+                self._quantiles(index, length)
+                for batch in batches
+                for index, length in zip(batch.samples, batch.lengths("predictions"), strict=True)
+            ]
+        ).to(rows.device)
+        statistics = RowStatistics(1, layout, rows.device)
+        back = rows.new_empty(self._draws, *rows.shape)
+        losses = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+        stack = head.inputs.stack(head.name, rows, layout) if head.name is not None else None
+        for turn, weights in enumerate(head.turns(layout)):
+            for at in _chunks(len(rows), _DOUBLE_ROWS):
+                logits = F.linear(rows[at], linear.weight, linear.bias)
+                log_p = torch.log_softmax(logits.double(), dim=-1)
+                p = log_p.exp()
+                if turn == 0:
+                    picked = labels[at].clamp_min(0)[:, None]
+                    losses[at] = -log_p.gather(1, picked)[:, 0] * (labels[at] >= 0)
+                    drawn = _draw(p, quantiles[at])
+                    # The gradient of log p(y) at the input: the label's weight, less the mean one.
+                    mean = p.to(rows.dtype) @ linear.weight
+                    back[:, at] = (linear.weight[drawn] - mean[:, None]).movedim(1, 0)
+                    statistics.norms[0, at] = row_norms(logits)
+                for weight, row_ranges in weights:
+                    assert stack is not None
+                    for row_range in row_ranges:
+                        length = min(at.stop, row_range.count) - at.start
+                        if length <= 0:
+                            continue
+                        first = stack.starts[row_range.input] + at.start
+                        given = stack.rows[first : first + length]
+                        change = F.linear(given, weight, linear.bias).sub_(logits[:length])
+                        start = row_range.start + at.start
+                        into = slice(start, start + length)
+                        statistics.errors[0, into] = row_norms(change)
+                        statistics.scores[0, into] = half_variance(
+                            change.double(), p[:length]
+                        ).sqrt()
+        return HeadScores(
+            gradients=_by_batch([_placed(saved_forwards, masks, part) for part in back]),
+            loss=_by_sample(losses, layout),
+            statistics=statistics.sums([head.name]) if head.name is not None else None,
+        )
+
+    def _quantiles(self, sample: int, length: int) -> torch.Tensor:
+        """Return where in its distribution each position's labels lie, ``(length, draws)``.
+
+        One in every ``1 / draws`` of the distribution, in an order of its own at each position.
+        """
+        generator = np.random.default_rng([self._seed, sample])
+        strata = generator.permuted(np.tile(np.arange(self._draws), (length, 1)), axis=1)
+        return torch.from_numpy((strata + generator.random((length, self._draws))) / self._draws)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradient of the summed loss at ``logits``, in their dtype, and each row's loss.
+
+    Args:
+        logits: ``(rows, vocabulary)``.
+        labels: ``(rows,)``.
+    """
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    picked = labels[:, None]
+    losses = -log_p.gather(1, picked)[:, 0].double()
+    grad_output = log_p.exp_()
+    grad_output.scatter_add_(1, picked, grad_output.new_full(picked.shape, -1.0))
+    return grad_output.to(logits.dtype), losses
+
+
+def half_variance(change: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Return ``1/2 d^T (diag(p) - p p^T) d`` of each row."""
+    centred = change - (p * change).sum(dim=-1, keepdim=True)
+    return (p * centred.square()).sum(dim=-1) / 2
+
+
+def next_tokens(batch: Batch) -> torch.Tensor:
+    """Return the label of every position, ``(samples, longest)``, -1 where there is none."""
+    labels = torch.full_like(batch.input_ids, -1)
+    labels[:, :-1] = batch.input_ids[:, 1:].masked_fill(~batch.label_mask(), -1)
+    return labels
+
+
+def _score_chunk(
+    linear: nn.Linear,
+    weight: torch.Tensor,
+    row_ranges: Sequence[RowRange],
+    stack: QuantizedInputs,
+    at: slice,
+    logits: torch.Tensor,
+    grad_output: torch.Tensor,
+    statistics: RowStatistics,
+) -> None:
+    """Score the candidates of one weight format on a chunk of the head's rows."""
+    readers: dict[int, list[RowSpan]] = {}
+    for row_range in row_ranges:
+        length = min(at.stop, row_range.count) - at.start
+        if length > 0:
+            spans = readers.setdefault(stack.starts[row_range.input], [])
+            spans.append((0, row_range.start, length))
+    for start, spans in readers.items():
+        longest = max(length for _, _, length in spans)
+        given = stack.rows[start + at.start : start + at.start + longest]
+        score_norms(
+            F.linear(given, weight, linear.bias),
+            logits[:longest],
+            grad_output[:longest],
+            tuple(spans),
+            errors=statistics.errors[0, at.start :],
+            scores=statistics.scores[0, at.start :],
+        )
+
+
+def _draw(p: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
+    """Return the labels at ``quantiles`` of each row's distribution, ``(rows, draws)``."""
+    cumulated = p.cumsum(dim=-1)
+    cumulated /= cumulated[:, -1:].clone()
+    return torch.searchsorted(cumulated, quantiles, right=True).clamp_(max=p.shape[1] - 1)
+
+
+def _rows(saved_forwards: Sequence[SavedForward], masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return what the head reads where the masks are true, ``(rows, hidden)``."""
+    pairs = zip(saved_forwards, masks, strict=True)
+    return _cat([saved.hidden.detach()[mask] for saved, mask in pairs])
+
+
+def _placed(
+    saved_forwards: Sequence[SavedForward], masks: Sequence[torch.Tensor], rows: torch.Tensor
+) -> list[torch.Tensor]:
+    """Return rows where the masks are true, batch by batch, and zeros elsewhere."""
+    parts = torch.split(rows, [int(mask.sum()) for mask in masks])
+    placed = []
+    for saved, mask, part in zip(saved_forwards, masks, parts, strict=True):
+        gradient = torch.zeros_like(saved.hidden)
+        gradient[mask] = part
+        placed.append(gradient)
+    return placed
+
+
+def _by_batch(by_loss: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+    return [list(losses) for losses in zip(*by_loss, strict=True)]
+
+
+def _by_sample(losses: torch.Tensor, layout: BufferLayout) -> torch.Tensor:
+    """Return the sum of each sample's rows, on the CPU."""
+    return F.pad(losses, (0, 1))[layout.own].sum(dim=-1).cpu()
+
+
+def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
