@@ -25,9 +25,10 @@ from qsens.pipeline.evaluate_recipe import end_to_end_of
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.recipe import recipe_of
 from qsens.pipeline.sweep import run_sweep
+from qsens.published import SUMMARY, read_summary
 from qsens.recipes.formats import modelopt
 from qsens.recipes.formats.evidence import Recipe
-from qsens.report.sweep import SUMMARY, Summary, read_summary
+from qsens.schema.summary import Summary
 from qsens.store import Store
 
 SIZE = "medium"

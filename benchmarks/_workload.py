@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
-from qsens.checkpoint.loading import load_model, load_tokenizer
+from qsens.checkpoint.loading import disable_cudnn_attention, load_model, load_tokenizer
 from qsens.checkpoint.structure import family_of, resolve_components
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, choices, load_sweep
 from qsens.data.captions import read_captions
@@ -238,6 +238,7 @@ def captions_file() -> Path:
 
 def build_shape(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Build a model of that shape where it is to run: every matrix is normal(0, 0.02)."""
+    disable_cudnn_attention()
     torch.manual_seed(0)
     config = Qwen3VLConfig(**SHAPES[name], tie_word_embeddings=True)
     with torch.device(device):

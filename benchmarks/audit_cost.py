@@ -28,7 +28,6 @@ import torch
 
 from benchmarks import _engines, _machine, _workload
 from qsens.analysis.audit import choose_groups
-from qsens.analysis.ranking import Row
 from qsens.checkpoint.groups import Group, find_groups
 from qsens.checkpoint.loading import resolve_device
 from qsens.engine.amax import calibrate
@@ -36,6 +35,7 @@ from qsens.engine.candidates import distinct
 from qsens.engine.kl.measure import diverge
 from qsens.engine.memory import plan_budget
 from qsens.pipeline.audit import GROUPS
+from qsens.schema.summary import Row
 
 SCORED = 128
 _REPEATS = 3

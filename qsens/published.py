@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from qsens.checksums import CHECKSUM, is_sealed
-from qsens.documents import peek
+from qsens.documents import peek, read_document
 from qsens.errors import UserError
-from qsens.grid import Cell
+from qsens.grid import Cell, refuse_another_sweep
 from qsens.reading import below, read_bytes
+from qsens.schema.summary import SUMMARY_VERSION, Summary
 from qsens.store import Store
 from qsens.writing import write_text
 
@@ -175,3 +176,22 @@ def _sealed(path: Path) -> dict[str, Any]:
     """Return a document; nothing where it cannot be read, or is not what was written."""
     data = peek(path)
     return {} if data.get(CHECKSUM) is not None and not is_sealed(data) else data
+
+
+def read_summary(path: Path) -> Summary:
+    """Read ``summary.json``.
+
+    Raises:
+        Damaged: The file is no summary, or not as it was written.
+        UserError: A newer qsens wrote it.
+    """
+    summary = read_document(
+        Summary,
+        path,
+        what="summary of a sweep",
+        version=SUMMARY_VERSION,
+        name="Name the summary.json of a published sweep.",
+        again="Publish the sweep again with `qsens publish`.",
+    )
+    refuse_another_sweep(path, summary.sweep_id)
+    return summary

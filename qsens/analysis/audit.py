@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import binom, spearmanr
 
-from qsens.analysis.ranking import Row
 from qsens.documents import read_document
 from qsens.errors import Damaged
 from qsens.names import kind_of
 from qsens.schema.manifest import AUDIT_VERSION, Audit, Judgement, Point, Verdict
+from qsens.schema.summary import Row
 
 # Groups that are always audited: those that hurt most.
 TOP = 5

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from qsens.config.models import Frozen
 from qsens.lenient import UNKNOWN
 from qsens.schema.manifest import Manifest
+from qsens.schema.summary import Cause, Difference
 
-Cause = Literal["checkpoint", "captions", "versions", "configuration"]
 CAUSES: tuple[Cause, ...] = ("checkpoint", "captions", "versions", "configuration")
-
-
-class Difference(Frozen):
-    """One thing that differs between what went into two results."""
-
-    cause: Cause
-    """What kind of thing it is."""
-    what: str
-    """Its name: ``digest``, ``torch``, ``autoquant.method``."""
-    before: str | None
-    """Its value in the first result; none where it is not recorded."""
-    after: str | None
-    """Its value in the second result."""
 
 
 def inputs(manifest: Manifest) -> dict[tuple[Cause, str], str]:

@@ -7,53 +7,16 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from qsens.analysis.stability import Spread, Verdict
-from qsens.analysis.statistic import Statistic, statistic_of, value_of
+from qsens.analysis.stability import Spread
+from qsens.analysis.statistic import statistic_of, value_of
 from qsens.config.models import Frozen
 from qsens.names import Kind, group_name, kind_of
 from qsens.schema.manifest import GroupSensitivity, Manifest, Status
+from qsens.schema.summary import Row, Statistic, total_per_token
 
 _Key = TypeVar("_Key", bound=Hashable)
 # No score is near it, and the sum of a hundred million such numbers is still finite.
 _LARGEST = 1e300
-
-
-class Row(Frozen):
-    """One group of modules that share one format."""
-
-    layer: str
-    """ModelOpt's name of the group, without ``.quant_recipe``."""
-    members: tuple[str, ...]
-    """Names of the modules in the group."""
-    kind: Kind
-    """What the group is in a decoder layer."""
-    depth: int | None
-    """Index of its layer, from 0."""
-    status: Status
-    """Whether it has a score, or why it has none."""
-    reason: str | None = None
-    """Why it is not scored, in words, where the manifest says so."""
-    num_bits: float | None
-    """Bits a weight costs in the format, block scales included."""
-    sensitivity: float | None
-    """``sum_i s_i / T_b(i)^2``; none where the group is not scored."""
-    sensitivity_per_token: float | None
-    """``sum_i s_i / sum_i T_i``: comparable between batches and sizes."""
-    size_cost: float | None
-    """Weights in the format, in 16-bit words."""
-    position: int | None
-    """1 is the most sensitive; none where the group is not scored."""
-    share: float | None
-    """Share of the total of the cell's statistic, 0 to 1; 0 where the total is 0, none where not
-    scored."""
-    interval: tuple[float, float] | None = None
-    """95 % interval of the cell's statistic by the bootstrap over samples, 6 digits."""
-    positions: tuple[int, int] | None = None
-    """95 % interval of ``position``."""
-    verdict: Verdict | None = None
-    """``stable`` where ``positions`` stays on one side of the cuts after 5, 10 and 20."""
-    samples_needed: int | None = None
-    """An estimate of how many samples would make it stable; none where it is, or cannot be told."""
 
 
 class Totals(Frozen):
@@ -157,13 +120,6 @@ def rank(manifest: Manifest, spreads: Mapping[str, Spread] | None = None) -> Ran
         statuses=dict(sorted(Counter(row.status for row in rows).items())),
     )
     return Ranking(statistic=statistic, rows=rows, totals=totals)
-
-
-def total_per_token(rows: Iterable[Row]) -> float | None:
-    """Return the sum of the sensitivities per token, or none unless all scored rows have one."""
-    values = [row.sensitivity_per_token for row in rows if row.sensitivity is not None]
-    known = [value for value in values if value is not None]
-    return math.fsum(known) if known and len(known) == len(values) else None
 
 
 def mean_shares(cells: Iterable[Sequence[Row]]) -> list[MeanShare]:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import kendalltau, norm, spearmanr
 
 from qsens.analysis.samples import Floats, SampleScores
-from qsens.analysis.statistic import Statistic, sample_weights
+from qsens.analysis.statistic import sample_weights
+from qsens.schema.summary import Statistic, Verdict
 
 CUTS = (5, 10, 20)
 LEVEL = 0.95
 RESAMPLES = 1000
 _SEED = 0
 _AT_ONCE = 4_000_000
-
-Verdict = Literal["stable", "undecided"]
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ nights are compared by the score per token whatever the method, since a sum grow
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from qsens.analysis.samples import Floats, SampleScores
+from qsens.schema.summary import Statistic
 
-Statistic = Literal["sensitivity", "sensitivity_per_token"]
 # Sums of a few hundred doubles in another order differ by less.
 _SAME = 1e-9
 

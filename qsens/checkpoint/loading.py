@@ -38,13 +38,9 @@ log = logging.getLogger(__name__)
 def resolve_device(name: str) -> torch.device:
     """Return the device of that name; ``auto`` is the first GPU where there is one, else the CPU.
 
-    Attention never goes through cuDNN from here on: it builds a plan for each shape of a batch,
-    for seconds, and its gradient is NaN where a row is masked whole.
-
     Raises:
         UserError: A GPU is asked for that is not there.
     """
-    torch.backends.cuda.enable_cudnn_sdp(False)
     available = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if available else "cpu")
@@ -58,6 +54,15 @@ def resolve_device(name: str) -> torch.device:
             remedy=f"{torch.cuda.device_count()} CUDA devices are visible; use auto or cpu.",
         )
     return device
+
+
+def disable_cudnn_attention() -> None:
+    """Let no model of this process attend through cuDNN; called before one is made.
+
+    It builds a plan for each shape of a batch, for seconds, and its gradient is NaN where a row is
+    masked whole.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def is_quantizable(module: nn.Module) -> bool:
@@ -77,6 +82,7 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
         UserError: The files are not whole or quantized already, this transformers cannot load the
             architecture, or the patterns of its parts leave a module out.
     """
+    disable_cudnn_attention()
     weights = find_weights(config.path)
     refuse_quantized(config.path)
     settings = _settings(config)

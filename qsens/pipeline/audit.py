@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from qsens.analysis.audit import choose_groups, digest_of, judge, read_audit
 from qsens.analysis.ranking import rank
-from qsens.analysis.statistic import Statistic, statistic_of, value_of
+from qsens.analysis.statistic import statistic_of, value_of
 from qsens.config.models import SIZES
 from qsens.documents import dump_document
 from qsens.errors import Damaged, Fault, UserError
 from qsens.grid import Cell, Plan
 from qsens.identity import measured_kl_version
 from qsens.names import group_name, kind_of
-from qsens.pipeline.cell import Progress
+from qsens.pipeline.shared_checkpoint import Progress, SharedCheckpoint
 from qsens.reading import has_file
 from qsens.results import AGAIN
 from qsens.schema.manifest import Audit, GroupSensitivity, Manifest, Point
+from qsens.schema.summary import Statistic
 from qsens.store import Store
 from qsens.writing import write_text
 
@@ -35,6 +36,7 @@ def audit(
     groups: int = GROUPS,
     full: bool = False,
     progress: Progress | None = None,
+    checkpoint: SharedCheckpoint | None = None,
 ) -> dict[str, Any]:
     """Measure the true divergence of some groups of every pair, and judge the scores by it.
 
@@ -47,6 +49,7 @@ def audit(
         groups: Groups of each pair, see :func:`qsens.analysis.audit.choose_groups`.
         full: Whether to measure all groups instead.
         progress: Called with a phase, steps done, and steps in all.
+        checkpoint: That of the plan, where other steps of this process use it as well.
 
     Returns:
         ``{audits: [...], missing: [{cell, reason}]}``, each audit as it is stored, with its
@@ -81,7 +84,8 @@ def audit(
     for name in wanted:
         _set_aside(store, plan.cell(name))
     faults: list[Fault] = []
-    for measured in _truths(store, wanted, progress or (lambda *_: None)):
+    shared = checkpoint or SharedCheckpoint(plan)
+    for measured in _measure(store, wanted, progress or (lambda *_: None), shared):
         faults += measured.faults.values()
         for name in measured.nats:
             cell = plan.cell(name)
@@ -244,11 +248,14 @@ def _to_measure(
     return wanted
 
 
-def _truths(
-    store: Store, wanted: Mapping[str, Sequence[str]], progress: Progress
+def _measure(
+    store: Store,
+    wanted: Mapping[str, Sequence[str]],
+    progress: Progress,
+    shared: SharedCheckpoint,
 ) -> Iterator[MeasuredKL]:
     if not wanted:
         return
     from qsens.pipeline.measured_kl import measured_kl
 
-    yield from measured_kl(store, wanted, progress)
+    yield from measured_kl(store, wanted, progress, shared)

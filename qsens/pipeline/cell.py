@@ -18,9 +18,8 @@ from qsens.errors import OutOfMemory
 from qsens.grid import Cell, Plan, calibration_digest
 from qsens.locks import held, try_lock
 from qsens.pipeline.failures import failure_to_tell, keep_failure, mark_told, tell
+from qsens.pipeline.shared_checkpoint import Progress, SharedCheckpoint
 from qsens.store import Store
-
-Progress = Callable[[str, int, int], None]
 
 
 def calibrate(
@@ -76,7 +75,12 @@ def calibrate(
 
 
 def score(
-    plan: Plan, cell_id: str, *, progress: Progress | None = None, wait: bool = False
+    plan: Plan,
+    cell_id: str,
+    *,
+    progress: Progress | None = None,
+    wait: bool = False,
+    checkpoint: SharedCheckpoint | None = None,
 ) -> dict[str, Any]:
     """Make sure that the result of a cell is there.
 
@@ -85,6 +89,8 @@ def score(
         cell_id: The cell.
         progress: Called with a phase, steps done, and steps in all.
         wait: Whether to wait for another process that computes the same result.
+        checkpoint: That of the plan, where other steps of this process use it as well; loaded for
+            this step alone when not given, and by the reference engine, which converts it.
 
     Raises:
         TryAgain: Another process computes it, and ``wait`` is false.
@@ -115,7 +121,9 @@ def score(
             from qsens.pipeline.compute import score_fused
 
             with _failure_is_kept(store, together):
-                failed = score_fused(store, together, progress or _silent)
+                failed = score_fused(
+                    store, together, progress or _silent, checkpoint or SharedCheckpoint(plan)
+                )
             if cell.cell in failed:
                 mark_told(store, cell)
                 raise failed[cell.cell]

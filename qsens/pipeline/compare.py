@@ -8,19 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qsens.analysis.drift import Change, changes, moved
-from qsens.analysis.provenance import Difference, differences, inputs
-from qsens.analysis.ranking import Row, normalise_name, rank
+from qsens.analysis.provenance import differences, inputs
+from qsens.analysis.ranking import normalise_name, rank
+from qsens.analysis.series import scores
 from qsens.analysis.stability import compare_sizes
 from qsens.analysis.statistic import compared_by
 from qsens.config import Roots
 from qsens.errors import UserError
 from qsens.pipeline.drift import comparable, distinct, normalised
 from qsens.pipeline.stored import Result, read_sweep
+from qsens.published import SUMMARY
 from qsens.reading import has_file
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
-from qsens.report.findings import scores
-from qsens.report.sweep import SUMMARY
 from qsens.schema.manifest import find_manifest
+from qsens.schema.summary import Difference, Row
 from qsens.store import MANIFEST
 
 _NAME = "Name a sweep's or a cell's directory, a sweep's id, or SWEEP/CELL."

@@ -39,6 +39,7 @@ from qsens.pipeline.loading import (
     with_samples,
 )
 from qsens.pipeline.result import build_manifest
+from qsens.pipeline.shared_checkpoint import SharedCheckpoint
 from qsens.store import Store
 from qsens.writing import write_bytes
 
@@ -90,18 +91,21 @@ def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
 
 
 @torch.inference_mode(False)
-def score_fused(store: Store, cells: Sequence[Cell], progress: Progress) -> dict[str, QsensError]:
+def score_fused(
+    store: Store, cells: Sequence[Cell], progress: Progress, shared: SharedCheckpoint
+) -> dict[str, QsensError]:
     """Compute all ``cells``, in one pass for each modality, and write each one's result.
 
     Args:
         store: Where results lie.
         cells: The cells; the modality of the first comes first.
         progress: Called as work goes on.
+        shared: The checkpoint.
 
     Returns:
         The errors of the cells that could not be computed on any group; the others have results.
     """
-    checkpoint = load_checkpoint(store.plan, progress)
+    checkpoint = shared.load(progress)
     failed: dict[str, QsensError] = {}
     for share in by_modality(cells):
         try:

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from qsens.analysis.drift import RATE, Change, changes, moved
-from qsens.analysis.provenance import Difference, differences, inputs, settings
+from qsens.analysis.provenance import differences, inputs, settings
 from qsens.analysis.ranking import normalise_name
 from qsens.analysis.samples import SampleScores
+from qsens.analysis.series import largest_cells, series_of
 from qsens.errors import UserError
 from qsens.grid import Plan, read_plan
 from qsens.pipeline.stored import Result
-from qsens.report.findings import Drift, Moved, NotCompared, largest_cells, series_of
-from qsens.report.sweep import SUMMARY, Summary, SummaryCell, read_summary
+from qsens.published import SUMMARY, read_summary
+from qsens.schema.summary import Difference, Drift, Moved, NotCompared, Summary, SummaryCell
 
 
 def find_drift(

@@ -19,7 +19,8 @@ from qsens.engine.scores import Progress
 from qsens.errors import Fault
 from qsens.grid import Cell
 from qsens.pipeline.compute import request_of, widest
-from qsens.pipeline.loading import Checkpoint, groups_of, load_checkpoint, with_samples
+from qsens.pipeline.loading import Checkpoint, groups_of, with_samples
+from qsens.pipeline.shared_checkpoint import SharedCheckpoint
 from qsens.store import Store
 
 _AMAX = "amax.input."
@@ -49,21 +50,25 @@ class MeasuredKL:
 
 @torch.inference_mode(False)
 def measured_kl(
-    store: Store, wanted: Mapping[str, Sequence[str]], progress: Progress
+    store: Store,
+    wanted: Mapping[str, Sequence[str]],
+    progress: Progress,
+    shared: SharedCheckpoint,
 ) -> Iterator[MeasuredKL]:
     """Measure the true KL divergence of some groups of some cells of one size.
 
-    Calibration is that of the scores: its maxima lie beside them. The checkpoint is loaded once.
+    Calibration is that of the scores: its amax lie beside them.
 
     Args:
         store: Where the results of the plan lie.
         wanted: Names of the groups, by cell id.
         progress: Called as work goes on.
+        shared: The checkpoint.
 
     Yields:
         What was measured of the cells of each modality.
     """
-    checkpoint = load_checkpoint(store.plan, progress)
+    checkpoint = shared.load(progress)
     modalities: dict[str, dict[str, Sequence[str]]] = {}
     for name, layers in wanted.items():
         modalities.setdefault(store.plan.cell(name).modality, {})[name] = layers

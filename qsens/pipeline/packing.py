@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qsens.analysis.ranking import Row
 from qsens.config import PairConfig
 from qsens.errors import UserError
 from qsens.pipeline.shapes import module_shapes
 from qsens.recipes.formats import llm_compressor
 from qsens.recipes.formats.evidence import LeftOut
+from qsens.schema.summary import Row
 
 _UNCHECKED = "whether llm-compressor takes every module in its format was not checked"
 

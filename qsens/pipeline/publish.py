@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qsens.analysis.series import series_of
 from qsens.documents import dump_document, dump_json
 from qsens.errors import Damaged
 from qsens.grid import Cell, Plan
@@ -15,16 +16,26 @@ from qsens.pipeline.drift import find_drift
 from qsens.pipeline.failures import failure_reason
 from qsens.pipeline.plan import plan_json
 from qsens.pipeline.stored import Result
-from qsens.published import PLAN, SWEEPS, Place, Shown, may_show, place_of, sweep_before
+from qsens.published import (
+    PLAN,
+    SUMMARY,
+    SWEEPS,
+    Place,
+    Shown,
+    may_show,
+    place_of,
+    read_summary,
+    sweep_before,
+)
 from qsens.reading import MOST_BYTES, has_file, read_json
 from qsens.report.assets import ASSETS
-from qsens.report.cell import write_cell
-from qsens.report.findings import Drift, series_of
+from qsens.report.cell import CellReport, build_cell, write_cell
 from qsens.report.model_index import write_model_index
-from qsens.report.sweep import PAGE, SUMMARY, Summary, build_summary, read_summary, write_sweep
+from qsens.report.sweep import PAGE, build_summary, write_sweep
 from qsens.report.views import protected
 from qsens.results import AGAIN
 from qsens.schema.manifest import Audit, Manifest, find_manifest
+from qsens.schema.summary import Drift, Summary
 from qsens.store import Store, publishing
 from qsens.writing import copy_file, write_text
 
@@ -51,6 +62,7 @@ def publish(plan: Plan) -> dict[str, Any]:
     """
     store = Store(plan)
     results: dict[str, Result] = {}
+    reports: dict[str, CellReport] = {}
     missing: dict[str, str] = {}
     model_dir = store.model_dir()
     with publishing(store):
@@ -68,22 +80,22 @@ def publish(plan: Plan) -> dict[str, Any]:
             found = results[cell.cell]
             audited = found.manifest.model_copy(update={"audit": _audit_of(cell, audits)})
             results[cell.cell] = Result(audited, found.samples)
+            reports[cell.cell] = build_cell(audited, found.samples)
             if may_show(store, cell, place):
-                _publish_cell(store, cell, results[cell.cell], place)
+                _publish_cell(store, cell, results[cell.cell], reports[cell.cell], place)
         sweep_dir = store.sweep_dir()
         write_text(sweep_dir / PLAN, plan_json(plan.model_copy(update={"published": place.number})))
         said = _said(store)
         manifests = {cell: result.manifest for cell, result in results.items()}
         summary = build_summary(
             plan,
-            manifests,
+            reports,
             missing,
             {
                 cell.cell: store.cell_dir(cell).relative_to(model_dir).as_posix()
                 for cell in plan.cells
             },
             said.previous if said else sweep_before(store, place),
-            {cell: result.samples for cell, result in results.items() if result.samples},
             audits=audits,
         )
         drift = find_drift(plan, summary, model_dir / SWEEPS, results)
@@ -168,9 +180,8 @@ def report(directory: Path, *, single_file: bool = False) -> dict[str, Any]:
     path = find_manifest(directory)
     found = Result.at(path)
     written = write_cell(
-        found.manifest,
+        build_cell(found.manifest, found.samples),
         path.parent,
-        found.samples,
         assets=_assets(path.parent),
         single_file=single_file,
     )
@@ -219,11 +230,13 @@ def _audit_of(cell: Cell, audits: Sequence[Audit]) -> Audit | None:
     return next((audit for audit in audits if series_of(audit) == series_of(cell)), None)
 
 
-def _publish_cell(store: Store, cell: Cell, result: Result, place: Place) -> None:
+def _publish_cell(
+    store: Store, cell: Cell, result: Result, report: CellReport, place: Place
+) -> None:
     directory, published = store.cell_dir(cell), store.published(cell)
     if has_file(store.state(cell), remedy=AGAIN):
         copy_file(store.state(cell), published["state"], remedy=AGAIN)
-    write_cell(result.manifest, directory, result.samples, assets=store.model_dir() / ASSETS)
+    write_cell(report, directory, assets=store.model_dir() / ASSETS)
     audit = result.manifest.audit
     if audit is None:
         copy_file(store.manifest(cell), published["manifest"], remedy=AGAIN)

@@ -6,20 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from qsens.analysis.series import of_coverage, series_of
 from qsens.config import Roots
 from qsens.config.models import SIZES, Coverage, Size
 from qsens.errors import AnswerIsNo, UserError
 from qsens.grid import Plan
 from qsens.pipeline.packing import Packing, pack
 from qsens.pipeline.stored import read_sweep
+from qsens.published import SUMMARY, SWEEPS
 from qsens.reading import has_file
 from qsens.recipes.format_choices import UNQUANTIZED_BITS, matches
 from qsens.recipes.formats import llm_compressor, modelopt
 from qsens.recipes.formats.evidence import LeftOut, Recipe, choose, tally
 from qsens.recipes.score_correction import price
-from qsens.report.findings import of_coverage, series_of
-from qsens.report.sweep import SUMMARY, SWEEPS, Summary, SummaryCell
 from qsens.schema.manifest import dump_json
+from qsens.schema.summary import Summary, SummaryCell
 from qsens.writing import write_text
 
 _NAME = f"Name a directory with a {SUMMARY}, that file, or a sweep id."

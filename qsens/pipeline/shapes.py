@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qsens.analysis.ranking import Row
 from qsens.checkpoint.files import shapes
 from qsens.errors import UserError
 from qsens.pipeline.preflight import covered_shapes
 from qsens.recipes.format_choices import weights_of
+from qsens.schema.summary import Row
 
 Shape = tuple[int, ...]
 # What the names of modules and of the weights in files may begin with, each at its own place.

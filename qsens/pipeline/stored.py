@@ -8,10 +8,10 @@ from pathlib import Path
 from qsens.analysis.samples import SampleScores, read_samples
 from qsens.errors import Damaged
 from qsens.grid import Plan, read_plan
-from qsens.published import PLAN, SUMMARY, Shown
-from qsens.report.sweep import Summary, read_summary
+from qsens.published import PLAN, SUMMARY, Shown, read_summary
 from qsens.results import MANIFEST, STATE, check_state, read_result
 from qsens.schema.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest, read_manifest
+from qsens.schema.summary import Summary
 
 
 def read_sweep(directory: Path) -> tuple[Summary, Plan]:

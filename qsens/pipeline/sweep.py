@@ -10,6 +10,7 @@ from qsens.grid import Plan
 from qsens.pipeline.audit import audit
 from qsens.pipeline.cell import score
 from qsens.pipeline.publish import publish
+from qsens.pipeline.shared_checkpoint import SharedCheckpoint
 
 CellProgress = Callable[[str, str, int, int], None]
 
@@ -29,17 +30,30 @@ def run_sweep(
         What ``publish`` returns, and the errors of the cells, and of the audit, that failed.
     """
     errors: list[QsensError] = []
+    checkpoint = SharedCheckpoint(plan)
     if not plan.config.runner.report_only:
         for cell in plan.cells:
             try:
                 # Calibration comes with the score: one load of the checkpoint, often one forward.
-                score(plan, cell.cell, progress=_bound(progress, cell.cell), wait=True)
+                score(
+                    plan,
+                    cell.cell,
+                    progress=_bound(progress, cell.cell),
+                    wait=True,
+                    checkpoint=checkpoint,
+                )
             except QsensError as error:
+                checkpoint.release()  # it may be what fills the memory
                 errors.append(error)
         mode = plan.config.autoquant.audit
         if mode != "none":
             try:
-                audit(plan, full=mode == "full", progress=_bound(progress, plan.cells[0].cell))
+                audit(
+                    plan,
+                    full=mode == "full",
+                    progress=_bound(progress, plan.cells[0].cell),
+                    checkpoint=checkpoint,
+                )
             except QsensError as error:
                 errors.append(error)
     return publish(plan), errors

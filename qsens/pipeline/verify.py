@@ -6,7 +6,7 @@ from typing import Any
 
 from qsens.analysis.agreement import agreement
 from qsens.grid import Plan
-from qsens.pipeline.cell import Progress
+from qsens.pipeline.shared_checkpoint import Progress
 from qsens.schema.manifest import dump_json
 from qsens.store import Store
 from qsens.writing import write_text

@@ -22,24 +22,15 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, vstack
 
-from qsens.config.models import Frozen
 from qsens.errors import AnswerIsNo
 from qsens.recipes.format_choices import UNQUANTIZED, UNQUANTIZED_BITS, DecisionGroup, FormatChoice
+from qsens.schema.summary import ParetoPoint
 
 # Sums of whole numbers times few bits: this much is rounding only.
 _ROUNDING = 1e-12
 # A choice as the search sees it: 16-bit cost and damage, and its place in
 # ``DecisionGroup.choices``.
 _Step = tuple[float, float, int]
-
-
-class ParetoPoint(Frozen):
-    """The least damage at so many bits."""
-
-    bits: float
-    """Effective bits a weight."""
-    damage: float
-    """Sum of the damages, in the unit of the scores."""
 
 
 @dataclass(frozen=True)

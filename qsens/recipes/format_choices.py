@@ -6,9 +6,10 @@ import fnmatch
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qsens.analysis.ranking import Row, normalise_name
-from qsens.analysis.statistic import Statistic, value_of
+from qsens.analysis.ranking import normalise_name
+from qsens.analysis.statistic import value_of
 from qsens.names import FUSED, kind_of
+from qsens.schema.summary import Row, Statistic
 
 UNQUANTIZED_BITS = 16.0
 

@@ -8,9 +8,9 @@ from typing import Literal
 
 from scipy.stats import binomtest
 
-from qsens.analysis.ranking import Row
 from qsens.config.models import Frozen
 from qsens.schema.manifest import Audit, Verdict
+from qsens.schema.summary import Row
 
 _CHANCE = 0.05
 Source = Literal["estimates", "corrected estimates", "true divergences"]

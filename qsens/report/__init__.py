@@ -2,7 +2,8 @@
 
 from qsens.report.cell import CellReport, build_cell, write_cell
 from qsens.report.model_index import write_model_index
-from qsens.report.sweep import Summary, SummaryCell, build_summary, write_sweep
+from qsens.report.sweep import build_summary, write_sweep
+from qsens.schema.summary import Summary, SummaryCell
 
 __all__ = [
     "CellReport",

@@ -8,17 +8,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qsens.analysis.experts import Mixture, mixtures
-from qsens.analysis.ranking import Part, Row, Totals, by_depth, by_kind, finite, rank
+from qsens.analysis.ranking import Part, Totals, by_depth, by_kind, finite, rank
 from qsens.analysis.samples import SampleScores
 from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, settled, spread
-from qsens.analysis.statistic import Statistic
 from qsens.config.models import Frozen
 from qsens.lenient import UNKNOWN
 from qsens.names import Kind
 from qsens.report import charts
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data
-from qsens.report.findings import CellStability
 from qsens.report.prose import samples_words
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import depth_svg
@@ -33,6 +31,7 @@ from qsens.schema.manifest import (
     Versions,
     dump_json,
 )
+from qsens.schema.summary import CellStability, Row, Statistic
 from qsens.writing import write_text
 
 REPORT_VERSION = 1
@@ -142,26 +141,23 @@ class CellReport(Frozen):
 
 
 def write_cell(
-    manifest: Manifest,
+    report: CellReport,
     directory: Path,
-    samples: SampleScores | None = None,
     *,
     assets: Path | None = None,
     single_file: bool = False,
 ) -> list[Path]:
-    """Write the reports of a cell; equal manifests and samples give equal bytes.
+    """Write the reports of a cell; equal reports give equal bytes.
 
     Args:
-        manifest: A manifest as ``read_manifest`` returns it.
+        report: What there is to say, see :func:`build_cell`.
         directory: Where the reports go.
-        samples: Scores of every sample, where there are any: they say how sure the ranking is.
         assets: Directory of the scripts that pages share; one in ``directory`` when not given.
         single_file: Whether the page holds its scripts, instead of sharing them.
 
     Returns:
         The Markdown, JSON and HTML file, and the chart of the Markdown where there is one.
     """
-    report = build_cell(manifest, samples)
     found = charts.depth_map(report.ranked)
     picture = depth_svg(found)
     context: dict[str, Any] = {
@@ -208,7 +204,12 @@ def write_cell(
 
 
 def build_cell(manifest: Manifest, samples: SampleScores | None = None) -> CellReport:
-    """Return the report of a cell from its manifest, and the scores of its samples if any."""
+    """Return the report of a cell.
+
+    Args:
+        manifest: A manifest as ``read_manifest`` returns it.
+        samples: Scores of every sample, where there are any: they say how sure the ranking is.
+    """
     ranking, spreads = rank(manifest), {}
     if samples is not None:
         batch_size = manifest.scheme.auto_quantize_batch_size

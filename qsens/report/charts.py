@@ -10,15 +10,15 @@ from typing import Any
 from scipy.stats import rankdata
 
 from qsens.analysis.audit import Z90
-from qsens.analysis.ranking import Row, normalise_name
-from qsens.analysis.statistic import Statistic, compared_by, value_of
+from qsens.analysis.ranking import normalise_name
+from qsens.analysis.series import largest_cells, series_of
+from qsens.analysis.statistic import compared_by, value_of
 from qsens.grid import unusual
 from qsens.names import Kind
-from qsens.recipes.allocation import ParetoPoint
 from qsens.report import format as look
-from qsens.report.findings import Drift, largest_cells, series_of
 from qsens.report.views import Heat
 from qsens.schema.manifest import Audit
+from qsens.schema.summary import Drift, ParetoPoint, Row, Statistic
 
 KINDS: tuple[Kind, ...] = ("qkv", "o", "gate_up", "down", "experts", "other", "vision")
 _DEPTHS_SHOWN = 200

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from qsens.analysis.provenance import Difference
 from qsens.config.models import Frozen
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data
 from qsens.report.render import render_html
+from qsens.schema.summary import Difference
 from qsens.writing import write_text
 
 _ROWS_IN_PAGE = 300

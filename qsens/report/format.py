@@ -15,8 +15,9 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from qsens.analysis.ranking import MeanShare, Row
+from qsens.analysis.ranking import MeanShare
 from qsens.lenient import UNKNOWN
+from qsens.schema.summary import Row
 
 ABSENT = "–"
 NAME_LIMIT = 120

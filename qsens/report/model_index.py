@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict
 
 from qsens.documents import read_document
 from qsens.errors import UserError
-from qsens.published import Place
+from qsens.published import SUMMARY, SWEEPS, Place
 from qsens.reading import entries_in, has_file
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, linked, page_data
 from qsens.report.render import render_html
-from qsens.report.sweep import PAGE, SUMMARY, SUMMARY_VERSION, SWEEPS
+from qsens.report.sweep import PAGE
 from qsens.results import AGAIN
+from qsens.schema.summary import SUMMARY_VERSION
 from qsens.writing import write_text
 
 

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 from qsens.analysis.experts import Expert
 from qsens.analysis.ranking import Totals
-from qsens.analysis.statistic import Statistic
 from qsens.report import format as look
-from qsens.report.findings import CellStability, Drift, SizesCompared
 from qsens.schema.manifest import Judgement
+from qsens.schema.summary import CellStability, Drift, SizesCompared, Statistic
 
 if TYPE_CHECKING:
-    from qsens.report.sweep import SummaryCell
+    from qsens.schema.summary import SummaryCell
 
 _LISTED = 8
 _UNMEASURED = {

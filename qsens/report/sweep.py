@@ -4,180 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from qsens.analysis.ranking import Row, total_per_token
-from qsens.analysis.samples import SampleScores
+from qsens.analysis.series import compare_all_sizes, of_coverage, series_of
 from qsens.analysis.statistic import statistic_of
-from qsens.config.models import SIZES, Coverage, Frozen, Modality, Size
-from qsens.documents import dump_document, read_document
-from qsens.grid import Cell, Plan, refuse_another_sweep
+from qsens.config.models import SIZES
+from qsens.documents import dump_document
+from qsens.grid import Cell, Plan
 from qsens.published import SUMMARY as SUMMARY
 from qsens.published import SWEEPS as SWEEPS
-from qsens.recipes.allocation import ParetoPoint, pareto
+from qsens.recipes.allocation import pareto
 from qsens.recipes.format_choices import build_decision_groups
 from qsens.recipes.score_correction import price
 from qsens.report import charts
 from qsens.report import format as look
 from qsens.report.assets import ASSETS, embedded, linked, page_data
-from qsens.report.cell import BASENAME, PROTECTED, build_cell
-from qsens.report.findings import (
-    CellStability,
-    Drift,
-    SizesCompared,
-    compare_all_sizes,
-    of_coverage,
-    series_of,
-)
+from qsens.report.cell import BASENAME, PROTECTED, CellReport
 from qsens.report.prose import statistic_words
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import heat_svg
 from qsens.report.views import heat_table, pair_lines, protected, stable_in
-from qsens.schema.manifest import Audit, Manifest
+from qsens.schema.manifest import Audit
+from qsens.schema.summary import (
+    Drift,
+    MissingCell,
+    ParetoPoint,
+    Summary,
+    SummaryCell,
+)
 from qsens.writing import write_text
 
-SUMMARY_VERSION = 2
 PAGE = "index.html"
 CHART = "summary.svg"
 _ROWS_IN_PAGE = 200
 
 
-class SummaryCell(Frozen):
-    """One cell of the sweep, with all its rows."""
-
-    cell: str
-    """Cell id, ``wfp8_afp8-small``."""
-    pair: str
-    """Precision pair."""
-    granularity: str
-    """Granularity."""
-    coverage: Coverage
-    """Part of the model that may be quantized."""
-    modality: Modality
-    """What a sample is."""
-    size: Size
-    """Calibration size."""
-    digest: str
-    """Digest of all that changes this cell's numbers."""
-    status: Literal["done", "missing"]
-    """Whether there is a result."""
-    reason: str | None
-    """Why there is none."""
-    directory: str | None
-    """Directory of its reports, relative to the model's directory, with ``/``."""
-    partial: tuple[str, ...]
-    """Why the result is partial; empty when it is whole or missing."""
-    experimental: bool
-    """Whether nobody is known to deploy the pair."""
-    total_sensitivity: float | None
-    """Sum of the sensitivities of the scored groups."""
-    effective_bits_reached: float | None
-    """What the search reached, in bits a weight."""
-    constraint_met: bool | None
-    """Whether the target of effective bits was met."""
-    samples_used: int | None
-    """Samples that calibration used."""
-    samples_scored: int | None
-    """Samples that the score used."""
-    stability: CellStability | None = None
-    """How sure the ranking is; none without scores of every sample."""
-    rows: tuple[Row, ...]
-    """All groups: the scored ones, most sensitive first; then the others."""
-
-    @property
-    def done(self) -> bool:
-        """Return whether there is a result."""
-        return self.status == "done"
-
-    @property
-    def whole(self) -> bool:
-        """Return whether there is a result, and no partial one."""
-        return self.done and not self.partial
-
-    @property
-    def total_per_token(self) -> float | None:
-        """Return the sum of the sensitivities per token, where all scored groups have one."""
-        return total_per_token(self.rows)
-
-    @property
-    def first(self) -> Row | None:
-        """Return the most sensitive group."""
-        return next((row for row in self.rows if row.position == 1), None)
-
-
-class MissingCell(Frozen):
-    """A cell without a result."""
-
-    cell: str
-    """Cell id."""
-    reason: str
-    """Why there is none."""
-
-
-class Summary(Frozen):
-    """``summary.json``: a sweep as it was published, nothing rounded."""
-
-    schema_version: int = SUMMARY_VERSION
-    """Version of this schema."""
-    sweep_id: str
-    """``<UTC time>-<first 8 hex digits of the plan's digest>``."""
-    plan_id: str
-    """First 12 hex digits of the plan's digest."""
-    created: str
-    """When the plan was made, ISO 8601, UTC."""
-    preset: str
-    """Name of the sweep file that the plan started from."""
-    model: str
-    """Directory of the model's results under ``models/``."""
-    checkpoint_digest: str
-    """SHA-256 over the contents of the checkpoint's configuration and weight files."""
-    method: str = "gradient"
-    """The score: ``gradient``, ``fisher``, ``kl_div``."""
-    effective_bits_target: float | None = None
-    """Target of effective bits, in bits a weight."""
-    previous: str | None
-    """Id of the sweep before this one; none where this is the first."""
-    pareto: tuple[ParetoPoint, ...] = ()
-    """The least damage at so many bits over all pairs at the largest size, from the cheapest to 16
-    bits; a head tied to the embedding stays at 16. Damages are in the statistic of the method."""
-    complete: bool
-    """Whether every cell has a result and none of them is partial."""
-    cells: tuple[SummaryCell, ...]
-    """All cells, by pair, granularity, coverage and size in the order of the configuration."""
-    missing: tuple[MissingCell, ...]
-    """The cells without a result, in the same order."""
-    sizes_compared: tuple[SizesCompared, ...] = ()
-    """Each size of a pair against the next that has a result."""
-    audit: tuple[Audit, ...] = ()
-    """The scores of each pair against the true divergence of some groups, where measured."""
-    drift: Drift | None = None
-    """What changed since the sweep before; none where there is none."""
-    notices: tuple[str, ...] = ()
-    """What a reader should know of how its results were stored."""
-    published: int = 0
-    """Which of its model's sweeps it is, from 1, in the order of their publication; 0 where nobody
-    counted."""
-    checksum: str | None = None
-    """SHA-256 over the canonical JSON of all other keys; null in summaries older than this key."""
-
-    @property
-    def done(self) -> tuple[SummaryCell, ...]:
-        """Return the cells that have a result."""
-        return tuple(cell for cell in self.cells if cell.done)
-
-    @property
-    def partial(self) -> tuple[SummaryCell, ...]:
-        """Return the cells whose result is partial."""
-        return tuple(cell for cell in self.cells if cell.partial)
-
-
 def build_summary(
     plan: Plan,
-    manifests: Mapping[str, Manifest],
+    reports: Mapping[str, CellReport],
     missing: Mapping[str, str],
     directories: Mapping[str, str],
     previous: str | None,
-    samples: Mapping[str, SampleScores] | None = None,
     drift: Drift | None = None,
     audits: Sequence[Audit] = (),
 ) -> Summary:
@@ -185,23 +52,16 @@ def build_summary(
 
     Args:
         plan: The sweep.
-        manifests: The results that there are, by cell id.
+        reports: What there is to say of each cell that has a result, by cell id.
         missing: Why there is no result, by cell id.
         directories: Where each cell's reports lie, relative to the model's directory, by cell id.
         previous: Id of the sweep before this one.
-        samples: Scores of every sample, by cell id, where there are any.
         drift: What changed since the sweep before.
         audits: The audits that there are.
     """
     cells = tuple(
-        _done(
-            plan,
-            cell,
-            manifests[cell.cell],
-            directories.get(cell.cell),
-            (samples or {}).get(cell.cell),
-        )
-        if cell.cell in manifests
+        _done(plan, cell, reports[cell.cell], directories.get(cell.cell))
+        if cell.cell in reports
         else _missing(plan, cell, missing.get(cell.cell, "no result"))
         for cell in _in_order(plan)
     )
@@ -315,25 +175,6 @@ def write_sweep(summary: Summary, directory: Path, *, single_file: bool = False)
     return paths
 
 
-def read_summary(path: Path) -> Summary:
-    """Read ``summary.json``.
-
-    Raises:
-        Damaged: The file is no summary, or not as it was written.
-        UserError: A newer qsens wrote it.
-    """
-    summary = read_document(
-        Summary,
-        path,
-        what="summary of a sweep",
-        version=SUMMARY_VERSION,
-        name="Name the summary.json of a published sweep.",
-        again="Publish the sweep again with `qsens publish`.",
-    )
-    refuse_another_sweep(path, summary.sweep_id)
-    return summary
-
-
 def _pareto(plan: Plan, cells: Sequence[SummaryCell], audits: Sequence[Audit]) -> list[ParetoPoint]:
     """Return the curve that recipes of this sweep lie on: those of the widest coverage."""
     done = of_coverage([cell for cell in cells if cell.done])
@@ -370,11 +211,9 @@ def _in_order(plan: Plan) -> list[Cell]:
 def _done(
     plan: Plan,
     cell: Cell,
-    manifest: Manifest,
+    report: CellReport,
     directory: str | None,
-    samples: SampleScores | None,
 ) -> SummaryCell:
-    report = build_cell(manifest, samples)
     dataset, quantization = report.dataset, report.quantization
     # The older layout does not say how many samples it used.
     limits = (plan.config.dataset.limit(cell.size), report.scheme.auto_quantize_score_size)

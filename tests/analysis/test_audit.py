@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qsens.analysis.audit import choose_groups, digest_of, judge
-from qsens.analysis.ranking import Row
 from qsens.schema.manifest import Audit, Point
+from qsens.schema.summary import Row
 
 
 def row(position: int | None, kind: str = "o") -> Row:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qsens.grid import Plan
 from qsens.pipeline.publish import publish, report
-from qsens.report import Summary
+from qsens.schema.summary import Summary
 from qsens.store import Store
 from tests.pipeline import results
 

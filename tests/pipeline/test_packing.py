@@ -12,12 +12,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from qsens.analysis.ranking import Row
 from qsens.config import PairConfig
 from qsens.errors import UserError
 from qsens.pipeline.packing import pack
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.shapes import module_shapes
+from qsens.schema.summary import Row
 from tests.pipeline.seeing import Place
 from tests.pipeline.test_weight_names import before, renamed
 

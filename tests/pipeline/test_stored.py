@@ -19,7 +19,7 @@ from qsens.config import Roots
 from qsens.documents import dump_document
 from qsens.errors import Damaged, Fault, OutOfMemory, QsensError, TryAgain, UserError
 from qsens.grid import Plan, calibration_digest, read_plan
-from qsens.pipeline import compute
+from qsens.pipeline import compute, loading
 from qsens.pipeline.audit import audit, find_audits, is_audited
 from qsens.pipeline.cell import calibrate, score
 from qsens.pipeline.failures import failure_to_tell, keep_failure, tell
@@ -28,7 +28,7 @@ from qsens.pipeline.publish import publish, report
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.stored import Result
 from qsens.pipeline.sweep import run_sweep
-from qsens.report.sweep import read_summary
+from qsens.published import read_summary
 from qsens.schema.manifest import read_manifest
 from qsens.store import Store
 from tests.checkpoint import tiny_families
@@ -407,14 +407,24 @@ BROKEN = "quant_pair=wone_afp16,wint8_afp16,wtwo_afp16,wthree_afp16"
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return what grows by one whenever the checkpoint is loaded: a pass begins with it."""
     loads: list[str] = []
-    load = compute.load_checkpoint
+    load = loading.load_checkpoint
 
     def counted(plan: Plan, progress: Any) -> Any:
         loads.append(plan.sweep_id)
         return load(plan, progress)
 
-    monkeypatch.setattr(compute, "load_checkpoint", counted)
+    monkeypatch.setattr(loading, "load_checkpoint", counted)
     return loads
+
+
+def test_a_sweep_and_its_audit_load_the_checkpoint_once(
+    plan: Callable[..., Plan], passes: list[str]
+) -> None:
+    made = plan("quant_pair=wint8_afp16", "autoquant.method=fisher", "autoquant.audit=sample")
+    published, errors = run_sweep(made)
+    assert (errors, published["complete"]) == ([], True)
+    assert len(find_audits(Store(made))) == 1
+    assert len(passes) == 1
 
 
 def test_failing_cells_cost_one_pass(plan: Callable[..., Plan], passes: list[str]) -> None:

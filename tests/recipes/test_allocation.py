@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsens.errors import AnswerIsNo
-from qsens.recipes.allocation import ParetoPoint, allocate, allocate_one, pareto
+from qsens.recipes.allocation import allocate, allocate_one, pareto
 from qsens.recipes.format_choices import UNQUANTIZED, DecisionGroup, FormatChoice
+from qsens.schema.summary import ParetoPoint
 
 
 def brute_force(

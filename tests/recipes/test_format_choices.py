@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from qsens.analysis.ranking import Row
 from qsens.recipes.format_choices import (
     UNQUANTIZED,
     DecisionGroup,
     FormatChoice,
     build_decision_groups,
 )
+from qsens.schema.summary import Row
 
 LAYER = "model.language_model.layers.0."
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from qsens.analysis.ranking import Row
 from qsens.recipes.format_choices import build_decision_groups
 from qsens.recipes.score_correction import CorrectedScores, price
 from qsens.schema.manifest import Audit, Judgement, Point, Verdict
+from qsens.schema.summary import Row
 
 
 def rows(*scores: float | None) -> list[Row]:

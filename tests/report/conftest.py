@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 
 from qsens.analysis.audit import judge
+from qsens.analysis.samples import SampleScores
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepConfig
 from qsens.grid import CheckpointIdentity, Plan, SamplesIdentity, make_plan
+from qsens.report import CellReport, build_cell
 from qsens.schema.manifest import Audit, Manifest, Point
 
 QUANTIZER = {"num_bits": 8, "axis": 0}
@@ -35,6 +38,16 @@ def group(sensitivity: float | None, status: str = "scored", **more: Any) -> dic
         "sensitivity_per_token": None if sensitivity is None else sensitivity / 4,
         "size_cost": 524288.0,
         **more,
+    }
+
+
+def reports(
+    manifests: Mapping[str, Manifest], samples: Mapping[str, SampleScores] | None = None
+) -> dict[str, CellReport]:
+    """Return what there is to say of each cell that has a result."""
+    return {
+        cell: build_cell(manifest, (samples or {}).get(cell))
+        for cell, manifest in manifests.items()
     }
 
 

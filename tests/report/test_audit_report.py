@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from qsens.analysis.audit import Z90
-from qsens.report import build_summary, write_cell, write_sweep
+from qsens.report import build_cell, build_summary, write_cell, write_sweep
+from tests.report.conftest import reports
 
 
 def charts_of(page: Any) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def charts_of(page: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("method", ["fisher", "gradient"])
 def test_the_pages_draw_estimate_against_truth(make: Any, tmp_path: Path, method: str) -> None:
     audited = make.manifest({"a": make.group(1.0)}, audit=make.audit(method).model_dump())
-    write_cell(audited, tmp_path)
+    write_cell(build_cell(audited), tmp_path)
     drawn = charts_of(make.page(tmp_path / "per-layer-sensitivity.html"))["audit"]
     if method == "gradient":
         assert drawn["estimate"] == [1, 2, 3, 4, 5, 6]
@@ -46,7 +47,7 @@ def test_a_pair_has_its_verdict_on_its_line(make: Any, tmp_path: Path) -> None:
     manifests = {cell: make.manifest({"a": make.group(1.0)}, cell=cell) for cell in cells}
     audits = [make.audit()]
     assert audits[0].judgement.verdict == "rank only"
-    summary = build_summary(make.plan(), manifests, {}, {}, None, audits=audits)
+    summary = build_summary(make.plan(), reports(manifests), {}, {}, None, audits=audits)
     write_sweep(summary, tmp_path)
     before = (tmp_path / "index.html").read_bytes()
     page = make.page(tmp_path / "index.html")
@@ -64,6 +65,6 @@ def test_a_pair_has_its_verdict_on_its_line(make: Any, tmp_path: Path) -> None:
 def test_without_audits_nothing_speaks_of_them(make: Any, tmp_path: Path) -> None:
     cells = ["wint8_afp16-small", "wint8_afp16-medium", "wfp8_afp8-small", "wfp8_afp8-medium"]
     manifests = {cell: make.manifest({"a": make.group(1.0)}, cell=cell) for cell in cells}
-    write_sweep(build_summary(make.plan(), manifests, {}, {}, None), tmp_path)
+    write_sweep(build_summary(make.plan(), reports(manifests), {}, {}, None), tmp_path)
     assert "Audit" not in (tmp_path / "summary.md").read_text()
     assert "Audit" not in make.page(tmp_path / "index.html").text

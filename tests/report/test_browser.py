@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qsens.analysis.provenance import Difference
 from qsens.analysis.samples import SampleScores
 from qsens.config.models import SIZES
-from qsens.report import build_summary, write_cell, write_model_index, write_sweep
+from qsens.report import build_cell, build_summary, write_cell, write_model_index, write_sweep
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison, write_comparison
-from qsens.report.findings import Drift, Moved
 from qsens.schema.manifest import Manifest
+from qsens.schema.summary import Difference, Drift, Moved
 from tests.browser import PHONE, Watched, chromium
-from tests.report.conftest import Make
+from tests.report.conftest import Make, reports
 from tests.report.test_cell_report import HOSTILE
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -57,9 +56,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         manifests[cell.cell] = manifest.model_copy(update={"audit": Make.audit("gradient")})
         directories[cell.cell] = f"weight/{cell.cell}"
         write_cell(
-            manifests[cell.cell],
+            build_cell(manifests[cell.cell], samples[cell.cell]),
             root / directories[cell.cell],
-            samples[cell.cell],
             assets=root / "assets",
         )
     drift = Drift(
@@ -86,14 +84,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         not_compared=(),
     )
     summary = build_summary(
-        plan, manifests, {}, directories, "earlier", samples, drift, [Make.audit()]
+        plan, reports(manifests, samples), {}, directories, "earlier", drift, [Make.audit()]
     )
     directory = root / "sweeps" / plan.sweep_id
     write_sweep(summary, directory)
     single = write_cell(
-        manifests["wint8_afp16-small"],
+        build_cell(manifests["wint8_afp16-small"], samples["wint8_afp16-small"]),
         root / "single",
-        samples["wint8_afp16-small"],
         single_file=True,
     )
     comparison = Comparison(
@@ -246,11 +243,13 @@ def test_94_layers_of_128_experts_stay_small_and_quick(browser: Any, tmp_path: P
         )
     ]
     manifest, samples = scored(names, 0, "wint8_afp16-small")
-    cell = write_cell(manifest, tmp_path / "weight", samples, assets=tmp_path / "assets")[2]
+    cell = write_cell(
+        build_cell(manifest, samples), tmp_path / "weight", assets=tmp_path / "assets"
+    )[2]
     plan = Make.plan()
     manifests = {entry.cell: manifest for entry in plan.cells}
     assert [entry.size for entry in plan.cells][:2] == list(SIZES[:2])
-    summary = build_summary(plan, manifests, {}, {}, None, {"wint8_afp16-small": samples})
+    summary = build_summary(plan, reports(manifests, {"wint8_afp16-small": samples}), {}, {}, None)
     sweep = write_sweep(summary, tmp_path / "sweeps" / plan.sweep_id)[2]
     for path in (cell, sweep):
         assert path.stat().st_size < 3_000_000

@@ -35,7 +35,7 @@ def table(markdown: str) -> list[list[str]]:
 
 
 def written(manifest: Any, directory: Path) -> tuple[str, Any, Path]:
-    md, data, html, *charts = write_cell(manifest, directory)
+    md, data, html, *charts = write_cell(build_cell(manifest), directory)
     assert [path.name for path in charts] in ([], ["per-layer-sensitivity.svg"])
     assert [path.name for path in (md, data, html)] == [
         "per-layer-sensitivity.md",
@@ -235,9 +235,9 @@ def test_hostile_reasons_are_text(make: Any, tmp_path: Path) -> None:
 
 
 def test_equal_manifests_give_equal_bytes(make: Any, tmp_path: Path) -> None:
-    first = [path.read_bytes() for path in write_cell(three(make), tmp_path / "a")]
-    again = [path.read_bytes() for path in write_cell(three(make), tmp_path / "b")]
-    over = [path.read_bytes() for path in write_cell(three(make), tmp_path / "a")]
+    first = [path.read_bytes() for path in write_cell(build_cell(three(make)), tmp_path / "a")]
+    again = [path.read_bytes() for path in write_cell(build_cell(three(make)), tmp_path / "b")]
+    over = [path.read_bytes() for path in write_cell(build_cell(three(make)), tmp_path / "a")]
     assert first == again == over
 
 
@@ -252,13 +252,13 @@ def test_pages_need_nothing_but_the_scripts_beside_them(make: Any, tmp_path: Pat
     assert "://" not in text
     assert "url(" not in text
     shared = tmp_path / "assets"
-    *_, html = write_cell(three(make), tmp_path / "other", assets=shared)[:3]
+    *_, html = write_cell(build_cell(three(make)), tmp_path / "other", assets=shared)[:3]
     assert "../assets/report-" in html.read_text(encoding="utf-8")
     assert sorted(path.name.partition("-")[0] for path in shared.iterdir()) == ["plotly", "report"]
 
 
 def test_a_single_file_holds_its_scripts(make: Any, tmp_path: Path) -> None:
-    *_, html = write_cell(three(make), tmp_path, single_file=True)[:3]
+    *_, html = write_cell(build_cell(three(make)), tmp_path, single_file=True)[:3]
     text = html.read_text(encoding="utf-8")
     assert text.count("<script") == text.count("</script>") == 3
     assert "plotly.js v" in text
@@ -292,7 +292,7 @@ def test_samples_say_how_sure_each_row_is(make: Any, tmp_path: Path) -> None:
     scores = 4 * np.stack([steps * 3, steps, 5 * steps])
     samples = SampleScores(("b", "a", "c"), scores, np.full(16, 4.0))
     manifest = make.manifest({"a": make.group(4.0), "b": make.group(12.0), "c": make.group(20.0)})
-    paths = write_cell(manifest, tmp_path, samples)
+    paths = write_cell(build_cell(manifest, samples), tmp_path)
     data = json.loads(paths[1].read_text(encoding="utf-8"))
     assert [row["layer"] for row in data["rows"]] == ["c", "b", "a"]
     assert [row["positions"] for row in data["rows"]] == [[1, 1], [2, 2], [3, 3]]
@@ -304,7 +304,7 @@ def test_samples_say_how_sure_each_row_is(make: Any, tmp_path: Path) -> None:
     assert {row["verdict"] for row in data["rows"]} == {"stable"}
     rows = table(paths[0].read_text(encoding="utf-8"))
     assert rows[0][7:] == [f"{100 * 20 / 36:.2f} %", "1", "1.00", "stable"]
-    without = json.loads(write_cell(manifest, tmp_path)[1].read_text(encoding="utf-8"))
+    without = json.loads(write_cell(build_cell(manifest), tmp_path)[1].read_text(encoding="utf-8"))
     assert "stability" not in without
     assert "interval" not in without["rows"][0]
 
@@ -369,7 +369,7 @@ def test_pages_say_which_score_intervals_are_of(make: Any, tmp_path: Path) -> No
                 for key, row in manifest.layer_sensitivity.items()
             }
             manifest = manifest.model_copy(update={"layer_sensitivity": rows})
-        paths = write_cell(manifest, tmp_path / method, samples)
+        paths = write_cell(build_cell(manifest, samples), tmp_path / method)
         text, page = paths[0].read_text(encoding="utf-8"), make.page(paths[2])
         assert f"| {words.capitalize()}, 95 % |" in text
         for said in (text, page.text):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qsens.report import write_cell
+from qsens.report import build_cell, write_cell
 
 
 def mixture(make: Any, scores: list[float | None], tokens: list[int], **more: Any) -> Any:
@@ -24,7 +24,7 @@ def test_the_first_three_and_those_without_tokens(make: Any, tmp_path: Path) -> 
             "layers.0.mlp.down_proj": make.group(1.0),
         }
     )
-    md, data, html, *_ = write_cell(manifest, tmp_path)
+    md, data, html, *_ = write_cell(build_cell(manifest), tmp_path)
     line = "3 (2.000e+00, 7 tokens), 0 (5.000e-01, 3 tokens), 4 (5.000e-01, 1 token)"
     expected = f"| layers.0.mlp.experts | 6 | {line} | 1 |\n"
     assert expected in md.read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def test_the_first_three_and_those_without_tokens(make: Any, tmp_path: Path) -> 
 
 def test_without_mixtures_nothing_is_said(make: Any, tmp_path: Path) -> None:
     manifest = make.manifest({"layers.0.mlp.down_proj": make.group(1.0)})
-    md, data, html, *_ = write_cell(manifest, tmp_path)
+    md, data, html, *_ = write_cell(build_cell(manifest), tmp_path)
     assert "mixtures" not in json.loads(data.read_text(encoding="utf-8"))
     assert not any("xperts" in path.read_text(encoding="utf-8") for path in (md, html))
 
@@ -54,9 +54,9 @@ def test_94_layers_of_128_experts_stay_small(make: Any, tmp_path: Path) -> None:
     busy = mixture(make, [1e-3] * 128, [5] * 128)
     rare = mixture(make, [1e-3] * 28 + [None] * 100, [5] * 28 + [0] * 100)
     rows = {f"layers.{depth}.mlp.experts": busy if depth else rare for depth in range(94)}
-    md, data, html, *_ = write_cell(make.manifest(rows), tmp_path)
+    md, data, html, *_ = write_cell(build_cell(make.manifest(rows)), tmp_path)
     plain = {name: {**row, "experts": None} for name, row in rows.items()}
-    without = write_cell(make.manifest(plain), tmp_path / "plain")
+    without = write_cell(build_cell(make.manifest(plain)), tmp_path / "plain")
     for path, other in zip((md, html), without[::2], strict=False):
         assert path.stat().st_size < other.stat().st_size + 94 * 400
     assert data.stat().st_size < without[1].stat().st_size + 94 * 600

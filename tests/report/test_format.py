@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from qsens.analysis.ranking import Row
 from qsens.report import format as look
+from qsens.schema.summary import Row
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qsens.report import Summary, build_summary, write_model_index, write_sweep
+from qsens.report import build_summary, write_model_index, write_sweep
+from qsens.schema.summary import Summary
+from tests.report.conftest import reports
 
 CELL = "wint8_afp16-small"
 
 
 def sweep(make: Any, root: Path, sweep_id: str, created: str, done: bool = True) -> Summary:
     manifests = {CELL: make.manifest({"a": make.group(1.0)})} if done else {}
-    summary = build_summary(make.plan(pairs=("wint8_afp16",)), manifests, {}, {}, None)
+    summary = build_summary(make.plan(pairs=("wint8_afp16",)), reports(manifests), {}, {}, None)
     summary = summary.model_copy(update={"sweep_id": sweep_id, "created": created})
     write_sweep(summary, root / "sweeps" / sweep_id)
     return summary
@@ -42,7 +44,7 @@ def test_a_whole_sweep_is_complete(make: Any, tmp_path: Path) -> None:
         cell: make.manifest({"a": make.group(1.0)}) for cell in (CELL, "wint8_afp16-medium")
     }
     plan = make.plan(pairs=("wint8_afp16",))
-    summary = build_summary(plan, manifests, {}, {}, None)
+    summary = build_summary(plan, reports(manifests), {}, {}, None)
     write_sweep(summary, tmp_path / "sweeps" / plan.sweep_id)
     page = make.page(write_model_index(tmp_path))
     assert "complete" in page.text

@@ -12,11 +12,12 @@ from scipy import stats
 
 from qsens.analysis.samples import SampleScores
 from qsens.config import DatasetConfig
-from qsens.recipes.allocation import ParetoPoint
-from qsens.report import Summary, build_summary, charts, write_sweep
+from qsens.report import build_summary, charts, write_sweep
 from qsens.report.charts import pareto
 from qsens.report.views import heat_table, protected
 from qsens.schema.manifest import read_manifest
+from qsens.schema.summary import ParetoPoint, Summary
+from tests.report.conftest import reports
 
 A, B = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"
 CELLS = ["wint8_afp16-small", "wint8_afp16-medium", "wfp8_afp8-small", "wfp8_afp8-medium"]
@@ -40,7 +41,7 @@ def cells(make: Any, **partial: list[str]) -> dict[str, Any]:
 
 def whole(make: Any, **more: Any) -> Summary:
     directories = {cell: f"weight/{cell}" for cell in CELLS}
-    return build_summary(make.plan(**more), cells(make), {}, directories, None)
+    return build_summary(make.plan(**more), reports(cells(make)), {}, directories, None)
 
 
 def test_the_summary_states_every_cell(make: Any) -> None:
@@ -48,7 +49,7 @@ def test_the_summary_states_every_cell(make: Any) -> None:
     del manifests["wint8_afp16-medium"]
     missing = {"wint8_afp16-medium": "out of memory"}
     plan = make.plan()
-    summary = build_summary(plan, manifests, missing, {CELLS[0]: "a/b"}, "earlier")
+    summary = build_summary(plan, reports(manifests), missing, {CELLS[0]: "a/b"}, "earlier")
     assert summary.sweep_id == plan.sweep_id
     assert summary.created == "2030-01-02T03:04:05.678+00:00"
     assert (summary.preset, summary.model, summary.previous) == ("nightly", "tiny", "earlier")
@@ -74,9 +75,9 @@ def test_the_summary_states_every_cell(make: Any) -> None:
 def test_complete_means_all_there_and_all_whole(make: Any) -> None:
     assert whole(make).complete
     some = cells(make, wfp8_afp8_small=["8 of 16 samples"])
-    assert not build_summary(make.plan(), some, {}, {}, None).complete
+    assert not build_summary(make.plan(), reports(some), {}, {}, None).complete
     del some["wfp8_afp8-small"]
-    summary = build_summary(make.plan(), some, {}, {}, None)
+    summary = build_summary(make.plan(), reports(some), {}, {}, None)
     assert not summary.complete
     assert summary.missing[0].reason == "no result"
 
@@ -118,11 +119,11 @@ def test_groups_to_protect_are_ranked_over_whole_cells(make: Any) -> None:
     assert (found.cells, found.whole) == (4, True)
     # Without the partial first and last cell: A (1/2 + 1/4) / 2, B (1/2 + 3/4) / 2.
     some = cells(make, wint8_afp16_small=["x"], wfp8_afp8_medium=["x"])
-    found = protected(build_summary(make.plan(), some, {}, {}, None))
+    found = protected(build_summary(make.plan(), reports(some), {}, {}, None))
     assert [(group.layer, group.share) for group in found.groups] == [(B, 0.625), (A, 0.375)]
     assert (found.cells, found.whole) == (2, True)
     only = {CELLS[0]: some[CELLS[0]]}
-    found = protected(build_summary(make.plan(), only, {}, {}, None))
+    found = protected(build_summary(make.plan(), reports(only), {}, {}, None))
     assert (found.cells, found.whole) == (1, False)
 
 
@@ -136,7 +137,7 @@ def test_the_heat_table_is_of_the_largest_size_with_results(make: Any) -> None:
         (B, [0.5, None]),
     ]
     small = {cell: found for cell, found in cells(make).items() if cell.endswith("small")}
-    heat = heat_table(build_summary(make.plan(), small, {}, {}, None))
+    heat = heat_table(build_summary(make.plan(), reports(small), {}, {}, None))
     assert heat is not None
     assert heat.size == "small"
     assert heat_table(build_summary(make.plan(), {}, {}, {}, None)) is None
@@ -146,7 +147,7 @@ def test_missing_and_partial_cells_are_loud(make: Any, tmp_path: Path) -> None:
     manifests = cells(make, wfp8_afp8_small=["8 of 16 samples"])
     del manifests["wint8_afp16-medium"]
     summary = build_summary(
-        make.plan(), manifests, {"wint8_afp16-medium": "out of | memory"}, {}, None
+        make.plan(), reports(manifests), {"wint8_afp16-medium": "out of | memory"}, {}, None
     )
     md, _, html, *_ = write_sweep(summary, tmp_path)
     text = md.read_text(encoding="utf-8")
@@ -179,7 +180,9 @@ def test_a_whole_sweep_has_no_banner(make: Any, tmp_path: Path) -> None:
 def test_links_are_relative_to_where_the_sweep_lies(make: Any, tmp_path: Path) -> None:
     plan = make.plan()
     directories = {CELLS[0]: "weight-int8-act-fp16/run small"}
-    summary = build_summary(plan, cells(make), {}, directories, "20291231T000000000Z-00000000")
+    summary = build_summary(
+        plan, reports(cells(make)), {}, directories, "20291231T000000000Z-00000000"
+    )
     nested = tmp_path / "sweeps" / plan.sweep_id
     md, _, html, *_ = write_sweep(summary, nested)
     link = "../../weight-int8-act-fp16/run%20small/per-layer-sensitivity.html"
@@ -198,7 +201,7 @@ def test_hostile_text_is_text(make: Any, tmp_path: Path) -> None:
     manifests[CELLS[0]] = make.manifest({bad: make.group(3.0), B: make.group(1.0)}, cell=CELLS[0])
     del manifests[CELLS[1]]
     directories = {CELLS[0]: "javascript:alert(1)", CELLS[2]: '"><script>x</script>'}
-    summary = build_summary(make.plan(), manifests, {CELLS[1]: bad}, directories, bad)
+    summary = build_summary(make.plan(), reports(manifests), {CELLS[1]: bad}, directories, bad)
     md, data, html, *_ = write_sweep(summary, tmp_path)
     page = make.page(html)
     assert page.foreign_scripts() == []
@@ -222,7 +225,7 @@ def int8_at_three_sizes(make: Any) -> tuple[Summary, dict[str, Any]]:
     }
     manifests = {cell: read_manifest(path) for cell, path in files.items()}
     raw = {cell: json.loads(path.read_text(encoding="utf-8")) for cell, path in files.items()}
-    return build_summary(plan, manifests, {}, {}, None), raw
+    return build_summary(plan, reports(manifests), {}, {}, None), raw
 
 
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="the published manifests are not here")
@@ -303,7 +306,7 @@ def test_charts_of_the_markdown_are_well_formed_whatever_the_names(
     bad = '</text><script>alert("1")</script>&\x00\u2028' + "n" * 10_000
     manifests = cells(make)
     manifests[CELLS[1]] = make.manifest({bad: make.group(3.0), B: make.group(1.0)}, cell=CELLS[1])
-    chart = write_sweep(build_summary(make.plan(), manifests, {}, {}, None), tmp_path)[3]
+    chart = write_sweep(build_summary(make.plan(), reports(manifests), {}, {}, None), tmp_path)[3]
     tree = ElementTree.parse(chart)
     tags = {element.tag.rpartition("}")[2] for element in tree.iter()}
     assert tags == {"svg", "title", "rect", "text"}
@@ -326,7 +329,7 @@ def test_a_sweep_says_which_score_it_follows(
         scores = np.stack([value * steps for value in values])
         samples[cell] = SampleScores((A, B), scores, np.full(16, 4.0))
     plan = make.plan(("wint8_afp16",), autoquant={"method": method})
-    summary = build_summary(plan, manifests, {}, {}, None, samples)
+    summary = build_summary(plan, reports(manifests, samples), {}, {}, None)
     said = f"Shares and positions follow the {placed_by}, intervals the {placed_by}"
     texts = _texts(make, summary, tmp_path / "new")
     assert all(said in text for text in texts)

@@ -2,9 +2,9 @@
 
 For every module ``Y = X W^T``, with the gradient ``G`` at its output: the weight is quantized once
 per format, the input once per format and calibration size, one product gives each candidate's
-output, and the score is kept **per sample**: ``s_i = sum((G * dY)^2)`` over the sample's real tokens and all
-channels, with ``G`` that of the sample's summed loss. Sums over heads of the samples then give
-every size, whatever the batches were.
+output, and the score is kept **per sample**: ``s_i = sum((G * dY)^2)`` over the sample's real
+tokens and all channels, with ``G`` that of the sample's summed loss. Sums over heads of the samples
+then give every size, whatever the batches were.
 
 ``dY`` is the difference of two outputs in the model's own data type, as ModelOpt takes it: in
 bfloat16 the rounding of the outputs is part of the number. Method ``fisher`` takes the difference

@@ -6,8 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
-from qsens.analysis.ranking import Row
-from qsens.analysis.statistic import Statistic, statistic_of
+from qsens.analysis.statistic import statistic_of
 from qsens.config import PairConfig
 from qsens.config.models import Frozen, Size
 from qsens.names import Kind
@@ -15,6 +14,7 @@ from qsens.recipes.allocation import allocate
 from qsens.recipes.format_choices import build_decision_groups
 from qsens.recipes.formats import filters
 from qsens.recipes.score_correction import ScoreCorrection
+from qsens.schema.summary import Row, Statistic
 
 RECIPE_VERSION = 1
 # Modules that a line of words names.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qsens.analysis.ranking import Row
 from qsens.config import PairConfig, choices, load_sweep
+from qsens.schema.summary import Row
 
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import yaml
 
-from qsens.analysis.ranking import Row
 from qsens.config import PairConfig, choices, load_sweep
 from qsens.errors import UserError
 from qsens.recipes.formats import llm_compressor
 from qsens.recipes.formats.evidence import choose
+from qsens.schema.summary import Row
 
 compressed = pytest.importorskip("compressed_tensors.quantization")
 

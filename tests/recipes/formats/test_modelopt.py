@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from qsens.analysis.ranking import Row
 from qsens.config import PairConfig, choices, load_sweep
 from qsens.recipes.formats import modelopt
 from qsens.recipes.formats.evidence import Recipe, choose
+from qsens.schema.summary import Row
 
 PAIRS: dict[str, PairConfig] = {
     pair.name: pair
