@@ -28,7 +28,7 @@ from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.gradient import scorer
 from qsens.engine.memory import plan_budget
 from qsens.engine.modelopt import reference
-from qsens.engine.quantizer import on_cpu
+from qsens.engine.modelopt.quantizers import on_cpu
 from qsens.engine.scores import PassScores
 from qsens.names import GROUP_SUFFIX
 

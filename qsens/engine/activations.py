@@ -1,4 +1,4 @@
-"""Rows of modules over a wave: what they read, gave, and got as gradients. Needs torch."""
+"""Rows of modules over a window: what they read, gave, and got as gradients. Needs torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ UNITS: tuple[Unit, ...] = ("tokens", "patches", "visual")
 
 @dataclass
 class ModuleActivations:
-    """The rows of one module over a wave, in the order of its batches: its real tokens, or those
+    """The rows of one module over a window, in the order of its batches: its real tokens, or those
     of the pictures.
 
     Attributes:
         unit: What the rows are.
         inputs: ``(tokens, in)``; the very same object where modules read one input.
         outputs: ``(tokens, out)``.
-        slopes: Gradients at the output, of every loss that goes backward,
+        grad_output: Gradients at the output, of every loss that goes backward,
             ``(losses, tokens, out)``.
         routing: Of experts alone: the experts of each token and the router's weights of them,
             both ``(tokens, experts of a token)``.
@@ -92,7 +92,7 @@ class ActivationBuffer:
     """Gathers the rows of a layer's modules, batch after batch.
 
     Args:
-        totals: Rows of the wave, by unit.
+        totals: Rows of the window, by unit.
         losses: Losses that go backward, one after the other.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Calibration: the maximum of every input over the first samples, a snapshot at each size.
+"""Calibration: the amax of every input over the first samples, read off where each size ends.
 
 Needs torch. One run over the samples serves every size and every format: for the ``max``
 algorithm, the maximum does not depend on the format, and a running maximum in sample order passes
@@ -23,11 +23,11 @@ Amax = dict[str, torch.Tensor]
 
 
 class RunningAmax:
-    """Running maxima of the inputs of modules, with a snapshot wherever a size ends.
+    """Running amax of the inputs of modules, kept wherever a calibration size ends.
 
     Args:
         names: The inputs.
-        snapshots: Sample counts to stop at.
+        calibration_sizes: Sample counts to stop at.
         device: Where the modules are.
     """
 
@@ -63,7 +63,7 @@ class RunningAmax:
         self._largest[name] = torch.maximum(self._largest[name], largest)
 
     def calibration_sizes(self) -> dict[int, Amax]:
-        """Return the maxima at every snapshot, all batches begun and done."""
+        """Return the amax at every calibration size, all batches begun and done."""
         self._last = None
         return {
             count: moved(self._found.get(count, self._largest), torch.device("cpu"))
@@ -83,17 +83,17 @@ def calibrate(
     batches: Sequence[Batch] | None = None,
     progress: Progress = silent,
 ) -> dict[int, Amax]:
-    """Return the maxima over the first ``n`` samples, for every ``n`` in ``calibration_sizes``.
+    """Return the amax over the first ``n`` samples, for every ``n`` in ``calibration_sizes``.
 
     A model without gradients is run over all samples; a pass that runs it anyway can do without,
     see :class:`RunningAmax`.
 
     Args:
         model: The model, in evaluation mode.
-        samples: The samples, at least as many as the largest snapshot.
+        samples: The samples, at least as many as the largest calibration size.
         groups: The groups; those that are not covered are left out.
-        snapshots: Sample counts to stop at.
-        boundaries: Sample counts that no batch crosses; the snapshots are added.
+        calibration_sizes: Sample counts to stop at.
+        boundaries: Sample counts that no batch crosses; the calibration sizes are added.
         max_tokens: Tokens of a batch at most, padding included.
         batches: Batches to run instead of the engine's own, such as those of the other engine.
         progress: Called as batches go through.
@@ -127,7 +127,7 @@ def calibrate(
 
 
 def moved(amax: Amax, device: torch.device) -> Amax:
-    """Return maxima on another device, moved in one transfer."""
+    """Return amax on another device, moved in one transfer."""
     if not amax:
         return {}
     return dict(zip(amax, torch.stack(list(amax.values())).to(device), strict=True))

@@ -35,7 +35,7 @@ def plan_batches(
 
 
 def windows(batches: Sequence[Batch], max_tokens: int | None) -> Iterator[list[Batch]]:
-    """Cut batches, in order, so that those of a wave stay within ``max_tokens``."""
+    """Cut batches, in order, so that those of a window stay within ``max_tokens``."""
     window: list[Batch] = []
     for batch in batches:
         held = sum(other.input_ids.numel() for other in window)
@@ -55,7 +55,7 @@ def calibrates(
     boundaries: Sequence[int],
     budget: Budget,
 ) -> bool:
-    """Say whether a pass can find the maxima itself.
+    """Say whether a pass can find the amax itself.
 
     It can where all that is scored goes forward before anything goes backward: then the samples
     that are scored and calibrated on run forward once.

@@ -37,7 +37,7 @@ class Input:
 
     Attributes:
         cfg: The quantizer's ``cfg``; none leaves the input alone.
-        snapshot: Samples that its maxima come from; none where it needs none.
+        calibration_size: Samples that its amax come from; none where it needs none.
     """
 
     cfg: Cfg | None
@@ -50,7 +50,7 @@ class Candidates:
 
     Attributes:
         weights: Distinct weight formats.
-        inputs: Distinct input formats and snapshots.
+        inputs: Distinct input formats and calibration sizes.
         pairs: ``(weight, input)`` indices of each candidate.
         scored: Samples that each candidate is scored on, from the first.
         of_cell: Index of the candidate that each cell reads.

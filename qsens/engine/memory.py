@@ -27,7 +27,7 @@ MEMORY_SHARE = "QSENS_MEMORY_SHARE"
 # What is left to the allocator's own waste and to what the estimate does not see.
 _SHARE_OF_FREE = 0.8
 _LEAST_TOKENS = 64
-# Work on a weight is shared by the tokens of a wave: more than this saves little.
+# Work on a weight is shared by the tokens of a window: more than this saves little.
 _WAVE_TOKENS = 2 * BATCH_TOKENS
 # Forward alone, a token takes less, and kernels are launched for nothing else.
 _FORWARD_TOKENS = 4 * BATCH_TOKENS

@@ -6,18 +6,14 @@ Needs torch; modelopt only where it is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from qsens.errors import UserError
 from qsens.numerics import compute_amax, fake_quantize, supports
 from qsens.numerics.formats import format_of
 
-Cfg = Mapping[str, Any]
-
-_BACKEND = "qsens"
 # Elements of a weight that are quantized at once: bounds the temporaries of a large head.
 WEIGHT_CHUNK = 1 << 26
 
@@ -39,7 +35,10 @@ def quantize(
     """
     if supports(cfg):
         return fake_quantize(x, cfg, amax, out=out)
-    result = _modelopt(x, cfg, amax)
+    # Importing ModelOpt takes seconds, which no format of ours is to pay.
+    from qsens.engine.modelopt.quantizers import tensor_quantizer
+
+    result = tensor_quantizer(x, cfg, amax)
     return result if out is None else out.copy_(result)
 
 
@@ -79,79 +78,3 @@ def quantize_weight(weight: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tenso
 def needs_fallback(cfg: Mapping[str, Any]) -> bool:
     """Return whether ModelOpt's own quantizer computes ``cfg``."""
     return not supports(cfg)
-
-
-def on_cpu(cfg: Cfg) -> dict[str, Any]:
-    """Return a ModelOpt configuration that gives on a CPU what ModelOpt's GPU kernels give.
-
-    ModelOpt has no CPU kernel for formats with block scales of their own type (MX, NVFP4), and on a
-    CPU its E4M3 scale is ``1 / amax * 448`` where the kernels divide 448 by ``amax``: a unit in the
-    last place, which moves scores of layers with large outliers by percents. A quantization backend
-    with our numerics is registered with it, and those quantizers are told to use it.
-
-    Args:
-        cfg: A configuration as ``mtq.quantize`` takes it.
-    """
-
-    def lacks(given: Cfg) -> bool:
-        blocks = given.get("block_sizes") or {}
-        return "scale_bits" in blocks or (not blocks and given.get("num_bits") in ((4, 3), [4, 3]))
-
-    return _with_backend(cfg, lacks)
-
-
-def by_numerics(cfg: Cfg) -> dict[str, Any]:
-    """Return a ModelOpt configuration whose formats our numerics compute, wherever they can.
-
-    They give what ModelOpt's kernels give, bit for bit, and no CUDA extension is built for them,
-    which takes minutes.
-
-    Args:
-        cfg: A configuration as ``mtq.quantize`` takes it.
-    """
-    return _with_backend(cfg, supports)
-
-
-def _with_backend(cfg: Cfg, chosen: Callable[[Cfg], bool]) -> dict[str, Any]:
-    """Return a ModelOpt configuration in which some quantizers use our numerics."""
-    from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
-        is_registered_quant_backend,
-        register_quant_backend,
-    )
-
-    if not is_registered_quant_backend(_BACKEND):
-        register_quant_backend(_BACKEND, _backend)
-    entries = []
-    for entry in cfg["quant_cfg"]:
-        if "cfg" in entry and chosen(entry["cfg"]):
-            entry = {**entry, "cfg": {**entry["cfg"], "backend": _BACKEND}}
-        entries.append(entry)
-    return {**cfg, "quant_cfg": entries}
-
-
-def _backend(x: torch.Tensor, quantizer: Any) -> torch.Tensor:
-    cfg = {"num_bits": quantizer.num_bits, "block_sizes": quantizer.block_sizes}
-    if quantizer.block_sizes is None:
-        cfg = {"num_bits": quantizer.num_bits, "axis": quantizer.axis}
-    amax = None if quantizer.is_mx_format else getattr(quantizer, "_amax", None)
-    return fake_quantize(x, cfg, amax)
-
-
-def _modelopt(x: torch.Tensor, cfg: Mapping[str, Any], amax: torch.Tensor | None) -> torch.Tensor:
-    from modelopt.torch.quantization.config import QuantizerAttributeConfig
-    from modelopt.torch.quantization.nn import TensorQuantizer
-
-    try:
-        quantizer = TensorQuantizer(QuantizerAttributeConfig(**cfg)).to(x.device)
-        if amax is not None:
-            quantizer.amax = amax
-        with torch.no_grad():
-            result: torch.Tensor = quantizer(x)
-    except (AssertionError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"ModelOpt's own quantizer refuses it: {first}",
-            where=f"cfg {dict(cfg)!r}",
-            remedy="Mend the pair, or leave it out.",
-        ) from error
-    return result

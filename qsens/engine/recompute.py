@@ -4,9 +4,9 @@ Needs torch. Weights stay frozen, and the head is left out of the forward pass: 
 on its inputs in chunks, since a vocabulary-sized row a token is most of what a naive pass holds.
 
 The forward pass keeps each layer's input and output and nothing between, unless there is memory to
-keep its record as well. The backward pass takes one layer at a time for *all* batches of a wave: a
-layer without a record runs again, now with one, and its modules hand out their rows. So memory need
-not grow with depth, and whoever works on a module's weight does it once a wave, however many
+keep its record as well. The backward pass takes one layer at a time for *all* batches of a window:
+a layer without a record runs again, now with one, and its modules hand out their rows. So memory
+need not grow with depth, and whoever works on a module's weight does it once a window, however many
 batches there are. Modules outside the layers (a vision tower's patch embedding and mergers) keep
 their record, and hand out their rows with the layer that their gradient comes from. No code of a
 model is repeated here.
@@ -157,11 +157,11 @@ class RecomputedModel:
     def backward(
         self, saved_forwards: Sequence[SavedForward], grad_output: Sequence[Sequence[torch.Tensor]]
     ) -> Iterator[dict[str, ModuleActivations]]:
-        """Run a wave backward, a layer at a time; each layer's modules hand out their rows.
+        """Run a window backward, a layer at a time; each layer's modules hand out their rows.
 
         Args:
             flights: The batches, all through ``forward``.
-            slopes: Gradients at each batch's ``hidden``, of every loss that goes backward.
+            grad_output: Gradients at each batch's ``hidden``, of every loss that goes backward.
 
         Yields:
             The rows of each module, by its name. A module that no gradient reached is not there.

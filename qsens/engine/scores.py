@@ -158,7 +158,7 @@ class PassScores:
         loss: Summed loss of each sample, in nats.
         seconds: What the pass took.
         padding_share: Padded tokens over all tokens, 0 to 1.
-        maxima: The calibrated maxima that it used, by snapshot.
+        amax: The calibrated amax that it used, by calibration size.
         draws: Method ``fisher``: what each draw says, ``(groups, candidates, samples, draws)``, in
             nats; their mean is ``per_sample``.
         experts: What each expert of a mixture has to do with it, by module name.
@@ -196,7 +196,7 @@ class CellScores:
     Attributes:
         groups: One entry a group, in model order.
         module_types: Class under ModelOpt of every module that can be quantized, by name.
-        tensors: Per-sample scores and calibration maxima, for the state file.
+        tensors: Per-sample scores and calibrated amax, for the state file.
         timings: Seconds by phase.
         padding_share: Padded tokens over all tokens that went through the model, 0 to 1.
         notices: What a reader should know about how it was computed.

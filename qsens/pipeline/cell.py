@@ -25,7 +25,7 @@ from qsens.store import Store
 def calibrate(
     plan: Plan, cell_id: str, *, progress: Progress | None = None, wait: bool = False
 ) -> dict[str, Any]:
-    """Make sure that the calibrated maxima of a cell are there.
+    """Make sure that the calibrated amax of a cell are there.
 
     One run over the samples serves all sizes of the plan. Nothing is computed where the result of
     the cell is there already, where its inputs need no calibration, and by the reference engine:
@@ -59,7 +59,7 @@ def calibrate(
             digests = {calibration_digest(plan, each) for each in sizes}
             for each in digests:
                 store.set_aside_calibration(each)
-            # Those that read the same maxima would fail alike.
+            # Those that read the same amax would fail alike.
             others = [
                 other
                 for other in plan.cells
@@ -167,7 +167,7 @@ def _lock_others(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
 
 
 def _lock_other_sizes(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
-    """Take the sizes that have no calibrated maxima and that nobody else computes."""
+    """Take the sizes that have no calibrated amax and that nobody else computes."""
     taken = {calibration_digest(store.plan, cell): cell}
     for other in store.plan.cells:
         if not _needs_calibration(store.plan, other):

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 @torch.inference_mode(False)
 def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> None:
-    """Compute the maxima that ``cells`` read: one run over the samples of each modality."""
+    """Compute the amax that ``cells`` read: one run over the samples of each modality."""
     plan = store.plan
     checkpoint = load_checkpoint(plan, progress)
     for share in by_modality(cells):
@@ -306,7 +306,7 @@ def _without_labels(plan: Plan, cell: Cell, samples: Samples) -> UserError | Non
 
 
 def _stored_amax(store: Store, cells: Sequence[Cell], candidates: Candidates) -> dict[int, Amax]:
-    """Read the maxima that ``calibrate`` has left, by sample count."""
+    """Read the amax that ``calibrate`` has left, by sample count."""
     found: dict[int, Amax] = {}
     by_count = {store.plan.samples_used(cell): cell for cell in cells}
     for count in candidates.calibration_sizes():

@@ -138,7 +138,7 @@ def _measured(
 
 
 def _amax(store: Store, cells: Sequence[Cell], calibration_sizes: Sequence[int]) -> dict[int, Amax]:
-    """Read the maxima that the scores were calibrated with, by sample count."""
+    """Read the amax that the scores were calibrated with, by sample count."""
     found: dict[int, Amax] = {}
     for cell in cells:
         count = store.plan.samples_used(cell)

@@ -16,7 +16,7 @@ from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.gradient import fisher, scorer
 from qsens.engine.kl.measure import diverge
 from qsens.engine.memory import Budget
-from qsens.engine.quantizer import on_cpu
+from qsens.engine.modelopt.quantizers import on_cpu
 from qsens.engine.scores import PassScores
 from tests.engine import pictures
 

@@ -19,7 +19,7 @@ class RowRange:
 
     Attributes:
         candidate: Index of the candidate.
-        input: Index of its input format and snapshot.
+        input: Index of its input format and calibration size.
         start: Where its rows begin.
         count: How many they are.
     """

@@ -45,7 +45,7 @@ def score_norms(
         changed: Outputs of the quantized module, ``(all rows, channels)``: the first rows of
             ``outputs`` again and again, changed in another way each time.
         outputs: Outputs of the module, ``(rows, channels)``, same dtype.
-        slopes: Gradient ``G`` at the outputs, same shape and dtype as ``outputs``.
+        grad_output: Gradient ``G`` at the outputs, same shape and dtype as ``outputs``.
         segments: What ``changed`` holds. Two that begin at the same row share their rows; others
             do not overlap.
         errors: Receives ``|dY|``, float32.
@@ -77,7 +77,7 @@ def score_products(
     The arguments are those of :func:`score_norms`, but for
 
     Args:
-        slopes: Gradients at the outputs, ``(draws, rows, channels)``.
+        grad_output: Gradients at the outputs, ``(draws, rows, channels)``.
         scores: Receives ``<G, dY>``, float32, ``(draws, total)``.
     """
     if triton is not None and changed.is_cuda:
@@ -173,7 +173,7 @@ if triton is not None:
         slopes_stride,
         BLOCK: tl.constexpr,
     ):
-        # All that is made of one row, so that its output and slope are read from memory once.
+        # All that is made of one row, so that its output and gradient are read from memory once.
         row = tl.program_id(0).to(tl.int64)
         old_row = outputs + row * outputs_stride
         slope_row = grad_output + row * slopes_stride

@@ -29,8 +29,8 @@ from qsens.engine.gradient.buffers import (
     row_norms,
 )
 from qsens.engine.gradient.error_norms import RowSpan, score_norms
+from qsens.engine.gradient.quantized_inputs import InputQuantizer, QuantizedInputs
 from qsens.engine.head import HEAD_ROWS
-from qsens.engine.quantized_inputs import InputQuantizer, QuantizedInputs
 
 # Rows of the head's output that are held at once in float64.
 _DOUBLE_ROWS = 128

@@ -44,8 +44,8 @@ from qsens.engine.gradient.buffers import (
 from qsens.engine.gradient.experts import InputRows, Mixture
 from qsens.engine.gradient.heads import Head, HeadScorer, LabelHead
 from qsens.engine.gradient.metrics import GradientNorm, Metric
+from qsens.engine.gradient.quantized_inputs import InputQuantizer, QuantizedInputs
 from qsens.engine.memory import Budget
-from qsens.engine.quantized_inputs import InputQuantizer, QuantizedInputs
 from qsens.engine.quantizer import quantize_weight
 from qsens.engine.recompute import RecomputedModel
 from qsens.engine.scores import ExpertTable, Failures, PassScores, Progress, silent

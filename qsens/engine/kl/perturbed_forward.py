@@ -53,7 +53,7 @@ class PerturbedForward:
         model: A Hugging Face model with an output embedding that is a linear module.
         groups: The groups that copies change.
         candidates: How.
-        maxima: Calibrated maxima of every module's input, by snapshot, on the CPU.
+        amax: Calibrated amax of every module's input, by calibration size, on the CPU.
 
     Attributes:
         head: The output embedding; it is left out of every run.

@@ -28,7 +28,7 @@ from qsens.checkpoint.groups import Group
 from qsens.config import PairConfig
 from qsens.data.samples import Batch, Samples, equal_length_batches
 from qsens.engine.float32 import in_float32, is_narrow
-from qsens.engine.quantizer import by_numerics
+from qsens.engine.modelopt.quantizers import by_numerics
 from qsens.names import group_name
 
 MODELOPT = "ModelOpt"

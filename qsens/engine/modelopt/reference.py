@@ -25,7 +25,7 @@ from qsens.checkpoint.experts import input_names
 from qsens.checkpoint.groups import Group, find_groups
 from qsens.config import PairConfig
 from qsens.data.samples import Batch, Samples, equal_length_batches, nominal_labels
-from qsens.engine.quantizer import on_cpu
+from qsens.engine.modelopt.quantizers import on_cpu
 from qsens.engine.scores import CellScores, GroupScore, Progress, silent
 from qsens.errors import UserError
 from qsens.names import GROUP_SUFFIX
@@ -232,7 +232,7 @@ def _recipe(hparam: QuantRecipeHparam) -> QuantRecipe:
 
 @contextlib.contextmanager
 def _refusal() -> Iterator[None]:
-    """ModelOpt asserts that maxima are finite, and its solver takes finite scores alone."""
+    """ModelOpt asserts that amax are finite, and its solver takes finite scores alone."""
     try:
         yield
     except Exception as error:

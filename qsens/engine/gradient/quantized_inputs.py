@@ -24,7 +24,7 @@ class QuantizedInputs:
 
     Attributes:
         rows: All of them.
-        starts: Where those of an input format and snapshot begin.
+        starts: Where those of an input format and calibration size begin.
         counts: How many those are.
     """
 
@@ -88,14 +88,14 @@ class InputQuantizer:
         return [name for names in self._names.values() for name in names]
 
     def calibrate(self, amax: Mapping[int, Amax]) -> None:
-        """Take the calibrated maxima, by snapshot, as they are on the CPU."""
+        """Take the calibrated amax, by calibration size, as they are on the CPU."""
         self._amax = {count: moved(found, self._device) for count, found in amax.items()}
         self._ranges = {count: _numbers(found) for count, found in amax.items()}
 
     def stack(self, name: str, rows: torch.Tensor, layout: BufferLayout) -> QuantizedInputs:
         """Quantize an input in every way that a candidate reads.
 
-        Two snapshots with the same maximum are one: the rows of the larger count serve both.
+        Two calibration sizes with the same amax are one: the rows of the larger count serve both.
         """
         used: dict[int, int] = {}
         readers: Counter[int] = Counter()

@@ -5,7 +5,7 @@ import torch
 from qsens.data.samples import Samples, make_batch
 from qsens.engine.candidates import Request, distinct
 from qsens.engine.gradient.buffers import layout_of
-from qsens.engine.quantized_inputs import InputQuantizer, QuantizedInputs
+from qsens.engine.gradient.quantized_inputs import InputQuantizer, QuantizedInputs
 from qsens.numerics import fake_quantize
 
 FP8 = {"num_bits": (4, 3), "axis": None}
