@@ -44,7 +44,7 @@ def test_what_modelopt_has_no_code_for_is_refused_before_anything_is_scored(
 ) -> None:
     place = Place(tmp_path)
     plan = place.plan("quant_pair=wnvfp4_anvfp4", "dataset.size=small", "coverage=all_layers")
-    monkeypatch.setattr(compute.fused, "score", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr(compute.scorer, "score", lambda *_, **__: pytest.fail("scored"))
     with pytest.raises(UserError, match=r"model\.visual\.patch_embed\.proj") as caught:
         verify(plan, plan.cells[0].cell)
     assert "on a GPU alone" in caught.value.what

@@ -73,7 +73,7 @@ def test_rows_that_lie_apart_are_joined():
     rows = torch.arange(6.0)[:, None]
     stack = QuantizedInputs(rows, {0: 0, 1: 2, 2: 5}, {0: 2, 1: 3, 2: 1})
     candidates = distinct(requests((FP8, FP8, 1), (FP8, INT8, 1), (FP8, None, 1)))
-    first, _, last = layout_of(candidates).row_ranges[0]
+    first, _, last = laid_out(candidates).row_ranges[0]
     given, spans = stack.select([first, last])
     assert given.flatten().tolist() == [0.0, 1.0, 5.0]
     assert [(start, count) for start, _, count in spans] == [(0, 2), (2, 2)]
