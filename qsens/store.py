@@ -30,6 +30,11 @@ from qsens.results import STATE as STATE
 from qsens.schema.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest
 from qsens.writing import make_directory, write_directory, writing
 
+# Below the results root, each by digest.
+CELLS = ".cells"
+CALIBRATIONS = ".calibrations"
+AUDITS = ".audits"
+VERIFIED = ".verified"
 # Where damaged files are set aside, by who found them; `prune` takes them away in time.
 ASIDE = ".damaged"
 _PUBLISHING = ".publish.lock"
@@ -51,7 +56,7 @@ class Store:
 
     def result_dir(self, cell: Cell) -> Path:
         """Return where the result of ``cell`` lives, whether it is there or not."""
-        return self.plan.results / ".cells" / cell.digest
+        return self.plan.results / CELLS / cell.digest
 
     def manifest(self, cell: Cell) -> Path:
         """Return where the manifest of ``cell`` lives, whether it is there or not."""
@@ -63,15 +68,15 @@ class Store:
 
     def calibration(self, digest: str) -> Path:
         """Return where the calibrated maxima of that digest live."""
-        return self.plan.results / ".calibrations" / f"{digest}.safetensors"
+        return self.plan.results / CALIBRATIONS / f"{digest}.safetensors"
 
     def failure(self, cell: Cell) -> Path:
         """Return where the reason is kept why ``cell`` could not be computed."""
-        return self.plan.results / ".cells" / f"{cell.digest}{FAILED}"
+        return self.plan.results / CELLS / f"{cell.digest}{FAILED}"
 
     def audit(self, cell: Cell) -> Path:
         """Return where the audit of the scores of ``cell`` lives, whether it is there or not."""
-        return self.plan.results / ".audits" / f"{cell.digest}.json"
+        return self.plan.results / AUDITS / f"{cell.digest}.json"
 
     def result(self, cell: Cell) -> Manifest | None:
         """Return the manifest of the result of ``cell``, checked; none where there is none.
@@ -199,11 +204,11 @@ class Store:
 
     def lock(self, cell: Cell) -> FileLock:
         """Return the lock of the result of ``cell``; it dies with the process that holds it."""
-        return lock_at(self.plan.results / ".cells" / f"{cell.digest}.lock")
+        return lock_at(self.plan.results / CELLS / f"{cell.digest}.lock")
 
     def calibration_lock(self, digest: str) -> FileLock:
         """Return the lock of the calibrated maxima of that digest."""
-        return lock_at(self.plan.results / ".calibrations" / f"{digest}.lock")
+        return lock_at(self.plan.results / CALIBRATIONS / f"{digest}.lock")
 
 
 @contextlib.contextmanager

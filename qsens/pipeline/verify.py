@@ -8,7 +8,7 @@ from qsens.analysis.agreement import agreement
 from qsens.grid import Plan
 from qsens.pipeline.shared_checkpoint import Progress
 from qsens.schema.manifest import dump_json
-from qsens.store import Store
+from qsens.store import VERIFIED, Store
 from qsens.writing import write_text
 
 # The one score that both engines define.
@@ -47,7 +47,7 @@ def verify(
     ours, theirs, seconds = both_engines(store, cell, progress or (lambda *_: None))
     compared = agreement(ours, theirs)
     allowed = tolerance if tolerance is not None else TOLERANCE[plan.config.model.dtype]
-    path = plan.results / ".verified" / f"{cell.digest}.json"
+    path = plan.results / VERIFIED / f"{cell.digest}.json"
     result = {
         "cell": cell.cell,
         "method": METHOD,
