@@ -35,6 +35,12 @@ CELLS = ".cells"
 CALIBRATIONS = ".calibrations"
 AUDITS = ".audits"
 VERIFIED = ".verified"
+# Below it by sweep or run: what is not published under a model, and plans of Airflow's runs.
+TMP = "tmp"
+PLANS = ".plans"
+MODELS = "models"
+# Below a model's directory.
+ANALYSIS = "layer-analysis"
 # Where damaged files are set aside, by who found them; `prune` takes them away in time.
 ASIDE = ".damaged"
 _PUBLISHING = ".publish.lock"
@@ -170,8 +176,8 @@ class Store:
         if config.runner.output_dir is not None:
             return config.runner.output_dir
         if config.output_layout == "tmp":
-            return self.plan.results / "tmp" / self.plan.sweep_id
-        return self.plan.results / "models" / config.model.name / "layer-analysis"
+            return self.plan.results / TMP / self.plan.sweep_id
+        return self.plan.results / MODELS / config.model.name / ANALYSIS
 
     def sweep_dir(self) -> Path:
         """Return the directory of the sweep's own reports."""

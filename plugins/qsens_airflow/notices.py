@@ -22,6 +22,7 @@ from markupsafe import escape
 from qsens.config import Roots
 from qsens.config.models import NotifierConfig
 from qsens.documents import peek
+from qsens.published import SUMMARY
 from qsens_airflow.settings import DagSettings
 
 # Tasks whose failure leaves nothing to publish.
@@ -206,7 +207,7 @@ def _notify(notifier: NotifierConfig, notice: Notice, context: Context) -> None:
 
 def read_summary(directory: Path) -> dict[str, Any]:
     """Return ``summary.json``; nothing where it cannot be read."""
-    return peek(directory / "summary.json")
+    return peek(directory / SUMMARY)
 
 
 def partial_cells(summary: Mapping[str, Any]) -> list[dict[str, str]]:

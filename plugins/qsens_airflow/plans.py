@@ -9,7 +9,8 @@ from pathlib import Path
 
 from qsens.config import Roots, SweepConfig
 from qsens.errors import UserError
-from qsens.published import SWEEPS, Published, published_sweeps, shown_sweeps
+from qsens.published import PLAN, SWEEPS, Published, published_sweeps, shown_sweeps
+from qsens.store import ANALYSIS, MODELS, PLANS, TMP
 
 
 def plan_of_run(roots: Roots, run_id: str) -> Path:
@@ -21,7 +22,7 @@ def plan_of_run(roots: Roots, run_id: str) -> Path:
     """
     name = re.sub(r"[^A-Za-z0-9-]+", "_", run_id)[:80]
     mark = hashlib.sha256(run_id.encode()).hexdigest()[:8]
-    return roots.results / ".plans" / f"{name}-{mark}" / "plan.json"
+    return roots.results / PLANS / f"{name}-{mark}" / PLAN
 
 
 def plans_to_publish(config: SweepConfig, roots: Roots, sweep_id: str | None) -> list[Path]:
@@ -47,9 +48,9 @@ def plans_to_publish(config: SweepConfig, roots: Roots, sweep_id: str | None) ->
         sweep_id = None
     elif config.output_layout == "tmp":
         where = f"{roots.results / 'tmp'}"
-        found = published_sweeps(roots.results / "tmp")
+        found = published_sweeps(roots.results / TMP)
     else:
-        analysis = roots.results / "models" / model / "layer-analysis"
+        analysis = roots.results / MODELS / model / ANALYSIS
         where = f"{analysis / SWEEPS}"
         # All that lies below a model's directory is that model's, unless it says otherwise.
         found = [

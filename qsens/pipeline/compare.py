@@ -17,12 +17,12 @@ from qsens.config import Roots
 from qsens.errors import UserError
 from qsens.pipeline.drift import comparable, distinct, normalised
 from qsens.pipeline.stored import Result, read_sweep
-from qsens.published import SUMMARY
+from qsens.published import SUMMARY, SWEEPS
 from qsens.reading import has_file
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
 from qsens.schema.manifest import find_manifest
 from qsens.schema.summary import Difference, Row
-from qsens.store import MANIFEST
+from qsens.store import ANALYSIS, CELLS, MANIFEST, MODELS, TMP
 
 _NAME = "Name a sweep's or a cell's directory, a sweep's id, or SWEEP/CELL."
 
@@ -170,8 +170,8 @@ def _find(name: str, roots: Roots) -> _Side:
         return _cell(find_manifest(path))
     sweep, _, cell = name.partition("/")
     places = [
-        roots.results / "tmp" / sweep,
-        *sorted(roots.results.glob(f"models/*/layer-analysis/sweeps/{_escaped(sweep)}")),
+        roots.results / TMP / sweep,
+        *sorted(roots.results.glob(f"{MODELS}/*/{ANALYSIS}/{SWEEPS}/{_escaped(sweep)}")),
     ]
     directory = next((place for place in places if (place / SUMMARY).is_file()), None)
     if directory is None:
@@ -196,7 +196,7 @@ def _sweep(directory: Path) -> _Side:
     summary, plan = read_sweep(directory)
     cells = {}
     for cell in summary.done:
-        place = plan.results / ".cells" / cell.digest
+        place = plan.results / CELLS / cell.digest
         result = Result.read(place) if (place / MANIFEST).is_file() else None
         cells[cell.cell] = _Cell(cell.cell, cell.rows, result)
     return _Side(summary.sweep_id, sweep=True, cells=cells)

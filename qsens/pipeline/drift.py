@@ -13,8 +13,9 @@ from qsens.analysis.series import largest_cells, series_of
 from qsens.errors import UserError
 from qsens.grid import Plan, read_plan
 from qsens.pipeline.stored import Result
-from qsens.published import SUMMARY, read_summary
+from qsens.published import PLAN, SUMMARY, read_summary
 from qsens.schema.summary import Difference, Drift, Moved, NotCompared, Summary, SummaryCell
+from qsens.store import CELLS
 
 
 def find_drift(
@@ -50,7 +51,7 @@ def find_drift(
             identical += 1
             continue
         try:
-            then = Result.read(plan.results / ".cells" / before[cell.cell].digest)
+            then = Result.read(plan.results / CELLS / before[cell.cell].digest)
         except UserError as error:
             refused.append(NotCompared(cell=cell.cell, reason=f"a result {error.what}"))
             continue
@@ -134,7 +135,7 @@ def _without_partner(
 
 def _plan_differences(directory: Path, plan: Plan) -> tuple[Difference, ...]:
     try:
-        earlier = read_plan(directory / "plan.json")
+        earlier = read_plan(directory / PLAN)
     except UserError:
         return ()
     return differences(*(settings(one.config.model_dump(mode="json")) for one in (earlier, plan)))

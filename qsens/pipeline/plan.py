@@ -27,7 +27,7 @@ from qsens.grid import CheckpointIdentity, Plan, calibration_digest, make_plan
 from qsens.identity import identify_patterns
 from qsens.pipeline.preflight import check_disk, check_formats, covered_shapes
 from qsens.reading import read_bytes
-from qsens.store import Store
+from qsens.store import CELLS, Store
 from qsens.writing import write_text
 
 _PINS = "Set QSENS_CONSTRAINTS to the file of pins, or unset it."
@@ -103,7 +103,7 @@ def identify_checkpoint(config: ModelConfig, results: Path | None) -> Checkpoint
     """
     return identify(
         config.path,
-        cache=results / ".cells" / "digests.json" if results else None,
+        cache=results / CELLS / "digests.json" if results else None,
         trust_remote_code=config.trust_remote_code,
         heads=config.head_patterns,
         dtype=config.dtype,

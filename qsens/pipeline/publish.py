@@ -36,7 +36,7 @@ from qsens.report.views import protected
 from qsens.results import AGAIN
 from qsens.schema.manifest import Audit, Manifest, find_manifest
 from qsens.schema.summary import Drift, Summary
-from qsens.store import Store, publishing
+from qsens.store import ANALYSIS, Store, publishing
 from qsens.writing import copy_file, write_text
 
 _TOP = 5
@@ -220,7 +220,7 @@ def _unverified(manifests: Mapping[str, Manifest]) -> list[str]:
 def _assets(directory: Path) -> Path:
     """Return the scripts that the layout shares; those beside the page in any other directory."""
     for parent in directory.resolve().parents[:4]:
-        if parent.name == "layer-analysis":
+        if parent.name == ANALYSIS:
             return parent / ASSETS
     return directory / ASSETS
 

@@ -21,6 +21,7 @@ from qsens.recipes.formats.evidence import LeftOut, Recipe, choose, tally
 from qsens.recipes.score_correction import price
 from qsens.schema.manifest import dump_json
 from qsens.schema.summary import Summary, SummaryCell
+from qsens.store import ANALYSIS, MODELS, TMP
 from qsens.writing import write_text
 
 _NAME = f"Name a directory with a {SUMMARY}, that file, or a sweep id."
@@ -279,8 +280,8 @@ def find_sweep(where: str, roots: Roots) -> Path:
         found = [
             directory
             for directory in (
-                roots.results / "tmp" / where,
-                *(roots.results / "models").glob(f"*/layer-analysis/{SWEEPS}/*"),
+                roots.results / TMP / where,
+                *(roots.results / MODELS).glob(f"*/{ANALYSIS}/{SWEEPS}/*"),
             )
             if directory.name == where and (directory / SUMMARY).is_file()
         ]

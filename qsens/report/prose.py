@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from qsens.analysis.experts import Expert
 from qsens.analysis.ranking import Totals
 from qsens.report import format as look
 from qsens.schema.manifest import Judgement
-from qsens.schema.summary import CellStability, Drift, SizesCompared, Statistic
-
-if TYPE_CHECKING:
-    from qsens.schema.summary import SummaryCell
+from qsens.schema.summary import CellStability, Drift, SizesCompared, Statistic, SummaryCell
 
 _LISTED = 8
 _UNMEASURED = {

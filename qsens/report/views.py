@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from qsens.analysis.ranking import MeanShare, mean_shares, normalise_name
 from qsens.analysis.series import largest_cells
 from qsens.config.models import SIZES, Size
 from qsens.schema.manifest import Audit
-from qsens.schema.summary import Row
-
-if TYPE_CHECKING:
-    from qsens.schema.summary import Summary, SummaryCell
+from qsens.schema.summary import Row, Summary, SummaryCell
 
 
 @dataclass(frozen=True)

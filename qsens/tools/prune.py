@@ -22,10 +22,22 @@ from qsens.documents import peek
 from qsens.errors import UserError
 from qsens.grid import SWEEP_ID, calibration_digest, read_plan
 from qsens.locks import lock_at, try_lock
-from qsens.published import SUMMARY, SWEEPS, Place, Published, Shown, shown_cells
+from qsens.published import PLAN, SUMMARY, SWEEPS, Place, Published, Shown, shown_cells
 from qsens.reading import below, entries_in, has_directory
 from qsens.report.model_index import write_model_index
-from qsens.store import ASIDE, MANIFEST, publishing_lock
+from qsens.store import (
+    ANALYSIS,
+    ASIDE,
+    AUDITS,
+    CALIBRATIONS,
+    CELLS,
+    MANIFEST,
+    MODELS,
+    PLANS,
+    TMP,
+    VERIFIED,
+    publishing_lock,
+)
 from qsens.writing import writing
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -160,7 +172,7 @@ class _Job:
         if used is None:
             return
         cells, calibrations = used
-        for path in _entries(self.results / ".cells"):
+        for path in _entries(self.results / CELLS):
             digest = path.name.partition(".")[0]
             if not _DIGEST.fullmatch(digest) or digest in cells:
                 continue
@@ -168,21 +180,21 @@ class _Job:
                 self._remove_file(path)
             elif path.name == digest and path.is_dir() and self._is_old(path / MANIFEST, path):
                 self._remove_result(path)
-        for path in _entries(self.results / ".calibrations"):
+        for path in _entries(self.results / CALIBRATIONS):
             if path.suffix == ".safetensors" and path.stem not in calibrations:
                 self._remove_locked(path, path.with_suffix(".lock"))
         for path in _entries(cache_of(self.results)):
             if path.suffix == ".npy" and self._is_old(path):  # made again where it is needed
                 self._remove_file(path)
-        for name in (".audits", ".verified"):
+        for name in (AUDITS, VERIFIED):
             for path in _entries(self.results / name):
                 if path.suffix == ".json" and path.stem not in cells and self._is_old(path):
                     self._remove_file(path)
 
     def remove_plans(self, kept: set[str]) -> None:
         """Remove the plans of runs of the DAG whose sweep is gone."""
-        for directory in _entries(self.results / ".plans"):
-            plan = directory / "plan.json"
+        for directory in _entries(self.results / PLANS):
+            plan = directory / PLAN
             if self._is_old(plan, directory) and peek(plan).get("sweep_id") not in kept:
                 self.pruned.files.append(str(plan))
                 self._remove_directory(directory)
@@ -190,7 +202,7 @@ class _Job:
     def remove_half_written(self) -> None:
         """Remove what processes that were killed have left; nothing is written for a day."""
         limit = min(self.before, time.time() - _HALF_WRITTEN_SECONDS)
-        roots = [".audits", ".cells", ".calibrations", ".pictures", ".plans", ".verified", "tmp"]
+        roots = [AUDITS, CELLS, CALIBRATIONS, ".pictures", PLANS, VERIFIED, TMP]
         found = [path for name in roots for path in _entries(self.results / name)]
         for directory in self.results.glob("models/*/layer-analysis"):
             found += below(directory)
@@ -310,7 +322,7 @@ def _old(sweeps: list[Sweep], keep_sweeps: int, before: datetime) -> list[Sweep]
 
 def _sweep_parents(results: Path) -> list[Path]:
     """Return every directory whose entries are sweeps."""
-    parents = [*sorted(results.glob(f"models/*/layer-analysis/{SWEEPS}")), results / "tmp"]
+    parents = [*sorted(results.glob(f"{MODELS}/*/{ANALYSIS}/{SWEEPS}")), results / TMP]
     return [parent for parent in parents if parent.is_dir()]
 
 
@@ -333,7 +345,7 @@ def _references(kept: list[Sweep], notes: list[str]) -> tuple[set[str], set[str]
     calibrations: set[str] = set()
     for sweep in kept:
         try:
-            plan = read_plan(sweep.directory / "plan.json")
+            plan = read_plan(sweep.directory / PLAN)
         except UserError as error:
             notes.append(f"{error.where}: {error.what}; so every result is kept")
             return None
