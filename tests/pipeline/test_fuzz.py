@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(program: str, directory: Path, seconds: float) -> tuple[list[Any], Any]:
     """Return what went wrong, and what was counted and measured at the end."""
     ran = subprocess.run(
-        [sys.executable, "-m", f"tests.pipeline.{program}", str(directory), "14", str(seconds)],
+        [sys.executable, "-m", f"tests.{program}", str(directory), "14", str(seconds)],
         capture_output=True,
         text=True,
         check=False,
@@ -31,7 +31,7 @@ def run(program: str, directory: Path, seconds: float) -> tuple[list[Any], Any]:
 
 def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
     """Checkpoints, what is stored and published, samples, annotations, configurations."""
-    wrong, last = run("fuzz", tmp_path, 12)
+    wrong, last = run("pipeline.fuzz", tmp_path, 12)
     assert wrong == []
     kinds = {"Checkpoint", "Stored", "Samples", "Annotations", "Configuration"}
     assert set(last["counts"]) == kinds
@@ -43,7 +43,7 @@ def test_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
 
 def test_damaged_answers_of_a_hub_are_fetched_or_refused(tmp_path: Path) -> None:
     """Listings, files, redirects, ranges."""
-    wrong, last = run("fuzz_hub", tmp_path / "hub", 6)
+    wrong, last = run("tools.fuzz_hub", tmp_path / "hub", 6)
     assert wrong == []
     assert 0 < last["fetched"] < last["tried"]
     assert last["bytes"] < 1 << 29
