@@ -43,8 +43,8 @@ class Family:
         name: The family, in words.
         model_types: ``model_type`` in ``config.json``.
         parts: Where its parts are.
-        sees: Whether samples may hold pictures.
-        mixes: Whether its layers are mixtures of experts with shared weights.
+        takes_images: Whether samples may hold pictures.
+        is_moe: Whether its layers are mixtures of experts with shared weights.
     """
 
     name: str

@@ -108,7 +108,7 @@ class ActivationBuffer:
     @contextmanager
     def batch(self, saved: SavedForward, starts: Mapping[Unit, int]) -> Iterator[None]:
         """Take the rows of ``saved`` while the context lasts; they begin at ``starts``."""
-        self._flight = saved
+        self._saved = saved
         self._at = {
             unit: slice(start, start + saved.counts[unit]) for unit, start in starts.items()
         }
@@ -131,7 +131,7 @@ class ActivationBuffer:
     ) -> None:
         """Take what one module read, gave, and got as a gradient; of experts their routing too."""
         if routing:  # experts see padded batches flat
-            shape = self._flight.batch.input_ids.shape
+            shape = self._saved.batch.input_ids.shape
             inputs, outputs, grad_output, *routing = (
                 tensor.reshape(*shape, -1) for tensor in (inputs, outputs, grad_output, *routing)
             )
@@ -139,7 +139,7 @@ class ActivationBuffer:
         if rows is None:
             # q, k and v read one tensor: its rows are taken once and are one object.
             shared = self._by_address.get(inputs.data_ptr())
-            unit = self._flight.unit(outputs)
+            unit = self._saved.unit(outputs)
             rows = ModuleActivations(
                 unit,
                 self._new(unit, inputs) if shared is None else shared,
@@ -155,11 +155,11 @@ class ActivationBuffer:
             self._missing.remove(name)
             if id(rows.inputs) not in self._filled:
                 self._filled.add(id(rows.inputs))
-                self._flight.rows(inputs, rows.inputs[at])
-            self._flight.rows(outputs, rows.outputs[at])
+                self._saved.rows(inputs, rows.inputs[at])
+            self._saved.rows(outputs, rows.outputs[at])
             for tensor, into in zip(routing, rows.routing, strict=True):
-                self._flight.rows(tensor, into[at])
-        self._flight.rows(grad_output, rows.grad_output[self.loss, at])
+                self._saved.rows(tensor, into[at])
+        self._saved.rows(grad_output, rows.grad_output[self.loss, at])
 
     def _new(self, unit: Unit, like: torch.Tensor, *more: int) -> torch.Tensor:
         # Earlier batches that did not reach the module count as zeros.

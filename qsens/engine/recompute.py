@@ -73,7 +73,7 @@ class RecomputedModel:
             if not any(name.startswith(f"{layer}.") for name in self.modules)
         }
         self.sliding: set[str] = set()
-        self._flight: SavedForward | None = None
+        self._saved: SavedForward | None = None
         self._batch: Batch | None = None
         self._collector = ActivationBuffer({}, 1)
         self._keeps = False
@@ -148,10 +148,10 @@ class RecomputedModel:
         moved = batch.to(self.device)
         counts = {unit: sum(batch.lengths(unit)) for unit in UNITS}
         saved = SavedForward(moved, None if real is None else real.to(self.device), counts)
-        self._flight = saved
+        self._saved = saved
         with torch.enable_grad():
             saved.hidden = self.hidden(moved)
-        self._flight = None
+        self._saved = None
         return saved
 
     def backward(
@@ -160,7 +160,7 @@ class RecomputedModel:
         """Run a window backward, a layer at a time; each layer's modules hand out their rows.
 
         Args:
-            flights: The batches, all through ``forward``.
+            saved_forwards: The batches, all through ``forward``.
             grad_output: Gradients at each batch's ``hidden``, of every loss that goes backward.
 
         Yields:
@@ -223,14 +223,14 @@ class RecomputedModel:
             with torch.no_grad():
                 result = self._forwards[name](hidden, *args, **kwargs)
         output = _first(result).detach().requires_grad_()
-        assert self._flight is not None
-        self._flight.calls.append(SavedLayer(name, hidden, args, kwargs, output, record))
+        assert self._saved is not None
+        self._saved.calls.append(SavedLayer(name, hidden, args, kwargs, output, record))
         return (output, *result[1:]) if isinstance(result, tuple) else output
 
     def _tap_hook(
         self, tap: Tap, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]
     ) -> None:
-        if self._looking or self._flight is not None:  # not when a layer runs again
+        if self._looking or self._saved is not None:  # not when a layer runs again
             self._tap(tap, name, module, args)
 
     @torch.no_grad()
@@ -247,7 +247,7 @@ class RecomputedModel:
     def _forward_hook(
         self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        outside = name in self._outside and self._flight is not None
+        outside = name in self._outside and self._saved is not None
         if not (self._inside or outside):
             return None
         entered, left = args[0].detach(), output.detach()

@@ -38,7 +38,7 @@ class Allocation:
     """The outcome of a search over formats.
 
     Attributes:
-        options: What each unit becomes, in the order given.
+        choices: What each unit becomes, in the order given.
         bits: Bits a weight over all units.
         damage: Sum of the damages.
     """
@@ -69,7 +69,7 @@ def allocate(decisions: Sequence[DecisionGroup], target_bits: float) -> Allocati
     """Choose an option for each unit so that the total damage is least and the target is met.
 
     Args:
-        units: What may become what.
+        decisions: What may become what.
         target_bits: Bits a weight over all units, at most.
 
     Raises:
@@ -144,7 +144,7 @@ def pareto(decisions: Sequence[DecisionGroup], points: int = 64) -> list[ParetoP
     Between two of them, the least damage lies on or above their chord.
 
     Args:
-        units: What may become what.
+        decisions: What may become what.
         points: Points at most; they are thinned out evenly over the bits.
     """
     total = sum(decision.weights for decision in decisions)

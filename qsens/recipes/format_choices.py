@@ -39,7 +39,7 @@ class DecisionGroup:
     Attributes:
         groups: Names of the groups.
         weights: Elements of all their weights.
-        options: What they may become; 16 bits is always among them.
+        choices: What they may become; 16 bits is always among them.
     """
 
     groups: tuple[str, ...]

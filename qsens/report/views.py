@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qsens.analysis.ranking import MeanShare, mean_shares, normalise_name
-from qsens.analysis.series import largest_cells
+from qsens.analysis.series import largest_cells, series_of
 from qsens.config.models import SIZES, Size
 from qsens.schema.manifest import Audit
 from qsens.schema.summary import Row, Summary, SummaryCell
@@ -100,7 +100,7 @@ def pair_lines(summary: Summary, first: int) -> list[PairLine]:
         first: How many groups are looked at as those to protect.
     """
     common = {normalise_name(group.layer) for group in protected(summary).groups[:first]}
-    audits = {_series(audit): audit for audit in summary.audit}
+    audits = {series_of(audit): audit for audit in summary.audit}
     lines = []
     for cell in largest_cells(summary.cells):
         own = {
@@ -114,7 +114,7 @@ def pair_lines(summary: Summary, first: int) -> list[PairLine]:
                 cell=cell,
                 shares_first=len(own & common),
                 stable=stable,
-                audit=audits.get(_series(cell)),
+                audit=audits.get(series_of(cell)),
             )
         )
     return lines
@@ -130,8 +130,3 @@ def stable_in(summary: Summary, layer: str) -> tuple[int, int]:
         if row.verdict is not None and normalise_name(row.layer) == name
     ]
     return sum(verdict == "stable" for verdict in verdicts), len(verdicts)
-
-
-def _series(cell: SummaryCell | Audit) -> tuple[str, ...]:
-    """Return what cells of one pair have in common at every size."""
-    return cell.pair, cell.granularity, cell.coverage, cell.modality

@@ -97,16 +97,15 @@ class SampleStatistics:
 
     Attributes:
         names: The modules.
-        scores: Sums of squares, ``(modules, candidates, samples)``.
-        products: Sums of products, ``(modules, candidates, samples, draws)``; without draws, the
-            last dimension is 0.
+        scores: Sums of squares, ``(modules, candidates, samples)``; none where products are kept.
+        products: Sums of products, ``(modules, candidates, samples, draws)``; none without draws.
         errors: ``(modules, candidates, samples)``.
         norms: ``(modules, samples)``.
     """
 
     names: list[str]
-    scores: torch.Tensor
-    products: torch.Tensor
+    scores: torch.Tensor | None
+    products: torch.Tensor | None
     errors: torch.Tensor
     norms: torch.Tensor
 
@@ -121,7 +120,7 @@ class RowStatistics:
         draws: Draws of labels that products are kept of; 0 where norms are.
 
     Attributes:
-        scores: ``|G * dY|`` of each row, ``(modules, total)``, float32; zeros where products are.
+        scores: ``|G * dY|`` of each row, ``(modules, total)``, float32; empty where products are.
         products: Sums of ``G * dY`` over channels, ``(draws, modules, total)``, float32.
         errors: ``|dY|`` of each row, shaped as ``scores``.
         norms: ``|Y|`` of each row, ``(modules, rows)``.
@@ -143,16 +142,13 @@ class RowStatistics:
     def sums(self, names: list[str]) -> SampleStatistics:
         """Return the squares of each sample's rows, summed; of products, the rows summed."""
         places = self.layout.places
-        errors = _square_sums(self.errors, places)
-        draws = len(self.products)
+        drawn = len(self.products) > 0
         return SampleStatistics(
             names,
-            torch.zeros_like(errors) if draws else _square_sums(self.scores, places),
-            _sums(self.products, places).movedim(0, -1)
-            if draws
-            else errors.new_zeros(*errors.shape, 0),
-            errors,
-            _square_sums(self.norms, self.layout.own),
+            scores=None if drawn else _square_sums(self.scores, places),
+            products=_sums(self.products, places).movedim(0, -1) if drawn else None,
+            errors=_square_sums(self.errors, places),
+            norms=_square_sums(self.norms, self.layout.own),
         )
 
 

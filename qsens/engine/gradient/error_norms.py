@@ -46,7 +46,7 @@ def score_norms(
             ``outputs`` again and again, changed in another way each time.
         outputs: Outputs of the module, ``(rows, channels)``, same dtype.
         grad_output: Gradient ``G`` at the outputs, same shape and dtype as ``outputs``.
-        segments: What ``changed`` holds. Two that begin at the same row share their rows; others
+        spans: What ``changed`` holds. Two that begin at the same row share their rows; others
             do not overlap.
         errors: Receives ``|dY|``, float32.
         scores: Receives ``|G * dY|``, float32, same shape.
@@ -152,7 +152,7 @@ def _launch(
 
 @functools.lru_cache(maxsize=1024)
 def _table(spans: tuple[RowSpan, ...], device: torch.device) -> torch.Tensor:
-    """Return the segments on a device, where the few of a pass are kept."""
+    """Return the spans on a device, where the few of a pass are kept."""
     return torch.tensor(spans, dtype=torch.int64, device=device)
 
 

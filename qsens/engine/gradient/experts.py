@@ -84,10 +84,10 @@ class Mixture:
 
         Args:
             given: Its quantized inputs.
-            pieces: What they are, in order.
+            input_rows: What they are, in order.
             cfg: The weights' format.
             inner: Quantizes what stands between the products.
-            book: Told of each expert; its segments go to ``pairs`` rows a piece, by expert.
+            book: Told of each expert; its spans go to ``pairs`` rows a piece, by expert.
         """
         changed = torch.zeros_like(given, dtype=self._own.dtype)
         for expert in self.routing.busy():

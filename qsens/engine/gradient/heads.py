@@ -103,9 +103,10 @@ class LabelHead:
         """See :class:`HeadScorer`."""
         linear = head.linear
         batches = [saved.batch for saved in saved_forwards]
-        masks = [next_tokens(batch) >= 0 for batch in batches]
+        following = [next_tokens(batch) for batch in batches]
+        masks = [tokens >= 0 for tokens in following]
         rows = _rows(saved_forwards, masks)
-        labels = _cat([next_tokens(b)[mask] for b, mask in zip(batches, masks, strict=True)])
+        labels = _cat([tokens[mask] for tokens, mask in zip(following, masks, strict=True)])
         layout = layout_of(batches, head.candidates, rows.device, "labels")
         statistics = RowStatistics(1, layout, rows.device)
         back = torch.empty_like(rows)

@@ -65,12 +65,11 @@ class Metric(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class GradientNorm:
     """``sum((G * dY)^2)``, with ``dY`` in the model's own data type, as ModelOpt takes it."""
 
-    draws: int = 0
-    exact: bool = False
+    draws = 0
+    exact = False
 
     def measure(
         self,

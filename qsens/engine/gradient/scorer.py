@@ -343,27 +343,23 @@ class GradientScorer:
 
     def _book(self, measured: Sequence[SampleStatistics], order: list[int]) -> None:
         """Add modules to their groups, in a fixed order."""
-        names = [name for statistics in measured for name in statistics.names]
-        self._seen.update(names)
-        groups = torch.tensor([self._group_of[name] for name in names])
+        self._seen.update(name for statistics in measured for name in statistics.names)
 
-        def add(total: torch.Tensor, tables: Sequence[torch.Tensor], *at: object) -> None:
-            table = torch.cat(list(tables)).cpu()
+        def add(total: torch.Tensor, tables: Sequence[tuple[list[str], torch.Tensor]]) -> None:
+            if not tables:
+                return
+            groups = torch.tensor([self._group_of[name] for names, _ in tables for name in names])
+            table = torch.cat([each for _, each in tables]).cpu()
             added = table.new_zeros(len(total), *table.shape[1:]).index_add_(0, groups, table)
-            total[(..., *at)] += added  # type: ignore[index]
+            total.index_add_(total.ndim - 1, torch.tensor(order), added)
 
-        add(self._squares, [statistics.scores for statistics in measured], order)
-        add(self._errors, [statistics.errors for statistics in measured], order)
-        add(self._norms, [statistics.norms for statistics in measured], order)
-        if self._metric.draws:
-            products = [self._drawn(statistics) for statistics in measured]
-            add(self._products, products, order, slice(None))
-
-    def _drawn(self, statistics: SampleStatistics) -> torch.Tensor:
-        """Return the products of each draw; zeros for the head, which needs none."""
-        if statistics.products.shape[-1]:
-            return statistics.products
-        return statistics.products.new_zeros(*statistics.scores.shape, self._metric.draws)
+        add(self._squares, [(s.names, s.scores) for s in measured if s.scores is not None])
+        add(
+            self._products.movedim(-2, -1),
+            [(s.names, s.products.movedim(-2, -1)) for s in measured if s.products is not None],
+        )
+        add(self._errors, [(s.names, s.errors) for s in measured])
+        add(self._norms, [(s.names, s.norms) for s in measured])
 
     def _weight(self, name: str, index: int, row_ranges: Sequence[RowRange]) -> torch.Tensor | None:
         """Return a module's quantized weight; None where that fails, which is noted."""

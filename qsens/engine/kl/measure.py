@@ -132,9 +132,9 @@ class _Measured:
     """What changes do to the distributions of one batch.
 
     Args:
-        copies: Runs the batch.
+        forwards: Runs the batch.
         batch: The batch.
-        changes: The changes.
+        perturbations: The changes.
         together: Changes that go through the model at once.
         rounded: The head's input where the model rounds activations as it does by itself,
             ``(samples, longest, hidden)``; none where it rounds no more than float32 does.

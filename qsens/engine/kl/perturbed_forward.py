@@ -139,8 +139,8 @@ class PerturbedForward:
         """Run copies of the batch that ran alone.
 
         Args:
-            changes: What is different in each copy but the first; at least one, in the order of
-                :meth:`in_order`.
+            perturbations: What is different in each copy but the first; at least one, in the order
+                of :meth:`in_order`.
 
         Returns:
             The head's input, ``(1 + perturbations, samples, longest, hidden)``.
@@ -168,7 +168,7 @@ class PerturbedForward:
 
         Args:
             name: Name of the input, which is that of its module.
-            change: The change.
+            perturbation: The change.
             x: The input.
         """
         try:
