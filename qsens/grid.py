@@ -7,8 +7,9 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
@@ -18,70 +19,20 @@ from qsens.config.models import Coverage, Frozen, Modality, Size
 from qsens.config.pairs import DEFAULT_GRANULARITY
 from qsens.documents import read_document
 from qsens.errors import Damaged, UserError
-from qsens.identity import CALIBRATION_VERSION, PatternsIdentity, cell_identity
+from qsens.identity import (
+    CALIBRATION_VERSION,
+    CheckpointIdentity,
+    PatternsIdentity,
+    PicturesIdentity,
+    SamplesIdentity,
+    Skipped,
+    cell_identity,
+    inputs_identity,
+)
 
 PLAN_VERSION = 2
 # The time in it is when the plan was made, in UTC.
 SWEEP_ID = re.compile(r"(\d{8}T\d{9})Z-[0-9a-f]{8}")
-
-
-class CheckpointIdentity(Frozen):
-    """What a checkpoint is, read from its files without loading it."""
-
-    path: Path
-    """Local directory."""
-    digest: str
-    """SHA-256 over configuration and weight files, and code that runs, by path and content."""
-    tokenizer_digest: str
-    """SHA-256 over tokenizer files, by content."""
-    architecture: str
-    """Class name from ``config.json``."""
-    weight_bytes: int
-    """Bytes of all weight files."""
-    tied_head: bool | None = None
-    """Whether the head is loaded as the embedding's weight; none where an older plan does not
-    say."""
-    processor_digest: str | None = None
-    """SHA-256 over the files of its image processor, by content; none where it has none."""
-    notices: list[str] = []
-    """What a reader should know about its files: what lies beside them, what does not run."""
-
-
-class Skipped(Frozen):
-    """A sample that is left out because of its picture."""
-
-    sample: int
-    """Its number in the file, from 1."""
-    image: str
-    """Path of the picture, as the file has it."""
-    reason: str
-    """What is wrong with it."""
-
-
-class PicturesIdentity(Frozen):
-    """What the pictures of a sample file are, as many as its size may use."""
-
-    digest: str
-    """SHA-256 over the contents of the pictures, in order, with what is wrong with the others."""
-    skipped: list[Skipped] = []
-    """Samples that are left out, in order."""
-
-    def valid(self, count: int) -> int:
-        """Return how many of the first ``count`` samples are not left out."""
-        return count - sum(entry.sample <= count for entry in self.skipped)
-
-
-class SamplesIdentity(Frozen):
-    """What a sample file is."""
-
-    path: Path
-    """The file."""
-    digest: str
-    """SHA-256 of its content."""
-    available: int
-    """Samples (non-empty lines) in it."""
-    pictures: PicturesIdentity | None = None
-    """Its pictures; none where no cell reads them."""
 
 
 class Cell(Frozen):
@@ -103,6 +54,42 @@ class Cell(Frozen):
     """The share of the grid that computes this cell, from 0."""
     digest: str
     """SHA-256 of all that changes this cell's numbers."""
+
+
+class CellSpec(Cell):
+    """A cell as its plan resolves it: all that its computation and its publication ask of it."""
+
+    precision: PairConfig
+    """Its pair, its granularity applied."""
+    samples: SamplesIdentity
+    """Its sample file."""
+    taken: int
+    """Samples of its file that it takes, those to skip counted."""
+    used: int
+    """Samples that calibration uses."""
+    scored: int
+    """Samples that the score uses, from the first."""
+    boundaries: tuple[int, ...]
+    """Counts of samples that no batch crosses: where sizes end."""
+    skipped: tuple[Skipped, ...]
+    """Samples that it leaves out because of their pictures."""
+    scheme: str
+    """Name of the scheme that it is published as."""
+    run_dir: str
+    """Name of the run directory that it is published in."""
+    calibration: str
+    """SHA-256 of all that changes the calibrated amax that it reads."""
+
+    @property
+    def pictures(self) -> PicturesIdentity | None:
+        """Its pictures; none where it reads none."""
+        return self.samples.pictures if self.modality == "image_text" else None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether its inputs take their maximum from calibration."""
+        quantizer = self.precision.input_quantizer
+        return quantizer is not None and quantizer.needs_calibration()
 
 
 class Plan(Frozen):
@@ -141,13 +128,13 @@ class Plan(Frozen):
     checksum: str | None = None
     """SHA-256 over the canonical JSON of all other keys; null in plans older than this key."""
 
-    def cell(self, cell_id: str) -> Cell:
-        """Return the cell of that id.
+    def cell(self, cell_id: str) -> CellSpec:
+        """Return the cell of that id, resolved.
 
         Raises:
             UserError: The plan has no such cell.
         """
-        for cell in self.cells:
+        for cell in self.specs:
             if cell.cell == cell_id:
                 return cell
         raise UserError(
@@ -156,65 +143,55 @@ class Plan(Frozen):
             remedy=f"Its cells: {', '.join(cell.cell for cell in self.cells)}.",
         )
 
-    def pair(self, cell: Cell) -> PairConfig:
-        """Return the pair of ``cell``, with the granularity of ``cell`` applied."""
-        pairs = {pair.name: pair for pair in self.config.quant_pair}
-        granularities = {entry.name: entry for entry in self.config.quant_granularity}
-        return pairs[cell.pair].with_granularity(granularities[cell.granularity])
+    @cached_property
+    def specs(self) -> tuple[CellSpec, ...]:
+        """The cells, each resolved once, in their order."""
+        return tuple(_resolved(self, cell) for cell in self.cells)
 
-    def lane_of(self, cell: Cell) -> list[Cell]:
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy; it resolves its cells by its own configuration."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("specs", None)
+        return copied
+
+    def lane_of(self, cell: Cell) -> list[CellSpec]:
         """Return the cells that one GPU computes together with ``cell``."""
-        return [other for other in self.cells if other.lane == cell.lane]
+        return [other for other in self.specs if other.lane == cell.lane]
 
-    def samples_taken(self, cell: Cell) -> int:
-        """Return how many samples of its file ``cell`` takes, those to skip counted."""
-        return min(self.config.dataset.limit(cell.size), self.samples[cell.size].available)
 
-    def samples_used(self, cell: Cell) -> int:
-        """Return how many samples calibration uses for ``cell``."""
-        taken, pictures = self.samples_taken(cell), self._pictures(cell)
-        return taken if pictures is None else pictures.valid(taken)
-
-    def samples_scored(self, cell: Cell) -> int:
-        """Return how many samples the score uses for ``cell``."""
-        return min(self.samples_used(cell), self.config.autoquant.score_size)
-
-    def boundaries(self, cell: Cell) -> list[int]:
-        """Return the counts of samples, for ``cell``, that no batch crosses: where sizes end."""
-        sizes = self.config.dataset.sizes.values()
-        pictures = self._pictures(cell)
-        if pictures is None:
-            return list(sizes)
-        taken = self.samples_taken(cell)
-        return [pictures.valid(count) for count in sizes if count <= taken]
-
-    def skipped(self, cell: Cell) -> list[Skipped]:
-        """Return the samples that ``cell`` leaves out because of their pictures."""
-        taken, pictures = self.samples_taken(cell), self._pictures(cell)
-        return [entry for entry in pictures.skipped if entry.sample <= taken] if pictures else []
-
-    def scheme(self, cell: Cell) -> str:
-        """Return the name of the scheme that ``cell`` is published as."""
-        pair = self.pair(cell)
-        scheme = pair.all_layers_scheme if cell.coverage == "all_layers" else pair.scheme
-        return scheme.format(**self._names(cell))
-
-    def run_dir(self, cell: Cell) -> str:
-        """Return the name of the run directory that ``cell`` is published in."""
-        pair = self.pair(cell)
-        run_dir = pair.all_layers_run_dir if cell.coverage == "all_layers" else pair.run_dir
-        return run_dir.format(**self._names(cell))
-
-    def _pictures(self, cell: Cell) -> PicturesIdentity | None:
-        return self.samples[cell.size].pictures if cell.modality == "image_text" else None
-
-    def _names(self, cell: Cell) -> dict[str, str]:
-        return {
-            "pair": cell.pair,
-            "size": "_".join([*unusual(cell.coverage, cell.modality), cell.size]),
-            "model": self.config.model.name,
-            "short_name": self.config.model.short_name,
-        }
+def _resolved(plan: Plan, cell: Cell) -> CellSpec:
+    """Return ``cell`` with all that the plan says of it."""
+    config, samples = plan.config, plan.samples[cell.size]
+    pairs = {pair.name: pair for pair in config.quant_pair}
+    granularities = {entry.name: entry for entry in config.quant_granularity}
+    pair = pairs[cell.pair].with_granularity(granularities[cell.granularity])
+    pictures = samples.pictures if cell.modality == "image_text" else None
+    taken = min(config.dataset.limit(cell.size), samples.available)
+    used = taken if pictures is None else pictures.valid(taken)
+    boundaries = tuple(config.dataset.sizes.values())
+    if pictures is not None:
+        boundaries = tuple(pictures.valid(count) for count in boundaries if count <= taken)
+    skipped = pictures.skipped if pictures is not None else []
+    whole = cell.coverage == "all_layers"
+    names = {
+        "pair": cell.pair,
+        "size": "_".join([*unusual(cell.coverage, cell.modality), cell.size]),
+        "model": config.model.name,
+        "short_name": config.model.short_name,
+    }
+    return CellSpec(
+        **dict(cell),
+        precision=pair,
+        samples=samples,
+        taken=taken,
+        used=used,
+        scored=min(used, config.autoquant.score_size),
+        boundaries=boundaries,
+        skipped=tuple(entry for entry in skipped if entry.sample <= taken),
+        scheme=(pair.all_layers_scheme if whole else pair.scheme).format(**names),
+        run_dir=(pair.all_layers_run_dir if whole else pair.run_dir).format(**names),
+        calibration=_calibration_digest(plan, cell, used),
+    )
 
 
 def make_plan(
@@ -259,7 +236,7 @@ def make_plan(
         modality = config.modality(coverage)
         identity = cell_identity(config, pair, coverage, size, versions)
         identity["granularity"] = granularity.name
-        identity |= _inputs_identity(config, patterns, modality, checkpoint, samples[size])
+        identity |= inputs_identity(config, patterns, modality, checkpoint, samples[size])
         pictures = samples[size].pictures if modality == "image_text" else None
         if pictures is not None and pictures.skipped:  # it says whether the result is PARTIAL
             identity["max_skipped"] = config.dataset.max_skipped
@@ -343,66 +320,26 @@ def cell_id(pair: str, granularity: str, coverage: Coverage, modality: Modality,
     return "-".join([*parts, *unusual(coverage, modality), size])
 
 
-def calibration_digest(plan: Plan, cell: Cell) -> str:
-    """Return the SHA-256 of all that changes the calibrated maxima that ``cell`` reads.
+def _calibration_digest(plan: Plan, cell: Cell, used: int) -> str:
+    """Return the SHA-256 of all that changes the calibrated amax that ``cell`` reads.
 
     Cells of one modality and size read the same, of the tower as well where one of them covers it.
     """
     tower = any(
         other.coverage == "all_layers" and other.modality == cell.modality for other in plan.cells
     )
-    identity = _inputs_identity(
+    identity = inputs_identity(
         plan.config, plan.patterns, cell.modality, plan.checkpoint, plan.samples[cell.size]
     )
     return digest_of(
         {
             **({"tower": True} if tower else {}),
             **identity,
-            "count": plan.samples_used(cell),
+            "count": used,
             "engine": CALIBRATION_VERSION,
             "versions": {name: plan.versions.get(name) for name in ("torch", "transformers")},
         }
     )
-
-
-def _inputs_identity(
-    config: SweepConfig,
-    patterns: PatternsIdentity | None,
-    modality: Modality,
-    checkpoint: CheckpointIdentity,
-    samples: SamplesIdentity,
-) -> dict[str, Any]:
-    """Return all that decides what a pass runs on: the model, its parts, and the samples."""
-    model = config.model
-    return {
-        "checkpoint": checkpoint.digest,
-        "tokenizer": checkpoint.tokenizer_digest,
-        "dtype": model.dtype,
-        "trust_remote_code": model.trust_remote_code,
-        "vision_patterns": patterns.vision if patterns else model.vision_patterns,
-        "head_patterns": patterns.head if patterns else model.head_patterns,
-        "sizes": dict(sorted(config.dataset.sizes.items())),
-        "calib_seq_len": config.dataset.calib_seq_len,
-        **_samples_identity(config, modality, checkpoint, samples),
-    }
-
-
-def _samples_identity(
-    config: SweepConfig,
-    modality: Modality,
-    checkpoint: CheckpointIdentity,
-    samples: SamplesIdentity,
-) -> dict[str, Any]:
-    """Return all that decides what the samples are, as the model reads them."""
-    found: dict[str, Any] = {"modality": modality, "samples": samples.digest}
-    if modality == "image_text":
-        found |= {
-            "pictures": samples.pictures.digest if samples.pictures else None,
-            "processor": checkpoint.processor_digest,
-            "max_pixels": config.dataset.max_pixels,
-            "prompt": config.dataset.prompt,
-        }
-    return found
 
 
 def unusual(coverage: Coverage, modality: Modality) -> Sequence[str]:

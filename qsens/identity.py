@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from qsens.config import ModelConfig, PairConfig, SweepConfig
-from qsens.config.models import AutoquantConfig, Coverage, Frozen, Size
+from qsens.config.models import AutoquantConfig, Coverage, Frozen, Modality, Size
 from qsens.config.pairs import QuantizerConfig
 
 # Raised whenever a method gives other numbers for the same input: by the weights' data type.
@@ -47,6 +48,65 @@ PATTERNS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "gemma3_text": _DECODER,
 }
+
+
+class CheckpointIdentity(Frozen):
+    """What a checkpoint is, read from its files without loading it."""
+
+    path: Path
+    """Local directory."""
+    digest: str
+    """SHA-256 over configuration and weight files, and code that runs, by path and content."""
+    tokenizer_digest: str
+    """SHA-256 over tokenizer files, by content."""
+    architecture: str
+    """Class name from ``config.json``."""
+    weight_bytes: int
+    """Bytes of all weight files."""
+    tied_head: bool | None = None
+    """Whether the head is loaded as the embedding's weight; none where an older plan does not
+    say."""
+    processor_digest: str | None = None
+    """SHA-256 over the files of its image processor, by content; none where it has none."""
+    notices: list[str] = []
+    """What a reader should know about its files: what lies beside them, what does not run."""
+
+
+class Skipped(Frozen):
+    """A sample that is left out because of its picture."""
+
+    sample: int
+    """Its number in the file, from 1."""
+    image: str
+    """Path of the picture, as the file has it."""
+    reason: str
+    """What is wrong with it."""
+
+
+class PicturesIdentity(Frozen):
+    """What the pictures of a sample file are, as many as its size may use."""
+
+    digest: str
+    """SHA-256 over the contents of the pictures, in order, with what is wrong with the others."""
+    skipped: list[Skipped] = []
+    """Samples that are left out, in order."""
+
+    def valid(self, count: int) -> int:
+        """Return how many of the first ``count`` samples are not left out."""
+        return count - sum(entry.sample <= count for entry in self.skipped)
+
+
+class SamplesIdentity(Frozen):
+    """What a sample file is."""
+
+    path: Path
+    """The file."""
+    digest: str
+    """SHA-256 of its content."""
+    available: int
+    """Samples (non-empty lines) in it."""
+    pictures: PicturesIdentity | None = None
+    """Its pictures; none where no cell reads them."""
 
 
 class PatternsIdentity(Frozen):
@@ -134,6 +194,46 @@ def cell_identity(
     # Such scales once were those of a part of a weight of more than 2^26 elements.
     if autoquant.engine == "fused" and _crosses_rows(pair.weight_quantizer):
         identity["scales"] = "of the whole weight"
+    return identity
+
+
+def inputs_identity(
+    config: SweepConfig,
+    patterns: PatternsIdentity | None,
+    modality: Modality,
+    checkpoint: CheckpointIdentity,
+    samples: SamplesIdentity,
+) -> dict[str, Any]:
+    """Return all that decides what a pass runs on: the model, its parts, and the samples."""
+    model = config.model
+    return {
+        "checkpoint": checkpoint.digest,
+        "tokenizer": checkpoint.tokenizer_digest,
+        "dtype": model.dtype,
+        "trust_remote_code": model.trust_remote_code,
+        "vision_patterns": patterns.vision if patterns else model.vision_patterns,
+        "head_patterns": patterns.head if patterns else model.head_patterns,
+        "sizes": dict(sorted(config.dataset.sizes.items())),
+        "calib_seq_len": config.dataset.calib_seq_len,
+        **_samples_identity(config, modality, checkpoint, samples),
+    }
+
+
+def _samples_identity(
+    config: SweepConfig,
+    modality: Modality,
+    checkpoint: CheckpointIdentity,
+    samples: SamplesIdentity,
+) -> dict[str, Any]:
+    """Return all that decides what the samples are, as the model reads them."""
+    identity: dict[str, Any] = {"modality": modality, "samples": samples.digest}
+    if modality == "image_text":
+        identity |= {
+            "pictures": samples.pictures.digest if samples.pictures else None,
+            "processor": checkpoint.processor_digest,
+            "max_pixels": config.dataset.max_pixels,
+            "prompt": config.dataset.prompt,
+        }
     return identity
 
 

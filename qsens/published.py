@@ -15,7 +15,7 @@ from typing import Any
 from qsens.checksums import CHECKSUM, is_sealed
 from qsens.documents import peek, read_document
 from qsens.errors import UserError
-from qsens.grid import Cell, refuse_another_sweep
+from qsens.grid import CellSpec, refuse_another_sweep
 from qsens.reading import below, read_bytes
 from qsens.schema.summary import SUMMARY_VERSION, Summary
 from qsens.store import Store
@@ -141,7 +141,7 @@ def sweep_before(store: Store, place: Place) -> str | None:
     return earlier[-1] if earlier else None
 
 
-def may_show(store: Store, cell: Cell, place: Place) -> bool:
+def may_show(store: Store, cell: CellSpec, place: Place) -> bool:
     """Return whether the directory of ``cell`` shows nothing that was published after ``place``."""
     shown = Shown.read(store.cell_dir(cell))
     return shown is None or shown.place.sweep_id == place.sweep_id or shown.place <= place

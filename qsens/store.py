@@ -21,7 +21,7 @@ from filelock import FileLock
 from qsens.checksums import check_tensors
 from qsens.documents import dump_document
 from qsens.errors import Damaged
-from qsens.grid import Cell, Plan
+from qsens.grid import Cell, CellSpec, Plan
 from qsens.locks import held, lock_at
 from qsens.reading import has_file
 from qsens.results import AGAIN, read_result
@@ -186,7 +186,7 @@ class Store:
             return self.model_dir()
         return self.model_dir() / "sweeps" / self.plan.sweep_id
 
-    def cell_dir(self, cell: Cell) -> Path:
+    def cell_dir(self, cell: CellSpec) -> Path:
         """Return the directory that ``cell`` is published in."""
         config = self.plan.config
         if config.runner.output_dir is not None:
@@ -194,15 +194,15 @@ class Store:
             return self.model_dir() if alone else self.model_dir() / cell.cell
         if config.output_layout == "tmp":
             return self.model_dir() / cell.cell
-        pair = self.plan.pair(cell)
+        pair = cell.precision
         directory = self.model_dir() / f"weight-{pair.weight}-act-{pair.activation}"
         if cell.granularity != "default":
             directory /= cell.granularity
-        return directory / self.plan.run_dir(cell)
+        return directory / cell.run_dir
 
-    def published(self, cell: Cell) -> dict[str, Path]:
+    def published(self, cell: CellSpec) -> dict[str, Path]:
         """Return where manifest and state of ``cell`` are published."""
-        directory, scheme = self.cell_dir(cell), self.plan.scheme(cell)
+        directory, scheme = self.cell_dir(cell), cell.scheme
         return {
             "manifest": directory / f"{scheme}{MANIFEST_SUFFIX}",
             "state": directory / f"{scheme}{STATE_SUFFIX}",

@@ -12,17 +12,13 @@ from qsens.checkpoint.structure import FAMILIES
 from qsens.config import ModelConfig, PairConfig, Roots, SweepConfig, choices, load_sweep
 from qsens.config.models import AutoquantConfig, DatasetConfig
 from qsens.config.pairs import QuantizerConfig
-from qsens.grid import (
-    CheckpointIdentity,
-    PicturesIdentity,
-    Plan,
-    SamplesIdentity,
-    Skipped,
-    calibration_digest,
-    make_plan,
-)
+from qsens.grid import Plan, make_plan
 from qsens.identity import (
     PATTERNS,
+    CheckpointIdentity,
+    PicturesIdentity,
+    SamplesIdentity,
+    Skipped,
     cell_identity,
     engine_version,
     identify_patterns,
@@ -183,7 +179,7 @@ def test_golden_digests(case: tuple[str, str, Any]) -> None:
     made = plan(*case)
     cell = made.cell(cell_id)
     assert cell.digest == cell_digest
-    assert calibration_digest(made, cell) == calibration
+    assert cell.calibration == calibration
 
 
 def test_what_a_new_field_means_for_digests_is_decided_here() -> None:
@@ -320,3 +316,21 @@ def test_another_table_that_covers_the_same_changes_no_digest() -> None:
 def test_every_family_of_the_table_has_its_first_patterns_written_down() -> None:
     assert {kind for family in FAMILIES for kind in family.model_types} == set(PATTERNS)
     assert (PATTERNS["qwen3_vl"], PATTERNS["llama"], PATTERNS["gemma3"]) == (QWEN, DENSE, GEMMA)
+
+
+def test_a_copy_of_a_plan_resolves_its_own_cells() -> None:
+    made = plan("single", "", QWEN)
+    before = made.specs[0]
+    autoquant = made.config.autoquant.model_copy(update={"score_size": 1})
+    copied = made.model_copy(
+        update={"config": made.config.model_copy(update={"autoquant": autoquant})}
+    )
+    assert (before.scored > 1, copied.specs[0].scored) == (True, 1)
+    assert made.specs[0] is before
+
+
+def test_resolved_cells_are_not_in_the_plan_file() -> None:
+    made = plan("single", "", QWEN)
+    keys = made.model_dump(mode="json").keys()
+    assert made.specs
+    assert made.model_dump(mode="json").keys() == keys == Plan.model_fields.keys()

@@ -17,7 +17,8 @@ from qsens.checkpoint.tied import has_tied_head, is_said_to_be_tied
 from qsens.checksums import CHECKSUM, digest_opened, is_sealed, sealed
 from qsens.documents import dump_json
 from qsens.errors import UserError
-from qsens.grid import CheckpointIdentity, digest_of
+from qsens.grid import digest_of
+from qsens.identity import CheckpointIdentity
 from qsens.reading import MOST_BYTES, files_in, has_directory, has_file, open_file, read_json, shown
 from qsens.store import set_aside
 from qsens.writing import write_text

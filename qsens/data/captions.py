@@ -12,7 +12,7 @@ from qsens.config.models import JSONL, SIZES, SQLITE, TEXT, Size, has_suffix
 from qsens.data.images import PictureReader, identify_pictures
 from qsens.data.records import CHOOSE, Record, read_records
 from qsens.errors import UserError
-from qsens.grid import SamplesIdentity
+from qsens.identity import SamplesIdentity
 from qsens.reading import read_bytes
 
 

@@ -24,7 +24,8 @@ from qsens.config import DatasetConfig, ModelConfig
 from qsens.config.models import Size
 from qsens.data.records import Record
 from qsens.errors import UserError
-from qsens.grid import PicturesIdentity, Plan, Skipped, digest_of
+from qsens.grid import Plan, digest_of
+from qsens.identity import PicturesIdentity, Skipped
 from qsens.reading import has_file, read_bytes, read_json, shown
 from qsens.writing import write_bytes
 

@@ -12,7 +12,7 @@ from qsens.analysis.statistic import statistic_of, value_of
 from qsens.config.models import SIZES
 from qsens.documents import dump_document
 from qsens.errors import Damaged, Fault, UserError
-from qsens.grid import Cell, Plan
+from qsens.grid import CellSpec, Plan
 from qsens.identity import measured_kl_version
 from qsens.names import group_name, kind_of
 from qsens.pipeline.shared_checkpoint import Progress, SharedCheckpoint
@@ -66,12 +66,12 @@ def audit(
             where=f"plan {plan.plan_id}: autoquant.method = kl_div",
             remedy="Audit a plan of method gradient or fisher.",
         )
-    unknown = sorted(set(pairs) - {cell.pair for cell in plan.cells})
+    unknown = sorted(set(pairs) - {cell.pair for cell in plan.specs})
     if unknown:
         raise UserError(
             f"the plan has no pair '{unknown[0]}'",
             where=f"plan {plan.plan_id}",
-            remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in plan.cells))}.",
+            remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in plan.specs))}.",
         )
     cells = [cell for cell in audited_cells(plan) if not pairs or cell.pair in pairs]
     manifests = _manifests(store, cells)
@@ -111,7 +111,7 @@ def audit(
                 cell_digest=cell.digest,
                 method=plan.config.autoquant.method,
                 mode="full" if full else "sample",
-                samples=plan.samples_scored(cell),
+                samples=cell.scored,
                 statistic=statistic,
                 points=tuple(points),
                 judgement=judge(points, in_nats=plan.config.autoquant.method == "fisher"),
@@ -146,10 +146,10 @@ def is_audited(plan: Plan) -> bool:
     return not _to_measure(store, cells, manifests, GROUPS, full=mode == "full")
 
 
-def audited_cells(plan: Plan) -> list[Cell]:
+def audited_cells(plan: Plan) -> list[CellSpec]:
     """Return the cells that stand for their pairs: those of the plan's smallest size."""
-    smallest = min((cell.size for cell in plan.cells), key=SIZES.index)
-    return [cell for cell in plan.cells if cell.size == smallest]
+    smallest = min((cell.size for cell in plan.specs), key=SIZES.index)
+    return [cell for cell in plan.specs if cell.size == smallest]
 
 
 def find_audits(store: Store, manifests: Mapping[str, Manifest] | None = None) -> list[Audit]:
@@ -166,7 +166,7 @@ def find_audits(store: Store, manifests: Mapping[str, Manifest] | None = None) -
     return [audit for audit in found if audit is not None]
 
 
-def _manifests(store: Store, cells: Sequence[Cell]) -> dict[str, Manifest]:
+def _manifests(store: Store, cells: Sequence[CellSpec]) -> dict[str, Manifest]:
     """Return the manifests of the cells that have a result, by cell id."""
     found = {}
     for cell in cells:
@@ -177,7 +177,7 @@ def _manifests(store: Store, cells: Sequence[Cell]) -> dict[str, Manifest]:
     return found
 
 
-def _stored(store: Store, cell: Cell, manifest: Manifest | None) -> Audit | None:
+def _stored(store: Store, cell: CellSpec, manifest: Manifest | None) -> Audit | None:
     """Return the audit of a cell, judged by the statistic that places its groups.
 
     None where it is damaged, or was measured another way. Audits of ``gradient`` once took the
@@ -213,7 +213,7 @@ def _scores(manifest: Manifest) -> tuple[Statistic, dict[str, GroupSensitivity]]
     return statistic_of(manifest.scheme.auto_quantize_method, groups.values()), groups
 
 
-def _set_aside(store: Store, cell: Cell) -> None:
+def _set_aside(store: Store, cell: CellSpec) -> None:
     """Set the audit of ``cell`` aside where it is damaged."""
     path = store.audit(cell)
     if has_file(path, remedy=AGAIN):
@@ -224,7 +224,7 @@ def _set_aside(store: Store, cell: Cell) -> None:
 
 def _to_measure(
     store: Store,
-    cells: Sequence[Cell],
+    cells: Sequence[CellSpec],
     manifests: Mapping[str, Manifest],
     groups: int,
     *,

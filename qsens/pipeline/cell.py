@@ -15,7 +15,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from qsens.errors import OutOfMemory
-from qsens.grid import Cell, Plan, calibration_digest
+from qsens.grid import CellSpec, Plan
 from qsens.locks import held, try_lock
 from qsens.pipeline.failures import failure_to_tell, keep_failure, mark_told, tell
 from qsens.pipeline.shared_checkpoint import Progress, SharedCheckpoint
@@ -48,7 +48,7 @@ def calibrate(
     status = _calibration_status(store, cell)
     if status is not None:
         return _outcome(store, cell, status)
-    digest = calibration_digest(plan, cell)
+    digest = cell.calibration
     lock, where = store.calibration_lock(digest), f"calibration of {cell.cell}"
     with ExitStack() as locks:
         locks.enter_context(held(lock, where=where, wait=wait))
@@ -56,16 +56,14 @@ def calibrate(
         if computed:
             # Before the heavy import: whoever comes meanwhile must find the locks taken.
             sizes = [cell, *_lock_other_sizes(store, cell, locks)]
-            digests = {calibration_digest(plan, each) for each in sizes}
+            digests = {each.calibration for each in sizes}
             for each in digests:
                 store.set_aside_calibration(each)
             # Those that read the same amax would fail alike.
             others = [
                 other
-                for other in plan.cells
-                if other != cell
-                and _needs_calibration(plan, other)
-                and calibration_digest(plan, other) in digests
+                for other in plan.specs
+                if other != cell and other.needs_calibration and other.calibration in digests
             ]
             from qsens.pipeline.compute import calibrate_sizes
 
@@ -130,7 +128,7 @@ def score(
     return _outcome(store, cell, "done", computed=True, started=started)
 
 
-def is_there(plan: Plan, cell: Cell, step: Literal["calibrate", "score"]) -> bool:
+def is_there(plan: Plan, cell: CellSpec, step: Literal["calibrate", "score"]) -> bool:
     """Return whether ``step`` has nothing to compute for ``cell``."""
     store = Store(plan)
     if step == "calibrate":
@@ -138,26 +136,21 @@ def is_there(plan: Plan, cell: Cell, step: Literal["calibrate", "score"]) -> boo
     return store.is_done(cell) or failure_to_tell(store, cell) is not None
 
 
-def _calibration_status(store: Store, cell: Cell) -> str | None:
+def _calibration_status(store: Store, cell: CellSpec) -> str | None:
     """Return why nothing is to be calibrated for ``cell``; none where something is."""
     if store.is_done(cell):
         return "done"
     if store.plan.config.autoquant.engine == "modelopt":
         return "with_score"
-    if not _needs_calibration(store.plan, cell):
+    if not cell.needs_calibration:
         return "not_needed"
-    if store.is_calibrated(calibration_digest(store.plan, cell)):
+    if store.is_calibrated(cell.calibration):
         return "done"
     # Its score says why.
     return "failed" if failure_to_tell(store, cell) is not None else None
 
 
-def _needs_calibration(plan: Plan, cell: Cell) -> bool:
-    quantizer = plan.pair(cell).input_quantizer
-    return quantizer is not None and quantizer.needs_calibration()
-
-
-def _lock_others(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
+def _lock_others(store: Store, cell: CellSpec, locks: ExitStack) -> list[CellSpec]:
     """Take the cells of the lane that have no result and that nobody else computes."""
     return [
         other
@@ -166,13 +159,13 @@ def _lock_others(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
     ]
 
 
-def _lock_other_sizes(store: Store, cell: Cell, locks: ExitStack) -> list[Cell]:
+def _lock_other_sizes(store: Store, cell: CellSpec, locks: ExitStack) -> list[CellSpec]:
     """Take the sizes that have no calibrated amax and that nobody else computes."""
-    taken = {calibration_digest(store.plan, cell): cell}
-    for other in store.plan.cells:
-        if not _needs_calibration(store.plan, other):
+    taken = {cell.calibration: cell}
+    for other in store.plan.specs:
+        if not other.needs_calibration:
             continue
-        digest = calibration_digest(store.plan, other)
+        digest = other.calibration
         if digest not in taken and _take(
             store.calibration_lock(digest), partial(store.is_calibrated, digest), locks
         ):
@@ -189,7 +182,7 @@ def _take(lock: FileLock, is_there: Callable[[], bool], locks: ExitStack) -> boo
 
 
 @contextmanager
-def _failure_is_kept(store: Store, cells: Sequence[Cell]) -> Iterator[None]:
+def _failure_is_kept(store: Store, cells: Sequence[CellSpec]) -> Iterator[None]:
     """Keep the reason of a failure for the reports; a later success takes it away.
 
     The first of ``cells`` is the one whose step this is.
@@ -206,7 +199,7 @@ def _failure_is_kept(store: Store, cells: Sequence[Cell]) -> Iterator[None]:
         raise
 
 
-def _out_of_memory(error: Exception, cell: Cell) -> OutOfMemory | None:
+def _out_of_memory(error: Exception, cell: CellSpec) -> OutOfMemory | None:
     import torch
 
     if not isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -220,7 +213,7 @@ def _out_of_memory(error: Exception, cell: Cell) -> OutOfMemory | None:
 
 def _outcome(
     store: Store,
-    cell: Cell,
+    cell: CellSpec,
     status: str,
     *,
     computed: bool = False,

@@ -12,13 +12,13 @@ from qsens.data.samples import nominal_labels
 from qsens.engine.candidates import Candidates, Request
 from qsens.engine.quantizer import needs_fallback
 from qsens.engine.scores import CellScores, ExpertScores, GroupScore, PassScores
-from qsens.grid import Cell, Plan
+from qsens.grid import CellSpec, Plan
 from qsens.pipeline.loading import Loaded, groups_of
 
 
 def cell_scores(
     plan: Plan,
-    cell: Cell,
+    cell: CellSpec,
     request: Request,
     candidates: Candidates,
     found: PassScores,

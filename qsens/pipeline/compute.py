@@ -27,7 +27,7 @@ from qsens.engine.kl.measure import diverge
 from qsens.engine.memory import GIB, memory_share, peak, plan_budget, reset_peak
 from qsens.engine.scores import CellScores, Progress
 from qsens.errors import QsensError, UserError
-from qsens.grid import Cell, Plan, calibration_digest
+from qsens.grid import CellSpec, Plan
 from qsens.pipeline.cell_scores import cell_scores
 from qsens.pipeline.failures import keep_failure
 from qsens.pipeline.loading import (
@@ -47,25 +47,23 @@ log = logging.getLogger(__name__)
 
 
 @torch.inference_mode(False)
-def calibrate_sizes(store: Store, cells: Sequence[Cell], progress: Progress) -> None:
+def calibrate_sizes(store: Store, cells: Sequence[CellSpec], progress: Progress) -> None:
     """Compute the amax that ``cells`` read: one run over the samples of each modality."""
     plan = store.plan
     checkpoint = load_checkpoint(plan, progress)
     for share in by_modality(cells):
-        loaded = with_samples(plan, _longest(plan, share), checkpoint)
-        groups = groups_of(plan, widest(plan.cells, share[0]), loaded.model)
-        counts = sorted({plan.samples_used(cell) for cell in share})
-        found = _calibrate(plan, loaded, groups, share, counts, progress)
+        loaded = with_samples(plan, _longest(share), checkpoint)
+        groups = groups_of(plan, widest(plan.specs, share[0]), loaded.model)
+        counts = sorted({cell.used for cell in share})
+        amax = _calibrate(loaded, groups, share, counts, progress)
         for cell in share:
-            count = plan.samples_used(cell)
-            digest = calibration_digest(plan, cell)
-            known = {"samples": str(count), DIGEST: digest}
-            data = sealed_tensors(save(found[count], metadata=known))
-            write_bytes(store.calibration(digest), data)
+            known = {"samples": str(cell.used), DIGEST: cell.calibration}
+            data = sealed_tensors(save(amax[cell.used], metadata=known))
+            write_bytes(store.calibration(cell.calibration), data)
 
 
 @torch.inference_mode(False)
-def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
+def score_reference(store: Store, cell: CellSpec, progress: Progress) -> None:
     """Compute one cell by ModelOpt's ``auto_quantize``."""
     from qsens.engine.modelopt import reference  # imports ModelOpt, which takes seconds
 
@@ -78,11 +76,11 @@ def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
     scores = reference.score_cell(
         loaded.model,
         loaded.samples,
-        plan.pair(cell),
+        cell.precision,
         vision=config.model.vision_patterns,
         all_layers=cell.coverage == "all_layers",
-        sizes=plan.boundaries(cell),
-        scored=plan.samples_scored(cell),
+        sizes=cell.boundaries,
+        scored=cell.scored,
         batch_size=config.autoquant.batch_size,
         method=config.autoquant.method,
         progress=progress,
@@ -92,7 +90,7 @@ def score_reference(store: Store, cell: Cell, progress: Progress) -> None:
 
 @torch.inference_mode(False)
 def score_fused(
-    store: Store, cells: Sequence[Cell], progress: Progress, shared: SharedCheckpoint
+    store: Store, cells: Sequence[CellSpec], progress: Progress, shared: SharedCheckpoint
 ) -> dict[str, QsensError]:
     """Compute all ``cells``, in one pass for each modality, and write each one's result.
 
@@ -109,7 +107,7 @@ def score_fused(
     failed: dict[str, QsensError] = {}
     for share in by_modality(cells):
         try:
-            loaded = with_samples(store.plan, _longest(store.plan, share), checkpoint)
+            loaded = with_samples(store.plan, _longest(share), checkpoint)
             failed |= _score_pass(store, share, loaded, progress)
         except QsensError as error:
             for cell in share:
@@ -118,27 +116,27 @@ def score_fused(
     return failed
 
 
-def by_modality(cells: Sequence[Cell]) -> list[list[Cell]]:
+def by_modality(cells: Sequence[CellSpec]) -> list[list[CellSpec]]:
     """Return the cells that read the same samples, each of their own size, together."""
-    found: dict[str, list[Cell]] = {}
+    found: dict[str, list[CellSpec]] = {}
     for cell in cells:
         found.setdefault(cell.modality, []).append(cell)
     return list(found.values())
 
 
-def _longest(plan: Plan, cells: Sequence[Cell]) -> Cell:
+def _longest(cells: Sequence[CellSpec]) -> CellSpec:
     """Return the cell with the most samples."""
-    return max(cells, key=plan.samples_taken)
+    return max(cells, key=lambda cell: cell.taken)
 
 
-def widest(cells: Sequence[Cell], like: Cell) -> Cell:
+def widest(cells: Sequence[CellSpec], like: CellSpec) -> CellSpec:
     """Return the cell that covers most of those with the modality of ``like``."""
     alike = [cell for cell in cells if cell.modality == like.modality]
     return next((cell for cell in alike if cell.coverage == "all_layers"), like)
 
 
 def _score_pass(
-    store: Store, cells: Sequence[Cell], loaded: Loaded, progress: Progress
+    store: Store, cells: Sequence[CellSpec], loaded: Loaded, progress: Progress
 ) -> dict[str, QsensError]:
     """Compute cells of one modality in one pass; the tower is scored where one of them covers it.
 
@@ -148,8 +146,8 @@ def _score_pass(
     config = plan.config
     model, samples = loaded.model, loaded.samples
     groups = groups_of(plan, widest(cells, cells[0]), model)
-    sizes = plan.boundaries(_longest(plan, cells))
-    requests = [request_of(plan, cell) for cell in cells]
+    sizes = _longest(cells).boundaries
+    requests = [request_of(cell) for cell in cells]
     candidates = distinct(requests)
     method = config.autoquant.method
     budget = plan_budget(
@@ -169,7 +167,7 @@ def _score_pass(
         and calibrates(model, samples, candidates, boundaries=sizes, budget=budget)
     )
     if missing and not in_passing:
-        amax |= _calibrate(plan, loaded, groups, cells, missing, progress)
+        amax |= _calibrate(loaded, groups, cells, missing, progress)
     calibrated = time.monotonic() - started
     log.info(
         "%d cells, %d candidates, at most %d tokens at once; memory above the weights: "
@@ -220,7 +218,7 @@ def _score_pass(
 
 @torch.inference_mode(False)
 def both_engines(
-    store: Store, cell: Cell, progress: Progress
+    store: Store, cell: CellSpec, progress: Progress
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """Score ``cell`` by the fused engine and by ModelOpt, on the same batches.
 
@@ -235,13 +233,13 @@ def both_engines(
     loaded = load(plan, cell, progress)
     model, samples = loaded.model, loaded.samples
     groups = groups_of(plan, cell, model)
-    reference.check_device(model, groups, plan.pair(cell))
+    reference.check_device(model, groups, cell.precision)
     refused = _without_labels(plan, cell, samples)
     if refused is not None:
         raise refused
-    scored, batch_size = plan.samples_scored(cell), config.autoquant.batch_size
-    sizes = plan.boundaries(cell)
-    request = request_of(plan, cell)
+    scored, batch_size = cell.scored, config.autoquant.batch_size
+    sizes = cell.boundaries
+    request = request_of(cell)
     candidates = distinct([request])
     started = time.monotonic()
     amax: dict[int, Amax] = {}
@@ -261,7 +259,7 @@ def both_engines(
     theirs = reference.score_cell(
         model,
         samples,
-        plan.pair(cell),
+        cell.precision,
         vision=config.model.vision_patterns,
         all_layers=cell.coverage == "all_layers",
         sizes=sizes,
@@ -281,46 +279,47 @@ def _by_name(scores: CellScores) -> dict[str, float]:
     }
 
 
-def request_of(plan: Plan, cell: Cell) -> Request:
+def request_of(cell: CellSpec) -> Request:
     """Return what ``cell`` asks of a pass."""
-    pair = plan.pair(cell)
+    pair = cell.precision
     return Request(
         cell=cell.cell,
         weight=pair.weight_quantizer.modelopt(),
         input=pair.input_quantizer.modelopt() if pair.input_quantizer else None,
-        calibrated=plan.samples_used(cell),
-        scored=plan.samples_scored(cell),
+        calibrated=cell.used,
+        scored=cell.scored,
     )
 
 
-def _without_labels(plan: Plan, cell: Cell, samples: Samples) -> UserError | None:
+def _without_labels(plan: Plan, cell: CellSpec, samples: Samples) -> UserError | None:
     """Refuse a gradient of nothing: its zeros would not be measured."""
-    scored = plan.samples_scored(cell)
+    scored = cell.scored
     if plan.config.autoquant.method != "gradient" or any(samples.labels(scored)):
         return None
     return UserError(
         f"none of its {scored} samples has a second token: there is nothing to predict",
-        where=f"{cell.cell}: samples file {plan.samples[cell.size].path}",
+        where=f"{cell.cell}: samples file {cell.samples.path}",
         remedy="Use longer captions.",
     )
 
 
-def _stored_amax(store: Store, cells: Sequence[Cell], candidates: Candidates) -> dict[int, Amax]:
+def _stored_amax(
+    store: Store, cells: Sequence[CellSpec], candidates: Candidates
+) -> dict[int, Amax]:
     """Read the amax that ``calibrate`` has left, by sample count."""
     found: dict[int, Amax] = {}
-    by_count = {store.plan.samples_used(cell): cell for cell in cells}
+    by_count = {cell.used: cell for cell in cells}
     for count in candidates.calibration_sizes():
-        digest = calibration_digest(store.plan, by_count[count])
+        digest = by_count[count].calibration
         if store.is_calibrated(digest):
             found[count] = load_file(store.calibration(digest))
     return found
 
 
 def _calibrate(
-    plan: Plan,
     loaded: Loaded,
     groups: Sequence[Group],
-    cells: Sequence[Cell],
+    cells: Sequence[CellSpec],
     counts: Sequence[int],
     progress: Progress,
 ) -> dict[int, Amax]:
@@ -330,7 +329,7 @@ def _calibrate(
         loaded.samples,
         groups,
         calibration_sizes=counts,
-        boundaries=plan.boundaries(_longest(plan, cells)),
+        boundaries=_longest(cells).boundaries,
         # What does not fit in one batch goes through in several: no maximum depends on it.
         max_tokens=int(batch_tokens(loaded.device) * share) if share < 1 else None,
         progress=progress,
@@ -339,7 +338,7 @@ def _calibrate(
 
 def _write(
     store: Store,
-    cell: Cell,
+    cell: CellSpec,
     scores: CellScores,
     loaded: Loaded,
     timings: Mapping[str, float] | None = None,

@@ -11,7 +11,7 @@ from qsens.config.models import SIZES, Modality
 from qsens.data.captions import read_samples
 from qsens.data.records import Record
 from qsens.errors import UserError
-from qsens.grid import Cell, Plan
+from qsens.grid import CellSpec, Plan
 from qsens.recipes.format_choices import matches
 from qsens.recipes.formats import modelopt
 from qsens.recipes.formats.evidence import Recipe
@@ -25,7 +25,7 @@ RECIPE = "recipe"
 def check_recipe(
     recipe: Recipe,
     plan: Plan,
-    cell: Cell,
+    cell: CellSpec,
     *,
     formats: Mapping[str, PairConfig],
     keep: Sequence[str] = (),
@@ -104,11 +104,11 @@ def held_out(plan: Plan, modality: Modality, captions: Path | None = None) -> li
         return record.image if pictures else record.caption
 
     used: set[str] = set()
-    for cell in plan.cells:
+    for cell in plan.specs:
         if cell.modality == "text" and pictures:
             continue
-        read = read_samples(plan.samples[cell.size].path, cell.size)
-        used |= {key(record) for record in read[: plan.samples_taken(cell)]}
+        read = read_samples(cell.samples.path, cell.size)
+        used |= {key(record) for record in read[: cell.taken]}
     dataset = plan.config.dataset
     largest = max(dataset.files, key=SIZES.index)
     path = captions or dataset.path(largest)
@@ -123,7 +123,7 @@ def held_out(plan: Plan, modality: Modality, captions: Path | None = None) -> li
 
 
 def end_to_end_of(
-    plan: Plan, cell: Cell, records: Sequence[Record], kept: Sequence[str]
+    plan: Plan, cell: CellSpec, records: Sequence[Record], kept: Sequence[str]
 ) -> EndToEnd:
     """Load the checkpoint, with the samples of a cell to calibrate on, and others to measure on.
 
@@ -146,5 +146,5 @@ def end_to_end_of(
         kept=[modelopt.literal(name) for name in kept],
         calibration=loaded.samples,
         held_out=read_as(cell.modality, records, plan, checkpoint),
-        scored=plan.samples_scored(cell),
+        scored=cell.scored,
     )

@@ -21,7 +21,7 @@ from qsens.errors import (
     TryAgain,
     UserError,
 )
-from qsens.grid import Cell
+from qsens.grid import CellSpec
 from qsens.reading import has_file
 from qsens.results import AGAIN
 from qsens.store import Store
@@ -62,7 +62,7 @@ class Failure(Frozen):
         return kind(self.what, where=self.where, remedy=self.remedy)
 
 
-def keep_failure(store: Store, cell: Cell, error: Exception, *, told: bool = False) -> None:
+def keep_failure(store: Store, cell: CellSpec, error: Exception, *, told: bool = False) -> None:
     """Write down why ``cell`` has no result.
 
     Args:
@@ -85,7 +85,7 @@ def keep_failure(store: Store, cell: Cell, error: Exception, *, told: bool = Fal
     write_text(store.failure(cell), dump_document(failure))
 
 
-def failure_to_tell(store: Store, cell: Cell) -> Failure | None:
+def failure_to_tell(store: Store, cell: CellSpec) -> Failure | None:
     """Return what a pass of this sweep found wrong with ``cell``, where its step is yet to say."""
     failure = _read(store, cell)
     if failure is None or failure.told or failure.sweep_id != store.plan.sweep_id:
@@ -93,7 +93,7 @@ def failure_to_tell(store: Store, cell: Cell) -> Failure | None:
     return failure
 
 
-def tell(store: Store, cell: Cell) -> None:
+def tell(store: Store, cell: CellSpec) -> None:
     """End the step of ``cell``, whose lock is held, with what a pass of this sweep found; once.
 
     Raises:
@@ -107,7 +107,7 @@ def tell(store: Store, cell: Cell) -> None:
     raise failure.raised()
 
 
-def mark_told(store: Store, cell: Cell) -> None:
+def mark_told(store: Store, cell: CellSpec) -> None:
     """Note that the step of ``cell`` has ended with what a pass found."""
     failure = _read(store, cell)
     if failure is not None:
@@ -115,13 +115,13 @@ def mark_told(store: Store, cell: Cell) -> None:
         write_text(store.failure(cell), dump_document(told))
 
 
-def failure_reason(store: Store, cell: Cell) -> str:
+def failure_reason(store: Store, cell: CellSpec) -> str:
     """Return in words why ``cell`` has no result."""
     failure = _read(store, cell)
     return "not computed" if failure is None else failure.what
 
 
-def _read(store: Store, cell: Cell) -> Failure | None:
+def _read(store: Store, cell: CellSpec) -> Failure | None:
     """Read a failure; none where there is none, or it is not what was written."""
     path = store.failure(cell)
     if not has_file(path, remedy=AGAIN):

@@ -23,7 +23,7 @@ from qsens.data.records import Record
 from qsens.data.samples import Samples, refuse_unknown_tokens, tokenize
 from qsens.engine.scores import Progress
 from qsens.errors import UserError
-from qsens.grid import Cell, Plan
+from qsens.grid import CellSpec, Plan
 from qsens.pipeline.plan import identify_checkpoint
 from qsens.schema.manifest import Dataset
 
@@ -112,17 +112,17 @@ def _check_identity(plan: Plan, model: nn.Module) -> None:
         )
 
 
-def with_samples(plan: Plan, cell: Cell, checkpoint: Checkpoint) -> Loaded:
+def with_samples(plan: Plan, cell: CellSpec, checkpoint: Checkpoint) -> Loaded:
     """Return the model with the samples of ``cell``.
 
     Raises:
         UserError: The samples cannot be read, or their pictures are not those of the plan.
     """
     started = time.monotonic()
-    records = read_samples(plan.samples[cell.size].path, cell.size)[: plan.samples_taken(cell)]
+    records = read_samples(cell.samples.path, cell.size)[: cell.taken]
     if cell.modality == "image_text":
         reader = PictureReader.of(plan)
-        if reader.identify(records) != plan.samples[cell.size].pictures:
+        if reader.identify(records) != cell.samples.pictures:
             raise UserError(
                 "the pictures are not those of the plan: some were changed, added or removed",
                 where=f"dataset.images = {reader.root}",
@@ -133,7 +133,7 @@ def with_samples(plan: Plan, cell: Cell, checkpoint: Checkpoint) -> Loaded:
     return Loaded(checkpoint.model, samples, checkpoint.device, seconds, checkpoint.notices)
 
 
-def load(plan: Plan, cell: Cell, progress: Progress) -> Loaded:
+def load(plan: Plan, cell: CellSpec, progress: Progress) -> Loaded:
     """Load the model and the samples of ``cell``."""
     return with_samples(plan, cell, load_checkpoint(plan, progress))
 
@@ -183,22 +183,22 @@ def _read_as(
     )
 
 
-def groups_of(plan: Plan, cell: Cell, model: nn.Module) -> list[Group]:
+def groups_of(plan: Plan, cell: CellSpec, model: nn.Module) -> list[Group]:
     """Return the groups of ``model``, covered as ``cell`` says."""
     return find_groups(
         model, plan.config.model.vision_patterns, all_layers=cell.coverage == "all_layers"
     )
 
 
-def dataset_of(plan: Plan, cell: Cell, samples: Samples, padding_share: float) -> Dataset:
+def dataset_of(plan: Plan, cell: CellSpec, samples: Samples, padding_share: float) -> Dataset:
     """Return what the manifest of ``cell`` says of its samples."""
     config = plan.config.dataset
-    used, scored = plan.samples_used(cell), plan.samples_scored(cell)
-    pictures = plan.samples[cell.size].pictures if cell.modality == "image_text" else None
+    used, scored = cell.used, cell.scored
+    pictures = cell.pictures
     return Dataset(
         name=config.name,
-        path=str(plan.samples[cell.size].path),
-        digest=plan.samples[cell.size].digest,
+        path=str(cell.samples.path),
+        digest=cell.samples.digest,
         modality=cell.modality,
         size=cell.size,
         samples_asked=config.asked(cell.size),
@@ -210,7 +210,7 @@ def dataset_of(plan: Plan, cell: Cell, samples: Samples, padding_share: float) -
         truncated=sum(samples.truncated[:used]),
         calib_seq_len=config.calib_seq_len,
         pictures_digest=pictures.digest if pictures else None,
-        skipped=len(plan.skipped(cell)),
+        skipped=len(cell.skipped),
         patches=samples.patches(used) if pictures else None,
         max_pixels=config.max_pixels if pictures else None,
         prompt=config.prompt if pictures else None,

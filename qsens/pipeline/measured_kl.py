@@ -17,7 +17,7 @@ from qsens.engine.kl.measure import diverge
 from qsens.engine.memory import plan_budget
 from qsens.engine.scores import Progress
 from qsens.errors import Fault
-from qsens.grid import Cell
+from qsens.grid import CellSpec
 from qsens.pipeline.compute import request_of, widest
 from qsens.pipeline.loading import Checkpoint, groups_of, with_samples
 from qsens.pipeline.shared_checkpoint import SharedCheckpoint
@@ -87,7 +87,7 @@ def _measured(
     cells = [plan.cell(name) for name in wanted]
     loaded = with_samples(plan, cells[0], checkpoint)
     groups = groups_of(plan, widest(cells, cells[0]), loaded.model)
-    candidates = distinct([request_of(plan, cell) for cell in cells])
+    candidates = distinct([request_of(cell) for cell in cells])
     of_cell = candidates.of_cell
     used = {name for names in wanted.values() for name in names}
     started = time.monotonic()
@@ -97,7 +97,7 @@ def _measured(
         [group for group in groups if group.name in used],
         candidates,
         _amax(store, cells, candidates.calibration_sizes()),
-        boundaries=plan.boundaries(cells[0]),
+        boundaries=cells[0].boundaries,
         budget=plan_budget(
             loaded.model,
             groups,
@@ -120,7 +120,7 @@ def _measured(
             faults[cell.cell] = fault
             continue
         nats[cell.cell], failures[cell.cell] = {}, {}
-        tokens = loaded.samples.predictions(plan.samples_scored(cell))
+        tokens = loaded.samples.predictions(cell.scored)
         for name in wanted[cell.cell]:
             candidate = of_cell[cell.cell]
             value = float(found.per_sample[at[name], candidate].sum()) / tokens
@@ -137,11 +137,13 @@ def _measured(
     return MeasuredKL(nats, failures, faults, floor, seconds, device_name(loaded.device))
 
 
-def _amax(store: Store, cells: Sequence[Cell], calibration_sizes: Sequence[int]) -> dict[int, Amax]:
+def _amax(
+    store: Store, cells: Sequence[CellSpec], calibration_sizes: Sequence[int]
+) -> dict[int, Amax]:
     """Read the amax that the scores were calibrated with, by sample count."""
     found: dict[int, Amax] = {}
     for cell in cells:
-        count = store.plan.samples_used(cell)
+        count = cell.used
         if count not in calibration_sizes:
             continue
         state = load_file(store.state(cell))

@@ -23,8 +23,8 @@ from qsens.config import ModelConfig, Roots, SweepConfig, load_sweep
 from qsens.data.captions import identify_samples
 from qsens.data.images import PictureReader, cache_of, read_resolution
 from qsens.documents import dump_document
-from qsens.grid import CheckpointIdentity, Plan, calibration_digest, make_plan
-from qsens.identity import identify_patterns
+from qsens.grid import Plan, make_plan
+from qsens.identity import CheckpointIdentity, identify_patterns
 from qsens.pipeline.preflight import check_disk, check_formats, covered_shapes
 from qsens.reading import read_bytes
 from qsens.store import CELLS, Store
@@ -132,8 +132,8 @@ def _left_alone(config: SweepConfig) -> tuple[str, ...]:
 def _mark_used(plan: Plan) -> None:
     """Note that somebody plans with the results that are there, so that none is pruned as old."""
     store = Store(plan)
-    used = [store.manifest(cell) for cell in plan.cells]
-    used += [store.calibration(calibration_digest(plan, cell)) for cell in plan.cells]
+    used = [store.manifest(cell) for cell in plan.specs]
+    used += [store.calibration(cell.calibration) for cell in plan.specs]
     for path in used:
         # A results root that cannot be written to is left as it is.
         with contextlib.suppress(OSError):
@@ -160,7 +160,7 @@ def describe(plan: Plan, path: Path | None) -> dict[str, Any]:
                 ),
                 "done": store.is_done(cell),
             }
-            for cell in plan.cells
+            for cell in plan.specs
         ],
     }
 

@@ -104,9 +104,9 @@ def check_disk(plan: Plan, shapes: Shapes) -> None:
         if re.search(r"\.experts\.(gate_up_proj|\d+\.gate_proj\.weight)$", name)
     )
     needed = _FIXED_BYTES
-    for cell in plan.cells:
+    for cell in plan.specs:
         copies = 1 if store.is_done(cell) else 2
-        row = _SAMPLE_BYTES * plan.samples_scored(cell) + _ROW_BYTES
+        row = _SAMPLE_BYTES * cell.scored + _ROW_BYTES
         needed += copies * (groups * row + experts * _EXPERT_BYTES)
     for directory in {existing(plan.results), existing(store.model_dir())}:
         free = shutil.disk_usage(directory).free

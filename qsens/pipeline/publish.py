@@ -10,7 +10,7 @@ from typing import Any
 from qsens.analysis.series import series_of
 from qsens.documents import dump_document, dump_json
 from qsens.errors import Damaged
-from qsens.grid import Cell, Plan
+from qsens.grid import CellSpec, Plan
 from qsens.pipeline.audit import find_audits
 from qsens.pipeline.drift import find_drift
 from qsens.pipeline.failures import failure_reason
@@ -67,14 +67,14 @@ def publish(plan: Plan) -> dict[str, Any]:
     model_dir = store.model_dir()
     with publishing(store):
         place = place_of(store)
-        for cell in plan.cells:
+        for cell in plan.specs:
             found = _result(store, cell)
             if isinstance(found, str):
                 missing[cell.cell] = found
             else:
                 results[cell.cell] = found
         audits = find_audits(store, {cell: result.manifest for cell, result in results.items()})
-        for cell in plan.cells:
+        for cell in plan.specs:
             if cell.cell not in results:
                 continue
             found = results[cell.cell]
@@ -93,7 +93,7 @@ def publish(plan: Plan) -> dict[str, Any]:
             missing,
             {
                 cell.cell: store.cell_dir(cell).relative_to(model_dir).as_posix()
-                for cell in plan.cells
+                for cell in plan.specs
             },
             said.previous if said else sweep_before(store, place),
             audits=audits,
@@ -132,7 +132,7 @@ def publish(plan: Plan) -> dict[str, Any]:
                 if cell.cell in results
                 else None,
             }
-            for cell in plan.cells
+            for cell in plan.specs
         ],
         "missing": [{"cell": cell, "reason": reason} for cell, reason in missing.items()],
         "partial": [
@@ -192,7 +192,7 @@ def report(directory: Path, *, single_file: bool = False) -> dict[str, Any]:
     }
 
 
-def _result(store: Store, cell: Cell) -> Result | str:
+def _result(store: Store, cell: CellSpec) -> Result | str:
     """Return the result of ``cell``, or why there is none."""
     try:
         if not has_file(store.manifest(cell), remedy=AGAIN, error=Damaged):
@@ -225,13 +225,13 @@ def _assets(directory: Path) -> Path:
     return directory / ASSETS
 
 
-def _audit_of(cell: Cell, audits: Sequence[Audit]) -> Audit | None:
+def _audit_of(cell: CellSpec, audits: Sequence[Audit]) -> Audit | None:
     """Return the audit of a cell's pair: its verdict holds at every size."""
     return next((audit for audit in audits if series_of(audit) == series_of(cell)), None)
 
 
 def _publish_cell(
-    store: Store, cell: Cell, result: Result, report: CellReport, place: Place
+    store: Store, cell: CellSpec, result: Result, report: CellReport, place: Place
 ) -> None:
     directory, published = store.cell_dir(cell), store.published(cell)
     if has_file(store.state(cell), remedy=AGAIN):

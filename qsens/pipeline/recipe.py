@@ -101,7 +101,7 @@ def write_recipe(
             plan,
             plan.cell(cells[0].cell),
             formats={
-                name: plan.pair(plan.cell(cell.cell))
+                name: plan.cell(cell.cell).precision
                 for cell in cells
                 if (name := format_name(cell)) not in left_out
             },
@@ -170,7 +170,7 @@ def recipe_of(
     """
     cells = _cells(summary, size, coverage, pairs)
     chosen_size, chosen_coverage = cells[0].size, cells[0].coverage
-    formats = {format_name(cell): plan.pair(plan.cell(cell.cell)) for cell in cells}
+    formats = {format_name(cell): plan.cell(cell.cell).precision for cell in cells}
     left_out = [
         LeftOut(format=format_name(cell), reason=cell.reason or "no result")
         for cell in summary.cells

@@ -8,7 +8,7 @@ from typing import Any
 
 from qsens.data.images import in_words, too_many
 from qsens.engine.scores import CellScores, GroupScore
-from qsens.grid import Cell, Plan
+from qsens.grid import CellSpec, Plan
 from qsens.names import GROUP_SUFFIX
 from qsens.recipes.allocation import allocate_one
 from qsens.schema.manifest import (
@@ -31,7 +31,7 @@ _NONE = "NONE(effective-bits: 16.0)"
 
 def build_manifest(
     plan: Plan,
-    cell: Cell,
+    cell: CellSpec,
     scores: CellScores,
     *,
     dataset: Dataset,
@@ -52,7 +52,7 @@ def build_manifest(
         memory: GiB above the weights, predicted and taken.
         notices: What a reader should know about the checkpoint.
     """
-    config, pair = plan.config, plan.pair(cell)
+    config, pair = plan.config, cell.precision
     covered = [score for score in scores.groups if score.group.covered]
     bits = pair.effective_bits
     found = allocate_one(
@@ -76,7 +76,7 @@ def build_manifest(
         engine=config.autoquant.engine,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         scheme=Scheme(
-            name=plan.scheme(cell),
+            name=cell.scheme,
             auto_quantize_bits=config.autoquant.effective_bits,
             auto_quantize_method=config.autoquant.method,
             auto_quantize_score_size=config.autoquant.score_size,
@@ -109,7 +109,7 @@ def build_manifest(
             device=device,
         ),
         partial=_partial(plan, cell, dataset, covered),
-        notices=[*notices, *_skipped(plan, cell), *scores.notices],
+        notices=[*notices, *_skipped(cell), *scores.notices],
         timings={phase: round(seconds, 3) for phase, seconds in timings.items()},
         memory={name: round(value, 4) for name, value in memory.items()},
         floor=scores.floor,
@@ -185,18 +185,18 @@ def _experts(score: GroupScore) -> Experts | None:
     )
 
 
-def _skipped(plan: Plan, cell: Cell) -> list[str]:
+def _skipped(cell: CellSpec) -> list[str]:
     """Say which pictures are skipped."""
-    skipped = plan.skipped(cell)
+    skipped = cell.skipped
     if not skipped:
         return []
-    taken = plan.samples_taken(cell)
+    taken = cell.taken
     return [f"{len(skipped)} of {taken} pictures are skipped; {in_words(skipped)}"]
 
 
-def _partial(plan: Plan, cell: Cell, dataset: Dataset, covered: list[GroupScore]) -> list[str]:
+def _partial(plan: Plan, cell: CellSpec, dataset: Dataset, covered: list[GroupScore]) -> list[str]:
     reasons = []
-    taken, allowed = plan.samples_taken(cell), plan.config.dataset.max_skipped
+    taken, allowed = cell.taken, plan.config.dataset.max_skipped
     beyond = too_many(dataset.skipped, taken, allowed)
     asked = plan.config.dataset.asked(cell.size)
     if taken < asked or beyond:

@@ -10,7 +10,7 @@ from qsens.analysis.series import compare_all_sizes, of_coverage, series_of
 from qsens.analysis.statistic import statistic_of
 from qsens.config.models import SIZES
 from qsens.documents import dump_document
-from qsens.grid import Cell, Plan
+from qsens.grid import Cell, CellSpec, Plan
 from qsens.published import SUMMARY as SUMMARY
 from qsens.published import SWEEPS as SWEEPS
 from qsens.recipes.allocation import pareto
@@ -191,7 +191,7 @@ def _pareto(plan: Plan, cells: Sequence[SummaryCell], audits: Sequence[Audit]) -
     return pareto(build_decision_groups(priced.rows, statistic, keep_head=keep_head))
 
 
-def _in_order(plan: Plan) -> list[Cell]:
+def _in_order(plan: Plan) -> list[CellSpec]:
     """Return the cells in the order of the configuration's axes."""
     config = plan.config
     axes: Sequence[Sequence[str]] = (
@@ -201,16 +201,16 @@ def _in_order(plan: Plan) -> list[Cell]:
         list(config.dataset.size),
     )
 
-    def place(cell: Cell) -> tuple[int, ...]:
+    def place(cell: CellSpec) -> tuple[int, ...]:
         values = (cell.pair, cell.granularity, cell.coverage, cell.size)
         return tuple(axis.index(value) for axis, value in zip(axes, values, strict=True))
 
-    return sorted(plan.cells, key=place)
+    return sorted(plan.specs, key=place)
 
 
 def _done(
     plan: Plan,
-    cell: Cell,
+    cell: CellSpec,
     report: CellReport,
     directory: str | None,
 ) -> SummaryCell:
@@ -224,7 +224,7 @@ def _done(
         reason=None,
         directory=directory,
         partial=report.partial,
-        experimental=report.experimental if quantization else plan.pair(cell).experimental,
+        experimental=report.experimental if quantization else cell.precision.experimental,
         total_sensitivity=report.totals.sensitivity,
         effective_bits_reached=report.search.effective_bits_reached,
         constraint_met=report.search.constraint_met,
@@ -235,14 +235,14 @@ def _done(
     )
 
 
-def _missing(plan: Plan, cell: Cell, reason: str) -> SummaryCell:
+def _missing(plan: Plan, cell: CellSpec, reason: str) -> SummaryCell:
     return SummaryCell(
         **_identity(cell),
         status="missing",
         reason=reason,
         directory=None,
         partial=(),
-        experimental=plan.pair(cell).experimental,
+        experimental=cell.precision.experimental,
         total_sensitivity=None,
         effective_bits_reached=None,
         constraint_met=None,
@@ -252,5 +252,5 @@ def _missing(plan: Plan, cell: Cell, reason: str) -> SummaryCell:
     )
 
 
-def _identity(cell: Cell) -> dict[str, Any]:
-    return cell.model_dump(exclude={"lane"})
+def _identity(cell: CellSpec) -> dict[str, Any]:
+    return cell.model_dump(include=Cell.model_fields.keys() - {"lane"})

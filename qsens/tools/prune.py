@@ -20,7 +20,7 @@ from pathlib import Path
 from qsens.data.images import cache_of
 from qsens.documents import peek
 from qsens.errors import UserError
-from qsens.grid import SWEEP_ID, calibration_digest, read_plan
+from qsens.grid import SWEEP_ID, read_plan
 from qsens.locks import lock_at, try_lock
 from qsens.published import PLAN, SUMMARY, SWEEPS, Place, Published, Shown, shown_cells
 from qsens.reading import below, entries_in, has_directory
@@ -349,8 +349,8 @@ def _references(kept: list[Sweep], notes: list[str]) -> tuple[set[str], set[str]
         except UserError as error:
             notes.append(f"{error.where}: {error.what}; so every result is kept")
             return None
-        cells |= {cell.digest for cell in plan.cells}
-        calibrations |= {calibration_digest(plan, cell) for cell in plan.cells}
+        cells |= {cell.digest for cell in plan.specs}
+        calibrations |= {cell.calibration for cell in plan.specs}
     return cells, calibrations
 
 

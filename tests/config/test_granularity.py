@@ -9,7 +9,8 @@ import pytest
 
 from qsens.config import PairConfig, Roots, choices, load_sweep
 from qsens.errors import UserError
-from qsens.grid import CheckpointIdentity, Plan, SamplesIdentity, make_plan, read_plan
+from qsens.grid import Plan, make_plan, read_plan
+from qsens.identity import CheckpointIdentity, SamplesIdentity
 from qsens.pipeline.plan import plan_json
 from qsens.store import Store
 
@@ -244,11 +245,11 @@ def test_a_plan_gives_the_pair_that_is_computed(tmp_path: Path) -> None:
     read = read_plan(tmp_path / "plan.json")
     for each in (found, read):
         cell = each.cell("wint4_afp16-w_group64-small")
-        pair = each.pair(cell)
+        pair = each.cell(cell.cell).precision
         assert pair.format == "INT4_BLOCKWISE_WEIGHT_ONLY_CFG+w_group64"
         assert pair.effective_bits == 4.25
         assert pair.weight_quantizer.modelopt() == blocks(4, 64)
-        assert each.pair(each.cell("wint4_afp16-small")).effective_bits == 4.125
+        assert each.cell("wint4_afp16-small").precision.effective_bits == 4.125
     assert len({cell.digest for cell in found.cells}) == 4
     alone = plan("wfp8_afp8", "default").cells[0]
     assert alone.digest == found.cell("wfp8_afp8-small").digest
@@ -264,7 +265,7 @@ def test_its_name_stands_between_the_pair_and_the_run() -> None:
     store = Store(published)
     run = "tiny_qwen3_vl_autoquant_wfp8_afp8_lm_small"
     assert [
-        store.cell_dir(cell).relative_to(store.model_dir()).as_posix() for cell in published.cells
+        store.cell_dir(cell).relative_to(store.model_dir()).as_posix() for cell in published.specs
     ] == [f"weight-fp8-act-fp8/{run}", f"weight-fp8-act-fp8/w_channel/{run}"]
 
 
@@ -272,7 +273,8 @@ def test_lanes_keep_equal_weights_together() -> None:
     found = plan("wfp8_afp8,wfp8_afp16", "default,w_channel,w_group64,a_token", lanes=3)
     lanes: dict[int, set[str]] = {}
     for cell in found.cells:
-        lanes.setdefault(cell.lane, set()).add(found.pair(cell).weight_quantizer.model_dump_json())
+        weight = found.cell(cell.cell).precision.weight_quantizer
+        lanes.setdefault(cell.lane, set()).add(weight.model_dump_json())
     assert [len(weights) for _, weights in sorted(lanes.items())] == [1, 1, 1]
 
 

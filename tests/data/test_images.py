@@ -23,7 +23,7 @@ from qsens.config import ModelConfig
 from qsens.data.images import PictureReader, Resolution, read_resolution, too_many
 from qsens.data.records import Record
 from qsens.errors import UserError
-from qsens.grid import PicturesIdentity, Skipped
+from qsens.identity import PicturesIdentity, Skipped
 from tests.checkpoint.tiny_families import configuration, save
 
 RULE = Resolution(unit=16, least=16 * 16, most=64 * 64)

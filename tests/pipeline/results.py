@@ -12,7 +12,8 @@ from safetensors.numpy import save
 
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepConfig
 from qsens.config.models import AutoquantConfig
-from qsens.grid import Cell, CheckpointIdentity, Plan, SamplesIdentity, make_plan
+from qsens.grid import Cell, Plan, make_plan
+from qsens.identity import CheckpointIdentity, SamplesIdentity
 from qsens.schema.manifest import Manifest, dump_json
 from qsens.store import Store
 
@@ -76,7 +77,7 @@ def result(
     One that is not verified is as the version before checksums wrote it.
     """
     store = Store(made)
-    count = made.samples_scored(cell)
+    count = cell.scored
     rng = np.random.default_rng(seed)
     hardness = rng.lognormal(sigma=0.6, size=count)
     per_sample = np.stack(
@@ -133,7 +134,7 @@ def manifest(made: Plan, cell: Cell, per_sample: Any) -> Manifest:
         "engine": "fused",
         "created": made.created,
         "scheme": {
-            "name": made.scheme(cell),
+            "name": cell.scheme,
             "auto_quantize_bits": 8.0,
             "auto_quantize_method": made.config.autoquant.method,
             "auto_quantize_score_size": made.config.autoquant.score_size,
@@ -148,8 +149,8 @@ def manifest(made: Plan, cell: Cell, per_sample: Any) -> Manifest:
             "digest": made.samples[cell.size].digest,
             "modality": "text",
             "size": cell.size,
-            "samples_asked": made.samples_used(cell),
-            "samples_used": made.samples_used(cell),
+            "samples_asked": cell.used,
+            "samples_used": cell.used,
             "samples_scored": count,
             "tokens": 11 * count,
             "label_tokens": 10 * count,
@@ -179,6 +180,6 @@ def manifest(made: Plan, cell: Cell, per_sample: Any) -> Manifest:
 
 def whole(made: Plan, seed: int, factors: dict[str, float] | None = None) -> Plan:
     """Write the results of all cells of a plan, the same samples at the head of every size."""
-    for cell in made.cells:
-        result(made, cell, seed + made.samples_scored(cell), factors)
+    for cell in made.specs:
+        result(made, cell, seed + cell.scored, factors)
     return made

@@ -14,7 +14,8 @@ import pytest
 from qsens.analysis.audit import judge
 from qsens.analysis.samples import SampleScores
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepConfig
-from qsens.grid import CheckpointIdentity, Plan, SamplesIdentity, make_plan
+from qsens.grid import Plan, make_plan
+from qsens.identity import CheckpointIdentity, SamplesIdentity
 from qsens.report import CellReport, build_cell
 from qsens.schema.manifest import Audit, Manifest, Point
 
