@@ -270,8 +270,9 @@ def _quantizer(quantizer: QuantizerConfig) -> dict[str, Any]:
 
 def _crosses_rows(quantizer: QuantizerConfig) -> bool:
     """Return whether some scale of a weight is shared by parts of several rows."""
-    axes = (quantizer.axis,) if isinstance(quantizer.axis, int) else quantizer.axis or ()
-    return any(axis != 0 for axis in axes) or any(axis != -1 for axis in quantizer.sizes())
+    return any(axis != 0 for axis in quantizer.axes()) or any(
+        axis != -1 for axis in quantizer.sizes()
+    )
 
 
 def _matched(names: Collection[str], patterns: tuple[str, ...]) -> set[str]:

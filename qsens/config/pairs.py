@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from qsens.config.base import Frozen, Name
+from qsens.config.block_sizes import BlockSizes, needs_calibration, with_dimensions
 from qsens.errors import UserError
 
 DEFAULT_GRANULARITY = "default"
@@ -30,25 +32,21 @@ class ScalesConfig(Frozen):
     def _axis_or_blocks(self) -> Self:
         if self.axis is not None and self.block_sizes is not None:
             raise ValueError("axis together with block_sizes; a quantizer has one of them")
-        for key, size in (self.block_sizes or {}).items():
-            if _is_axis(key) and size is not None and not (isinstance(size, int) and size > 0):
+        for axis, size in self.sizes().items():
+            if size is not None and not (isinstance(size, int) and size > 0):
                 raise ValueError(
-                    f"block size {size!r} of axis {key}; give a whole number above 0, or null for "
+                    f"block size {size!r} of axis {axis}; give a whole number above 0, or null for "
                     "the whole axis"
                 )
         return self
 
     def needs_calibration(self) -> bool:
         """Return whether a maximum comes from calibration rather than from the tensor."""
-        if self.type == "dynamic":
-            return False
-        blocks = self.block_sizes or {}
-        # The scale over NVFP4's own block scales is calibrated; MX formats have none.
-        return blocks.get("type") != "dynamic" or blocks.get("scale_bits") == (4, 3)
+        return needs_calibration({"type": self.type, "block_sizes": self.block_sizes})
 
     def has_block_format(self) -> bool:
         """Return whether block scales of their own type are part of the format: MX, NVFP4."""
-        return "scale_bits" in (self.block_sizes or {})
+        return self.block_type() is not None
 
     def is_whole_tensor(self) -> bool:
         """Return whether one scale serves the whole tensor."""
@@ -58,18 +56,17 @@ class ScalesConfig(Frozen):
         """Return whether both say the same, however it is spelled."""
         return self._spelled() == other._spelled()
 
-    def block_type(self) -> tuple[int, int] | None:
+    def block_type(self) -> Any:
         """Return (exponent, mantissa) bits of block scales of their own type; none without."""
-        bits = (self.block_sizes or {}).get("scale_bits")
-        return bits if isinstance(bits, tuple) else None
+        return BlockSizes.of(self.block_sizes).scale_bits
 
-    def sizes(self) -> dict[int, int | None]:
+    def sizes(self) -> Mapping[int, int | None]:
         """Return the size of blocks by axis; a size of none is the whole axis."""
-        return {
-            int(key): size
-            for key, size in (self.block_sizes or {}).items()
-            if _is_axis(key) and (size is None or isinstance(size, int))
-        }
+        return BlockSizes.of(self.block_sizes).sizes
+
+    def axes(self) -> tuple[int, ...]:
+        """Return the axes that keep their own maximum."""
+        return (self.axis,) if isinstance(self.axis, int) else self.axis or ()
 
     def block_bits(self) -> float:
         """Return the bits that block scales add to a value: 16 bits a block.
@@ -80,9 +77,8 @@ class ScalesConfig(Frozen):
         return SCALE_BITS / math.prod(sizes) if sizes else 0.0
 
     def _spelled(self) -> tuple[Any, ...]:
-        axis = (self.axis,) if isinstance(self.axis, int) else self.axis
-        blocks = {k: v for k, v in (self.block_sizes or {}).items() if (k, v) != ("type", "static")}
-        return axis, blocks, self.type
+        axis = None if self.axis is None else self.axes()
+        return axis, BlockSizes.of(self.block_sizes), self.type
 
 
 class QuantizerConfig(ScalesConfig):
@@ -110,9 +106,7 @@ class QuantizerConfig(ScalesConfig):
         if self.block_sizes is None:
             cfg["axis"] = self.axis
         else:
-            cfg["block_sizes"] = {
-                int(key) if _is_axis(key) else key: value for key, value in self.block_sizes.items()
-            }
+            cfg["block_sizes"] = with_dimensions(self.block_sizes)
         if self.type == "dynamic":
             cfg["type"] = "dynamic"
         return cfg
@@ -272,8 +266,3 @@ def _refuse_calibrated_parts(scales: ScalesConfig | None) -> None:
             "calibrated inputs have one scale for the whole tensor; a scale for each of its parts "
             "needs type: dynamic"
         )
-
-
-def _is_axis(key: str) -> bool:
-    """Return whether a key of block sizes names an axis rather than an option."""
-    return key.lstrip("-").isdigit()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qsens.numerics import is_dynamic, supports
+from qsens.config.block_sizes import needs_calibration
 
 Cfg = Mapping[str, Any]
 
@@ -109,14 +109,6 @@ def distinct(requests: Sequence[Request]) -> Candidates:
         scored=tuple(scored[index] for index in range(len(pairs))),
         of_cell=of_cell,
     )
-
-
-def needs_calibration(cfg: Cfg) -> bool:
-    """Return whether an input quantizer takes its maximum from calibration."""
-    if supports(cfg):
-        return not is_dynamic(cfg)
-    blocks = cfg.get("block_sizes") or {}
-    return "dynamic" not in (cfg.get("type"), blocks.get("type"))
 
 
 def _key(cfg: Cfg | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from qsens.config.block_sizes import BlockSizes, needs_calibration
 from qsens.errors import UserError
 from qsens.numerics.floats import E2M1, E3M2, E4M3, Float
 from qsens.numerics.integers import Integer
@@ -92,8 +93,11 @@ class Format:
 
         num_bits = _as_tuple(cfg.get("num_bits", 8))
         narrow = bool(cfg.get("narrow_range", False))
-        dynamic = cfg.get("type", "static") == "dynamic"
-        dims, options = _split_block_sizes(cfg)
+        dynamic = not needs_calibration(cfg)
+        blocks = BlockSizes.of(cfg.get("block_sizes"))
+        dims = blocks.sizes
+        if dims and cfg.get("axis") is not None:
+            raise _unsupported(cfg, "axis together with block_sizes")
 
         if isinstance(num_bits, int) and 2 <= num_bits <= 8:
             element: Float | Integer = Integer(num_bits, narrow)
@@ -102,15 +106,14 @@ class Format:
         else:
             raise _unsupported(cfg, f"num_bits: {num_bits!r}")
 
-        scale_bits = _as_tuple(options.get("scale_bits"))
-        if any(options.get(key) for key in options.keys() - {"type", "scale_bits"}):
-            raise _unsupported(cfg, f"block_sizes: {options!r}")
-        if options.get("type", "static") == "dynamic" and any(dims.values()):
-            return cls._dynamic_blocks(cfg, element, dims, scale_bits)
+        if blocks.unknown:
+            raise _unsupported(cfg, f"block_sizes: {dict(blocks.unknown)!r}")
+        if blocks.dynamic and any(dims.values()):
+            return cls._dynamic_blocks(cfg, element, blocks)
         if not isinstance(element, Integer) and element != E4M3:
             raise _unsupported(cfg, f"num_bits: {num_bits!r} without dynamic blocks")
-        if scale_bits is not None:
-            raise _unsupported(cfg, f"scale_bits: {scale_bits!r} without dynamic blocks")
+        if blocks.scale_bits is not None:
+            raise _unsupported(cfg, f"scale_bits: {blocks.scale_bits!r} without dynamic blocks")
         if any(dims.values()):
             if set(dims) != {-1} or dynamic:
                 raise _unsupported(cfg, f"block_sizes: {dims!r}")
@@ -126,16 +129,16 @@ class Format:
         cls,
         cfg: Mapping[str, Any],
         element: Float | Integer,
-        dims: Mapping[int, int | None],
-        scale_bits: object,
+        blocks: BlockSizes,
     ) -> Format:
         """Read ``block_sizes`` of type dynamic: the MX family and NVFP4."""
-        size = dims.get(-1) or 0
-        if len(dims) == 1 and scale_bits == (8, 0) and size in _MX_SIZES:
+        size = blocks.sizes.get(-1) or 0
+        dynamic, alone = not needs_calibration(cfg), len(blocks.sizes) == 1
+        if alone and blocks.scale_bits == (8, 0) and size in _MX_SIZES:
             if isinstance(element, Float) or element.bits == 8:
-                return cls(element, Sharing.MX, dynamic=True, size=size)
-        elif len(dims) == 1 and scale_bits == (4, 3) and element == E2M1 and size:
-            return cls(element, Sharing.NVFP4, dynamic=cfg.get("type") == "dynamic")
+                return cls(element, Sharing.MX, dynamic, size=size)
+        elif alone and blocks.scale_bits == (4, 3) and element == E2M1 and size:
+            return cls(element, Sharing.NVFP4, dynamic)
         raise _unsupported(cfg, f"block_sizes: {dict(cfg['block_sizes'])!r}")
 
     def shared_dims(self, ndim: int) -> tuple[int, ...]:
@@ -170,20 +173,6 @@ class Format:
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _split_block_sizes(cfg: Mapping[str, Any]) -> tuple[dict[int, int | None], dict[str, Any]]:
-    """Return the sizes by dimension, and the other options, of ``block_sizes``."""
-    dims: dict[int, int | None] = {}
-    options: dict[str, Any] = {}
-    for key, value in (cfg.get("block_sizes") or {}).items():
-        try:
-            dims[int(key)] = value
-        except ValueError:
-            options[key] = value
-    if dims and cfg.get("axis") is not None:
-        raise _unsupported(cfg, "axis together with block_sizes")
-    return dims, options
 
 
 def _unsupported(cfg: Mapping[str, Any], what: str) -> UserError:

@@ -29,18 +29,6 @@ def supports(cfg: Mapping[str, Any]) -> bool:
     return True
 
 
-def is_dynamic(cfg: Mapping[str, Any]) -> bool:
-    """Say whether a ``cfg`` takes its maxima from the tensor in hand and needs no calibration.
-
-    True for ``type: dynamic`` (a scale per token, say) and for the MX family. False for NVFP4: its
-    block scales are dynamic, but the scale over them is calibrated.
-
-    Raises:
-        UserError: The config is not one that `supports` covers.
-    """
-    return format_of(cfg).dynamic
-
-
 @torch.no_grad()
 def compute_amax(x: Tensor, cfg: Mapping[str, Any]) -> Tensor | None:
     """Return what ModelOpt's max calibrator would keep of one tensor.
@@ -53,7 +41,7 @@ def compute_amax(x: Tensor, cfg: Mapping[str, Any]) -> Tensor | None:
         Maxima in the dtype of ``x``: a scalar per tensor (NVFP4 too); with ``axis``, one per kept
         index and with the dimensions of ``x``, ``(C, 1)`` for a weight; with static blocks,
         ``(blocks, 1)``, rows after rows. A single maximum is always a scalar. None where
-        `is_dynamic`. A NaN makes its maximum NaN (ModelOpt's calibrator raises AssertionError).
+        nothing is calibrated. A NaN makes its maximum NaN (ModelOpt's raises AssertionError).
 
     Raises:
         UserError: The config is not one that `supports` covers.

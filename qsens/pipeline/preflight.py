@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qsens.config import PairConfig, SweepConfig
-from qsens.config.pairs import QuantizerConfig
 from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.reading import has_directory, has_file
@@ -140,7 +139,7 @@ def _is_router(name: str, shapes: Shapes) -> bool:
 
 def _notices(pair: PairConfig, name: str, shapes: Shapes) -> list[str]:
     quantizer = pair.weight_quantizer
-    named = _dimensions(quantizer)
+    named = {**dict.fromkeys(quantizer.axes()), **quantizer.sizes()}
     fitting = {
         weight: shape
         for weight, shape in shapes.items()
@@ -168,18 +167,6 @@ def _notices(pair: PairConfig, name: str, shapes: Shapes) -> list[str]:
             f"{short[0]}: the last block of a row is shorter"
         )
     return notices
-
-
-def _dimensions(quantizer: QuantizerConfig) -> dict[int, int | None]:
-    """Return the dimensions of a weight that a quantizer names, with the block size where set."""
-    found: dict[int, int | None] = {}
-    axis = quantizer.axis
-    for dimension in (axis,) if isinstance(axis, int) else axis or ():
-        found[dimension] = None
-    for key, size in (quantizer.block_sizes or {}).items():
-        if key.lstrip("-").isdigit():
-            found[int(key)] = size if isinstance(size, int) else None
-    return found
 
 
 def existing(path: Path) -> Path:

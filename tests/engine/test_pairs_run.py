@@ -10,7 +10,7 @@ import torch
 
 from qsens.config import PairConfig, Roots, choices, load_sweep
 from qsens.data.samples import Samples, equal_length_batches, nominal_labels
-from qsens.engine.candidates import Candidates, Request, distinct, needs_calibration
+from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.scores import PassScores
 
 pytest.importorskip("modelopt")
@@ -184,13 +184,6 @@ def test_an_input_that_cannot_be_quantized_fails_every_pair_that_reads_it(
     torch.testing.assert_close(
         found.per_sample[:, candidates.of_cell["c"]], alone.per_sample[:, others.of_cell["c"]]
     )
-
-
-@pytest.mark.parametrize("cell", [*PAIRS, *LAID_OVER])
-def test_both_sides_agree_on_what_is_calibrated(cell: str) -> None:
-    inputs = {**PAIRS, **LAID_OVER}[cell].input_quantizer
-    if inputs is not None:
-        assert inputs.needs_calibration() == needs_calibration(inputs.modelopt())
 
 
 NEW = [

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import qsens.numerics
+from qsens.config.block_sizes import needs_calibration
 from qsens.errors import UserError
-from qsens.numerics import compute_amax, fake_quantize, is_dynamic, supports
+from qsens.numerics import compute_amax, fake_quantize, supports
 from tests.numerics import oracle
 
 NAN, INF = float("nan"), float("inf")
@@ -52,7 +53,7 @@ def some(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
 
 
 def test_exported_names():
-    names = ["compute_amax", "fake_quantize", "is_dynamic", "supports"]
+    names = ["compute_amax", "fake_quantize", "supports"]
     assert sorted(qsens.numerics.__all__) == names
 
 
@@ -128,7 +129,7 @@ def test_amax_by_hand():
 def test_dynamic_formats_keep_no_amax():
     for name, cfg in ALL.items():
         dynamic = name in TOKEN or name in MX
-        assert is_dynamic(cfg) == dynamic
+        assert needs_calibration(cfg) == (not dynamic)
         assert (compute_amax(some(4, 64), cfg) is None) == dynamic
         if dynamic:
             with pytest.raises(ValueError, match="dynamic"):

@@ -13,6 +13,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
     register_quant_backend,
 )
 
+from qsens.config.block_sizes import BlockSizes
 from qsens.errors import UserError
 from qsens.numerics import fake_quantize, supports
 
@@ -34,8 +35,9 @@ def on_cpu(cfg: Cfg) -> dict[str, Any]:
     """
 
     def lacks(given: Cfg) -> bool:
-        blocks = given.get("block_sizes") or {}
-        return "scale_bits" in blocks or (not blocks and given.get("num_bits") in ((4, 3), [4, 3]))
+        if BlockSizes.of(given.get("block_sizes")).scale_bits is not None:
+            return True
+        return not given.get("block_sizes") and given.get("num_bits") in ((4, 3), [4, 3])
 
     return _with_backend(cfg, lacks)
 
