@@ -108,13 +108,9 @@ def run_experts(
         weights: Called with each weight of one expert before it is used.
         inner: Called with what stands between the products of one expert.
     """
-    first, second = expert_weights(module)
-    routing = route(chosen, gates, len(first))
+    routing = route(chosen, gates, len(expert_weights(module)[0]))
     output = torch.zeros_like(x)
-    for expert in routing.busy():
-        share = routing.share(expert)
-        hidden = inner(between(module, x[routing.rows[share]], weights(first[expert])))
-        added = F.linear(hidden, weights(second[expert])) * routing.gates[share]
+    for share, added in _added(module, x, routing, weights, inner):
         output.index_add_(0, routing.rows[share], added)
     return output
 
@@ -147,10 +143,24 @@ def expert_inputs(
 
 def contributions(module: nn.Module, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Return what every pair of a row and an expert adds to the output, ``(pairs, hidden)``."""
+    added = [part for _, part in _added(module, x, routing, _same, _same)]
+    return torch.cat([x.new_empty(0, x.shape[1]), *added])
+
+
+def _added(
+    module: nn.Module,
+    x: torch.Tensor,
+    routing: Routing,
+    weights: Callable[[torch.Tensor], torch.Tensor],
+    inner: Callable[[torch.Tensor], torch.Tensor],
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield what each expert's pairs of a row and an expert add, with where these pairs lie."""
     first, second = expert_weights(module)
-    found = [x.new_empty(0, x.shape[1])]
     for expert in routing.busy():
         share = routing.share(expert)
-        inner = between(module, x[routing.rows[share]], first[expert])
-        found.append(F.linear(inner, second[expert]) * routing.gates[share])
-    return torch.cat(found)
+        hidden = inner(between(module, x[routing.rows[share]], weights(first[expert])))
+        yield share, F.linear(hidden, weights(second[expert])) * routing.gates[share]
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x

@@ -21,6 +21,8 @@ from qsens.engine.scores import Progress, silent
 Amax = dict[str, torch.Tensor]
 """The largest magnitude of each module's inputs over the real tokens: float32 scalars on a CPU."""
 
+_PREFIX = "amax.input."
+
 
 class RunningAmax:
     """Running amax of the inputs of modules, kept wherever a calibration size ends.
@@ -131,3 +133,17 @@ def moved(amax: Amax, device: torch.device) -> Amax:
     if not amax:
         return {}
     return dict(zip(amax, torch.stack(list(amax.values())).to(device), strict=True))
+
+
+def prefixed(amax: Amax) -> Amax:
+    """Return amax under the names that they have beside a result's other tensors."""
+    return {f"{_PREFIX}{name}": value for name, value in amax.items()}
+
+
+def unprefixed(tensors: Amax) -> Amax:
+    """Return the amax among a result's tensors, by the names of inputs."""
+    return {
+        name.removeprefix(_PREFIX): value
+        for name, value in tensors.items()
+        if name.startswith(_PREFIX)
+    }

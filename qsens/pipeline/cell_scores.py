@@ -9,6 +9,7 @@ import torch
 from qsens.checkpoint.experts import input_names
 from qsens.checkpoint.groups import Group
 from qsens.data.samples import nominal_labels
+from qsens.engine.amax import prefixed
 from qsens.engine.candidates import Candidates, Request
 from qsens.engine.quantizer import needs_fallback
 from qsens.engine.scores import CellScores, ExpertScores, GroupScore, PassScores
@@ -109,13 +110,15 @@ def cell_scores(
             "per_sample": per_sample[[at[group.name] for group in covered]],
             "label_tokens": torch.tensor(labels, dtype=torch.int64),
             "loss": found.loss[:scored].contiguous(),
-            **{
-                f"amax.input.{each}": calibrated[each]
-                for group in covered
-                for name in group.members
-                for each in input_names(name, loaded.model.get_submodule(name))
-                if each in calibrated
-            },
+            **prefixed(
+                {
+                    each: calibrated[each]
+                    for group in covered
+                    for name in group.members
+                    for each in input_names(name, loaded.model.get_submodule(name))
+                    if each in calibrated
+                }
+            ),
         },
         timings={},
         padding_share=found.padding_share,

@@ -12,16 +12,15 @@ from functools import partial
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from qsens.checkpoint.groups import Group
 from qsens.checkpoint.loading import device_name
-from qsens.checksums import DIGEST, sealed_tensors
 from qsens.data.samples import Samples, batch_tokens, equal_length_batches
 from qsens.engine.amax import Amax
 from qsens.engine.amax import calibrate as run_calibration
 from qsens.engine.batching import calibrates
-from qsens.engine.candidates import Candidates, Request, distinct
+from qsens.engine.candidates import Request, distinct
 from qsens.engine.gradient import fisher, scorer
 from qsens.engine.kl.measure import diverge
 from qsens.engine.memory import GIB, memory_share, peak, plan_budget, reset_peak
@@ -40,8 +39,8 @@ from qsens.pipeline.loading import (
 )
 from qsens.pipeline.result import build_manifest
 from qsens.pipeline.shared_checkpoint import SharedCheckpoint
+from qsens.pipeline.stored_amax import read_calibrated, write_calibrated
 from qsens.store import Store
-from qsens.writing import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +56,7 @@ def calibrate_sizes(store: Store, cells: Sequence[CellSpec], progress: Progress)
         counts = sorted({cell.used for cell in share})
         amax = _calibrate(loaded, groups, share, counts, progress)
         for cell in share:
-            known = {"samples": str(cell.used), DIGEST: cell.calibration}
-            data = sealed_tensors(save(amax[cell.used], metadata=known))
-            write_bytes(store.calibration(cell.calibration), data)
+            write_calibrated(store, cell, amax[cell.used])
 
 
 @torch.inference_mode(False)
@@ -159,7 +156,7 @@ def _score_pass(
         samples=samples,
     )
     started = time.monotonic()
-    amax = _stored_amax(store, cells, candidates)
+    amax = read_calibrated(store, cells, candidates.calibration_sizes())
     missing = [count for count in candidates.calibration_sizes() if count not in amax]
     in_passing = (
         not amax
@@ -301,19 +298,6 @@ def _without_labels(plan: Plan, cell: CellSpec, samples: Samples) -> UserError |
         where=f"{cell.cell}: samples file {cell.samples.path}",
         remedy="Use longer captions.",
     )
-
-
-def _stored_amax(
-    store: Store, cells: Sequence[CellSpec], candidates: Candidates
-) -> dict[int, Amax]:
-    """Read the amax that ``calibrate`` has left, by sample count."""
-    found: dict[int, Amax] = {}
-    by_count = {cell.used: cell for cell in cells}
-    for count in candidates.calibration_sizes():
-        digest = by_count[count].calibration
-        if store.is_calibrated(digest):
-            found[count] = load_file(store.calibration(digest))
-    return found
 
 
 def _calibrate(

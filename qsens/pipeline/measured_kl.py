@@ -8,22 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
 
 from qsens.checkpoint.loading import device_name
-from qsens.engine.amax import Amax
 from qsens.engine.candidates import distinct
 from qsens.engine.kl.measure import diverge
 from qsens.engine.memory import plan_budget
 from qsens.engine.scores import Progress
 from qsens.errors import Fault
-from qsens.grid import CellSpec
 from qsens.pipeline.compute import request_of, widest
 from qsens.pipeline.loading import Checkpoint, groups_of, with_samples
 from qsens.pipeline.shared_checkpoint import SharedCheckpoint
+from qsens.pipeline.stored_amax import read_scored
 from qsens.store import Store
-
-_AMAX = "amax.input."
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def _measured(
         loaded.samples,
         [group for group in groups if group.name in used],
         candidates,
-        _amax(store, cells, candidates.calibration_sizes()),
+        read_scored(store, cells, candidates.calibration_sizes()),
         boundaries=cells[0].boundaries,
         budget=plan_budget(
             loaded.model,
@@ -135,23 +131,3 @@ def _measured(
     if found.floor is not None:
         floor = float(found.floor.sum()) / loaded.samples.predictions(len(found.floor))
     return MeasuredKL(nats, failures, faults, floor, seconds, device_name(loaded.device))
-
-
-def _amax(
-    store: Store, cells: Sequence[CellSpec], calibration_sizes: Sequence[int]
-) -> dict[int, Amax]:
-    """Read the amax that the scores were calibrated with, by sample count."""
-    found: dict[int, Amax] = {}
-    for cell in cells:
-        count = cell.used
-        if count not in calibration_sizes:
-            continue
-        state = load_file(store.state(cell))
-        amax = {
-            name.removeprefix(_AMAX): value
-            for name, value in state.items()
-            if name.startswith(_AMAX)
-        }
-        if amax:
-            found.setdefault(count, {}).update(amax)  # a cell may lack those of the tower
-    return found

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsens.data.samples import Batch
+from qsens.engine import cross_entropy
 from qsens.engine.activations import SavedForward
 from qsens.engine.candidates import Candidates
+from qsens.engine.cross_entropy import next_tokens
 from qsens.engine.float32 import exact_products
 from qsens.engine.gradient.buffers import (
     BufferLayout,
@@ -115,7 +116,7 @@ class LabelHead:
         for turn, weights in enumerate(head.turns(layout)):
             for at in _chunks(len(rows), HEAD_ROWS):
                 logits = F.linear(rows[at], linear.weight, linear.bias)
-                grad_output, lost = cross_entropy(logits, labels[at])
+                grad_output, lost = cross_entropy.with_gradient(logits, labels[at])
                 if turn == 0:
                     losses[at] = lost
                     back[at] = grad_output @ linear.weight
@@ -175,8 +176,7 @@ class DrawnHead:
                 log_p = torch.log_softmax(logits.double(), dim=-1)
                 p = log_p.exp()
                 if turn == 0:
-                    picked = labels[at].clamp_min(0)[:, None]
-                    losses[at] = -log_p.gather(1, picked)[:, 0] * (labels[at] >= 0)
+                    losses[at] = cross_entropy.negative_log_likelihood(log_p, labels[at])
                     drawn = _draw(p, quantiles[at])
                     # The gradient of log p(y) at the input: the label's weight, less the mean one.
                     mean = p.to(rows.dtype) @ linear.weight
@@ -213,32 +213,10 @@ class DrawnHead:
         return torch.from_numpy((strata + generator.random((length, self._draws))) / self._draws)
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient of the summed loss at ``logits``, in their dtype, and each row's loss.
-
-    Args:
-        logits: ``(rows, vocabulary)``.
-        labels: ``(rows,)``.
-    """
-    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    picked = labels[:, None]
-    losses = -log_p.gather(1, picked)[:, 0].double()
-    grad_output = log_p.exp_()
-    grad_output.scatter_add_(1, picked, grad_output.new_full(picked.shape, -1.0))
-    return grad_output.to(logits.dtype), losses
-
-
 def half_variance(change: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Return ``1/2 d^T (diag(p) - p p^T) d`` of each row."""
     centred = change - (p * change).sum(dim=-1, keepdim=True)
     return (p * centred.square()).sum(dim=-1) / 2
-
-
-def next_tokens(batch: Batch) -> torch.Tensor:
-    """Return the label of every position, ``(samples, longest)``, -1 where there is none."""
-    labels = torch.full_like(batch.input_ids, -1)
-    labels[:, :-1] = batch.input_ids[:, 1:].masked_fill(~batch.label_mask(), -1)
-    return labels
 
 
 def _score_chunk(

@@ -29,6 +29,7 @@ from qsens.data.samples import (
 )
 from qsens.engine.amax import Amax
 from qsens.engine.candidates import Candidates
+from qsens.engine.cross_entropy import negative_log_likelihood
 from qsens.engine.float32 import in_float32, is_narrow
 from qsens.engine.head import HEAD_ROWS
 from qsens.engine.kl.divergence import divergences
@@ -187,7 +188,7 @@ class _Measured:
         sample, position = (index.to(hidden.device) for index in mask.nonzero(as_tuple=True))
         rows = hidden[sample, position]
         parts = [
-            F.cross_entropy(self._logits(some), asked, reduction="none").double()
+            negative_log_likelihood(self._logits(some).log_softmax(dim=-1), asked)
             for some, asked in zip(
                 torch.split(rows, HEAD_ROWS), torch.split(labels, HEAD_ROWS), strict=True
             )

@@ -6,12 +6,9 @@ are stored, see :mod:`qsens.engine.float32`.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import glob
-import io
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import numpy as np
 import torch
-import torch.nn.functional as F
 from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
@@ -27,13 +23,14 @@ from qsens.checkpoint.experts import FIRST, SECOND, is_experts
 from qsens.checkpoint.groups import Group
 from qsens.config import PairConfig
 from qsens.data.samples import Batch, Samples, equal_length_batches
+from qsens.engine.cross_entropy import losses_of
 from qsens.engine.float32 import in_float32, is_narrow
-from qsens.engine.modelopt.quantizers import by_numerics
+from qsens.engine.kl.divergence import divergences
+from qsens.engine.modelopt.quantizers import by_numerics, quiet
 from qsens.names import group_name
 
 MODELOPT = "ModelOpt"
 _BATCH = 16
-_IGNORED = -100  # a label that the loss leaves out
 # ModelOpt's solver takes scores near 1e-5 for 0.
 _LOSS_SCALE = 1e4
 
@@ -123,7 +120,7 @@ class EndToEnd:
     ) -> Measured:
         """Quantize a copy by ``config``, as ``mtq.quantize`` takes it, and measure it."""
         model = copy.deepcopy(self.model)
-        with _quiet():
+        with quiet():
             mtq.quantize(model, by_numerics(config), self._calibrate)
         return self._judge(name, model, predicted)
 
@@ -140,7 +137,7 @@ class EndToEnd:
         """
         model = copy.deepcopy(self.model)
         batches = self._batches(self.calibration)
-        with _quiet(), torch.enable_grad():
+        with quiet(), torch.enable_grad():
             model, found = mtq.auto_quantize(
                 model,
                 constraints={
@@ -151,7 +148,7 @@ class EndToEnd:
                 data_loader=batches,
                 forward_step=_logits,
                 loss_func=lambda logits, batch: (
-                    _LOSS_SCALE * _losses(logits, batch).sum() / sum(batch.lengths("labels"))
+                    _LOSS_SCALE * losses_of(logits, batch).sum() / sum(batch.lengths("labels"))
                 ),
                 disabled_layers=[*self.excluded, *self.kept],
                 num_calib_steps=len(batches),
@@ -203,7 +200,7 @@ class EndToEnd:
             with in_float32(self.model), in_float32(model):
                 for batch in self._batches(self.held_out):
                     before, after = _logits(self.model, batch), _logits(model, batch)
-                    lost += (_losses(after, batch) - _losses(before, batch)).tolist()
+                    lost += (losses_of(after, batch) - losses_of(before, batch)).tolist()
                     labels += batch.lengths("labels")
                     divergence += _divergence(before, after, batch)
                 scored = sum(
@@ -302,28 +299,8 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def _divergence(before: torch.Tensor, after: torch.Tensor, batch: Batch) -> float:
     """Return the KL divergence of two outputs where it counts, summed over the batch, in nats."""
-    found = 0.0
     # One sample at a time: a large vocabulary in double is much.
-    for one, other, counts in zip(before, after, batch.predicts(), strict=True):
-        p, q = (logits[counts].double().log_softmax(dim=-1) for logits in (one, other))
-        found += float((p.exp() * (p - q)).sum())
-    return found
-
-
-def _losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Return the cross-entropy summed over the labels of each sample, in nats, float64."""
-    labels = batch.input_ids[:, 1:].masked_fill(~batch.label_mask(), _IGNORED)
-    losses = F.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1),
-        labels.flatten(),
-        reduction="none",
-        ignore_index=_IGNORED,
+    return sum(
+        float(divergences(one[counts].float(), other[counts].float()).sum())
+        for one, other, counts in zip(before, after, batch.predicts(), strict=True)
     )
-    return losses.view(labels.shape).double().sum(dim=1)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -101,3 +104,11 @@ def tensor_quantizer(
             remedy="Mend the pair, or leave it out.",
         ) from error
     return result
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep ModelOpt's bars and hints off stdout, which belongs to the command's JSON."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield

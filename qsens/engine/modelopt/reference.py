@@ -8,15 +8,12 @@ are read before ModelOpt's search clamps them.
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 
 import modelopt.torch.quantization as mtq
 import torch
-import torch.nn.functional as F
 from modelopt.torch.opt.utils import named_hparams
 from modelopt.torch.quantization.algorithms import QuantRecipe, QuantRecipeHparam
 from torch import nn
@@ -25,7 +22,9 @@ from qsens.checkpoint.experts import input_names
 from qsens.checkpoint.groups import Group, find_groups
 from qsens.config import PairConfig
 from qsens.data.samples import Batch, Samples, equal_length_batches, nominal_labels
-from qsens.engine.modelopt.quantizers import on_cpu
+from qsens.engine.amax import Amax, prefixed
+from qsens.engine.cross_entropy import losses_of
+from qsens.engine.modelopt.quantizers import on_cpu, quiet
 from qsens.engine.scores import CellScores, GroupScore, Progress, silent
 from qsens.errors import UserError
 from qsens.names import GROUP_SUFFIX
@@ -69,7 +68,7 @@ def score_cell(
     steps = _Steps(device, nominal, progress, len(batches), score_steps)
 
     started = time.monotonic()
-    with _quiet(), _refusal(), torch.enable_grad():
+    with quiet(), _refusal(), torch.enable_grad():
         mtq.auto_quantize(
             model,
             constraints={
@@ -106,7 +105,7 @@ def score_cell(
             for group in groups
             for name in group.members
         },
-        tensors=_amax(model, groups, hparams),
+        tensors=prefixed(_amax(model, groups, hparams)),
         timings={"calibrate": calibrated - started, "score": ended - calibrated},
         padding_share=0.0,
     )
@@ -178,14 +177,9 @@ class _Steps:
         weights = torch.tensor(
             [1.0 / (self.nominal[index] or 1) for index in batch.samples], device=logits.device
         )
-        labels = batch.input_ids[:, 1:].to(logits.device)
-        losses = F.cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none"
-        ).view(labels.shape)
-        mask = batch.label_mask().to(logits.device)
         self.losses += 1
         self.progress("score", self.losses, self.score_steps)
-        return ((losses * mask).sum(dim=1) * weights).sum()
+        return (losses_of(logits, batch) * weights).sum()
 
 
 def _score(group: Group, hparam: QuantRecipeHparam, method: str) -> GroupScore:
@@ -203,11 +197,9 @@ def _score(group: Group, hparam: QuantRecipeHparam, method: str) -> GroupScore:
     return GroupScore(group, "scored", sensitivity=score)
 
 
-def _amax(
-    model: nn.Module, groups: Sequence[Group], hparams: dict[str, QuantRecipeHparam]
-) -> dict[str, torch.Tensor]:
-    """Return the calibrated maximum of every input, by module name."""
-    amax = {}
+def _amax(model: nn.Module, groups: Sequence[Group], hparams: dict[str, QuantRecipeHparam]) -> Amax:
+    """Return the calibrated maximum of every input."""
+    amax: Amax = {}
     for group in groups:
         if not group.covered:
             continue
@@ -220,7 +212,7 @@ def _amax(
                 attribute = f"{inner}_input_quantizer" if inner else "input_quantizer"
                 largest = getattr(quantizers[module][attribute], "_amax", None)
                 if largest is not None:
-                    amax[f"amax.input.{each}"] = largest.detach().float().cpu()
+                    amax[each] = largest.detach().float().cpu()
     return amax
 
 
@@ -243,14 +235,6 @@ def _refusal() -> Iterator[None]:
             where="autoquant.engine=modelopt",
             remedy="autoquant.engine=fused names the groups and samples that are not finite.",
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep ModelOpt's bars and hints off stdout, which belongs to the command's JSON."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _first_line(error: Exception) -> str:
