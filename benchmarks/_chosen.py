@@ -25,11 +25,11 @@ from qsens.pipeline.evaluate_recipe import end_to_end_of
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.recipe import recipe_of
 from qsens.pipeline.sweep import run_sweep
-from qsens.published import SUMMARY, read_summary
+from qsens.published import read_summary
 from qsens.recipes.formats import modelopt
 from qsens.recipes.formats.evidence import Recipe
 from qsens.schema.summary import Summary
-from qsens.store import Store
+from qsens.store import SUMMARY, Store
 
 SIZE = "medium"
 

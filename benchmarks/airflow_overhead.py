@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from qsens.config import load_sweep
+from qsens.store import CHECKPOINTS, MODELS
 from qsens_airflow.local import Components
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +46,7 @@ def _measure(root: Path, given: argparse.Namespace) -> int:
         "QSENS_PRESET": "demo-text",
         "QSENS_SCHEDULE": "none",
     }
-    checkpoint = root / "models" / "tiny_qwen3_vl" / "checkpoints" / "tiny-qwen3-vl"
+    checkpoint = root / MODELS / "tiny_qwen3_vl" / CHECKPOINTS / "tiny-qwen3-vl"
     home = root / ".airflow"
     airflow = Components(home, root=ROOT, environment=environment, slots=given.slots)
     if given.checkpoint is not None:

@@ -14,18 +14,16 @@ from typing import Any
 
 from qsens.checksums import CHECKSUM, is_sealed
 from qsens.documents import peek, read_document
-from qsens.errors import UserError
-from qsens.grid import CellSpec, refuse_another_sweep
-from qsens.reading import below, read_bytes
+from qsens.errors import Damaged, UserError
+from qsens.grid import CellSpec, Plan, read_plan, refuse_another_sweep
+from qsens.reading import below, has_file, read_bytes
 from qsens.schema.summary import SUMMARY_VERSION, Summary
-from qsens.store import Store
+from qsens.store import PLAN, SUMMARY, SWEEPS, TMP, Store, analyses
 from qsens.writing import write_text
 
-PLAN = "plan.json"
-SUMMARY = "summary.json"
-SWEEPS = "sweeps"
 # What a cell's directory shows: an older sweep, published again, must not replace it.
 SHOWN = ".sweep"
+_NAME = f"Name a sweep's directory, its {SUMMARY}, or a sweep id."
 # Bytes of that file at most.
 _MOST_SHOWN = 1024
 
@@ -195,3 +193,49 @@ def read_summary(path: Path) -> Summary:
     )
     refuse_another_sweep(path, summary.sweep_id)
     return summary
+
+
+def read_sweep(directory: Path) -> tuple[Summary, Plan]:
+    """Read what was published of a sweep: its summary and its plan.
+
+    Raises:
+        Damaged: One cannot be read, is not what was written, or they are of two sweeps.
+        UserError: A newer qsens wrote it.
+    """
+    summary, plan = read_summary(directory / SUMMARY), read_plan(directory / PLAN)
+    if summary.sweep_id != plan.sweep_id:
+        raise Damaged(
+            f"is damaged: it is that of another sweep than the plan beside it, {plan.sweep_id}",
+            where=str(directory / SUMMARY),
+            remedy="Publish the sweep again with `qsens publish`.",
+        )
+    return summary, plan
+
+
+def find_sweep(name: str, results: Path, *, remedy: str | None = None) -> Path:
+    """Return the directory of a published sweep.
+
+    Args:
+        name: That directory, the ``summary.json`` in it, or the sweep's id below the results root.
+        results: The results root.
+        remedy: What to name instead, where more than a sweep is taken.
+
+    Raises:
+        UserError: There is none, or the id names more than one.
+    """
+    path = Path(name)
+    if path.name == SUMMARY and path.is_file():
+        return path.parent.resolve()
+    if has_file(path / SUMMARY, remedy=_NAME):
+        return path.resolve()
+    found = []
+    if path.name == name and name not in ("", ".", ".."):
+        parents = [results / TMP, *(analysis / SWEEPS for analysis in analyses(results))]
+        found = [parent / name for parent in parents if (parent / name / SUMMARY).is_file()]
+    if len(found) != 1:
+        raise UserError(
+            f"is the id of {len(found)} sweeps" if found else "is no published sweep",
+            where=name,
+            remedy=remedy or f"{_NAME[:-1]} below {results}.",
+        )
+    return found[0]

@@ -35,12 +35,20 @@ CELLS = ".cells"
 CALIBRATIONS = ".calibrations"
 AUDITS = ".audits"
 VERIFIED = ".verified"
+PICTURES = ".pictures"
 # Below it by sweep or run: what is not published under a model, and plans of Airflow's runs.
 TMP = "tmp"
 PLANS = ".plans"
 MODELS = "models"
-# Below a model's directory.
+CHECKPOINTS = "checkpoints"
+# Below a model's directory, and below that.
 ANALYSIS = "layer-analysis"
+SWEEPS = "sweeps"
+ASSETS = "assets"
+# In a sweep's directory; a page of that name is also in a model's.
+PLAN = "plan.json"
+SUMMARY = "summary.json"
+PAGE = "index.html"
 # Where damaged files are set aside, by who found them; `prune` takes them away in time.
 ASIDE = ".damaged"
 _PUBLISHING = ".publish.lock"
@@ -184,7 +192,7 @@ class Store:
         config = self.plan.config
         if config.runner.output_dir is not None or config.output_layout == "tmp":
             return self.model_dir()
-        return self.model_dir() / "sweeps" / self.plan.sweep_id
+        return self.model_dir() / SWEEPS / self.plan.sweep_id
 
     def cell_dir(self, cell: CellSpec) -> Path:
         """Return the directory that ``cell`` is published in."""
@@ -215,6 +223,11 @@ class Store:
     def calibration_lock(self, digest: str) -> FileLock:
         """Return the lock of the calibrated maxima of that digest."""
         return lock_at(self.plan.results / CALIBRATIONS / f"{digest}.lock")
+
+
+def analyses(results: Path) -> Iterator[Path]:
+    """Yield the directories of what is published of each model below a results root."""
+    yield from sorted(results.glob(f"{MODELS}/*/{ANALYSIS}"))
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from qsens.errors import Damaged
 from qsens.grid import Plan, read_plan
 from qsens.pipeline.publish import publish, report
 from qsens.pipeline.stored import read_sweep
-from qsens.published import PLAN, Place, Published, Shown, place_of, published_sweeps, read_summary
+from qsens.published import Place, Published, Shown, place_of, published_sweeps, read_summary
 from qsens.schema.summary import Summary
-from qsens.store import Store
+from qsens.store import PLAN, Store
 from qsens.tools.prune import prune
 from tests.pipeline import results
 

@@ -22,7 +22,7 @@ from markupsafe import escape
 from qsens.config import Roots
 from qsens.config.models import NotifierConfig
 from qsens.documents import peek
-from qsens.published import SUMMARY
+from qsens.store import SUMMARY
 from qsens_airflow.settings import DagSettings
 
 # Tasks whose failure leaves nothing to publish.

@@ -21,12 +21,11 @@ from qsens.grid import read_plan
 from qsens.reading import read_bytes
 from qsens.report.assets import Scripts, page_data, script_sources, served, served_scripts
 from qsens.report.render import render_html
-from qsens.store import Store
+from qsens.store import PAGE, Store
 from qsens_airflow.plans import plan_of_run
 
 DAG_ID = "qsens_sweep"
 PAGE_ENTRIES = 100
-INDEX = "index.html"
 # Bytes of a page at most, which is held in memory: one with its scripts in it has 5 MB.
 MOST_PAGE = 1 << 24
 _TYPES = {
@@ -85,7 +84,7 @@ def make_app(user: Callable[..., Any]) -> FastAPI:
                 "the reports of an older sweep again.",
                 base,
             )
-        index = Store(plan).sweep_dir() / INDEX
+        index = Store(plan).sweep_dir() / PAGE
         try:
             inside = index.relative_to(roots.results).as_posix()
         except ValueError:
@@ -116,8 +115,8 @@ def make_app(user: Callable[..., Any]) -> FastAPI:
             return FileResponse(found, media_type=_TYPES[found.suffix], headers=_HEADERS)
         if not path.endswith("/"):
             return RedirectResponse(f"{base}/files/{quote(path)}/", headers=_HEADERS)
-        if (found / INDEX).is_file():
-            return RedirectResponse(INDEX, headers=_HEADERS)
+        if (found / PAGE).is_file():
+            return RedirectResponse(PAGE, headers=_HEADERS)
         names = sorted((entry.name for entry in found.iterdir()), reverse=True)
         links = []
         for name in names:

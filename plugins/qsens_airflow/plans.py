@@ -9,8 +9,8 @@ from pathlib import Path
 
 from qsens.config import Roots, SweepConfig
 from qsens.errors import UserError
-from qsens.published import PLAN, SWEEPS, Published, published_sweeps, shown_sweeps
-from qsens.store import ANALYSIS, MODELS, PLANS, TMP
+from qsens.published import Published, published_sweeps, shown_sweeps
+from qsens.store import ANALYSIS, MODELS, PLAN, PLANS, SWEEPS, TMP
 
 
 def plan_of_run(roots: Roots, run_id: str) -> Path:
@@ -47,7 +47,7 @@ def plans_to_publish(config: SweepConfig, roots: Roots, sweep_id: str | None) ->
         found = [Published.read(config.runner.output_dir)]
         sweep_id = None
     elif config.output_layout == "tmp":
-        where = f"{roots.results / 'tmp'}"
+        where = f"{roots.results / TMP}"
         found = published_sweeps(roots.results / TMP)
     else:
         analysis = roots.results / MODELS / model / ANALYSIS

@@ -27,6 +27,7 @@ from qsens.errors import UserError
 from qsens.grid import Plan, digest_of
 from qsens.identity import PicturesIdentity, Skipped
 from qsens.reading import has_file, read_bytes, read_json, shown
+from qsens.store import PICTURES
 from qsens.writing import write_bytes
 
 if TYPE_CHECKING:  # whoever plans without pictures needs no numpy
@@ -243,7 +244,7 @@ class PictureReader:
 
 def cache_of(results: Path) -> Path:
     """Return the directory of decoded pictures below a results root."""
-    return results / ".pictures"
+    return results / PICTURES
 
 
 def identify_pictures(

@@ -16,13 +16,13 @@ from qsens.analysis.statistic import compared_by
 from qsens.config import Roots
 from qsens.errors import UserError
 from qsens.pipeline.drift import comparable, distinct, normalised
-from qsens.pipeline.stored import Result, read_sweep
-from qsens.published import SUMMARY, SWEEPS
+from qsens.pipeline.stored import Result
+from qsens.published import find_sweep, read_sweep
 from qsens.reading import has_file
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
 from qsens.schema.manifest import find_manifest
 from qsens.schema.summary import Difference, Row
-from qsens.store import ANALYSIS, CELLS, MANIFEST, MODELS, TMP
+from qsens.store import CELLS, MANIFEST, SUMMARY
 
 _NAME = "Name a sweep's or a cell's directory, a sweep's id, or SWEEP/CELL."
 
@@ -162,24 +162,10 @@ def _distance(group: ComparedGroup) -> float:
 
 def _find(name: str, roots: Roots) -> _Side:
     path = Path(name)
-    if path.name == SUMMARY and path.is_file():
-        return _sweep(path.parent)
-    if has_file(path / SUMMARY, remedy=_NAME):
-        return _sweep(path)
-    if path.exists():
+    if path.name != SUMMARY and path.exists() and not has_file(path / SUMMARY, remedy=_NAME):
         return _cell(find_manifest(path))
-    sweep, _, cell = name.partition("/")
-    places = [
-        roots.results / TMP / sweep,
-        *sorted(roots.results.glob(f"{MODELS}/*/{ANALYSIS}/{SWEEPS}/{_escaped(sweep)}")),
-    ]
-    directory = next((place for place in places if (place / SUMMARY).is_file()), None)
-    if directory is None:
-        raise UserError(
-            "is neither a directory of results nor the id of a sweep",
-            where=name,
-            remedy=_NAME,
-        )
+    sweep, _, cell = (name, "", "") if path.exists() else name.partition("/")
+    directory = find_sweep(sweep, roots.results, remedy=_NAME)
     side = _sweep(directory)
     if not cell:
         return side
@@ -207,8 +193,3 @@ def _cell(path: Path) -> _Side:
     name = found.manifest.cell or path.stem
     cell = _Cell(name, rank(found.manifest).rows, found)
     return _Side(name, sweep=False, cells={name: cell})
-
-
-def _escaped(name: str) -> str:
-    """Return a name as a glob pattern that matches nothing else."""
-    return "".join(f"[{char}]" if char in "*?[" else char for char in name.replace("..", ""))

@@ -13,9 +13,9 @@ from qsens.analysis.series import largest_cells, series_of
 from qsens.errors import UserError
 from qsens.grid import Plan, read_plan
 from qsens.pipeline.stored import Result
-from qsens.published import PLAN, SUMMARY, read_summary
+from qsens.published import read_summary
 from qsens.schema.summary import Difference, Drift, Moved, NotCompared, Summary, SummaryCell
-from qsens.store import CELLS
+from qsens.store import CELLS, PLAN, SUMMARY
 
 
 def find_drift(

@@ -17,9 +17,6 @@ from qsens.pipeline.failures import failure_reason
 from qsens.pipeline.plan import plan_json
 from qsens.pipeline.stored import Result
 from qsens.published import (
-    PLAN,
-    SUMMARY,
-    SWEEPS,
     Place,
     Shown,
     may_show,
@@ -28,15 +25,14 @@ from qsens.published import (
     sweep_before,
 )
 from qsens.reading import MOST_BYTES, has_file, read_json
-from qsens.report.assets import ASSETS
 from qsens.report.cell import CellReport, build_cell, write_cell
 from qsens.report.model_index import write_model_index
-from qsens.report.sweep import PAGE, build_summary, write_sweep
+from qsens.report.sweep import build_summary, write_sweep
 from qsens.report.views import protected
 from qsens.results import AGAIN
 from qsens.schema.manifest import Audit, Manifest, find_manifest
 from qsens.schema.summary import Drift, Summary
-from qsens.store import ANALYSIS, Store, publishing
+from qsens.store import ANALYSIS, ASSETS, PAGE, PLAN, SUMMARY, SWEEPS, Store, publishing
 from qsens.writing import copy_file, write_text
 
 _TOP = 5

@@ -12,19 +12,14 @@ from qsens.config.models import SIZES, Coverage, Size
 from qsens.errors import AnswerIsNo, UserError
 from qsens.grid import Plan
 from qsens.pipeline.packing import Packing, pack
-from qsens.pipeline.stored import read_sweep
-from qsens.published import SUMMARY, SWEEPS
-from qsens.reading import has_file
+from qsens.published import find_sweep, read_sweep
 from qsens.recipes.format_choices import UNQUANTIZED_BITS, matches
 from qsens.recipes.formats import llm_compressor, modelopt
 from qsens.recipes.formats.evidence import LeftOut, Recipe, choose, tally
 from qsens.recipes.score_correction import price
 from qsens.schema.manifest import dump_json
 from qsens.schema.summary import Summary, SummaryCell
-from qsens.store import ANALYSIS, MODELS, TMP
 from qsens.writing import write_text
-
-_NAME = f"Name a directory with a {SUMMARY}, that file, or a sweep id."
 
 Target = Literal["modelopt", "llm-compressor", "json"]
 
@@ -74,7 +69,7 @@ def write_recipe(
         raise UserError(
             f"{bits:g} bits a weight are no target", where="--bits", remedy="Ask for 0 to 16 bits."
         )
-    directory = find_sweep(where, roots or Roots.from_environment())
+    directory = find_sweep(where, (roots or Roots.from_environment()).results)
     summary, plan = read_sweep(directory)
     recipe = recipe_of(
         summary,
@@ -259,40 +254,6 @@ def recipe_of(
 def format_name(cell: SummaryCell) -> str:
     """Return the name of a cell's format: its pair, and its granularity unless the default."""
     return cell.pair if cell.granularity == "default" else f"{cell.pair}-{cell.granularity}"
-
-
-def find_sweep(where: str, roots: Roots) -> Path:
-    """Return the directory of a published sweep.
-
-    Args:
-        where: That directory, the ``summary.json`` in it, or the sweep's id under the results root.
-        roots: Where results lie.
-
-    Raises:
-        UserError: There is none, or the id names more than one.
-    """
-    path = Path(where)
-    if path.name == SUMMARY and path.is_file():
-        return path.parent.resolve()
-    if has_file(path / SUMMARY, remedy=_NAME):
-        return path.resolve()
-    if path.name == where and where not in ("", ".", ".."):
-        found = [
-            directory
-            for directory in (
-                roots.results / TMP / where,
-                *(roots.results / MODELS).glob(f"*/{ANALYSIS}/{SWEEPS}/*"),
-            )
-            if directory.name == where and (directory / SUMMARY).is_file()
-        ]
-        if len(found) == 1:
-            return found[0]
-    raise UserError(
-        "is no published sweep",
-        where=where,
-        remedy=f"Name a directory with a {SUMMARY}, that file, or a sweep id below "
-        f"{roots.results}.",
-    )
 
 
 def _cells(

@@ -7,28 +7,9 @@ from pathlib import Path
 
 from qsens.analysis.samples import SampleScores, read_samples
 from qsens.errors import Damaged
-from qsens.grid import Plan, read_plan
-from qsens.published import PLAN, SUMMARY, Shown, read_summary
+from qsens.published import Shown
 from qsens.results import MANIFEST, STATE, check_state, read_result
 from qsens.schema.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest, read_manifest
-from qsens.schema.summary import Summary
-
-
-def read_sweep(directory: Path) -> tuple[Summary, Plan]:
-    """Read what was published of a sweep: its summary and its plan.
-
-    Raises:
-        Damaged: One cannot be read, is not what was written, or they are of two sweeps.
-        UserError: A newer qsens wrote it.
-    """
-    summary, plan = read_summary(directory / SUMMARY), read_plan(directory / PLAN)
-    if summary.sweep_id != plan.sweep_id:
-        raise Damaged(
-            f"is damaged: it is that of another sweep than the plan beside it, {plan.sweep_id}",
-            where=str(directory / SUMMARY),
-            remedy="Publish the sweep again with `qsens publish`.",
-        )
-    return summary, plan
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from markupsafe import Markup
 from qsens.report import format as look
 from qsens.writing import write_text
 
-ASSETS = "assets"
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: 'self'; script-src "
 # In a page opened from a disk, not every browser takes 'self' for the files beside it.
 _BESIDE = "'self' file:"

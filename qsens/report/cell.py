@@ -16,7 +16,7 @@ from qsens.lenient import UNKNOWN
 from qsens.names import Kind
 from qsens.report import charts
 from qsens.report import format as look
-from qsens.report.assets import ASSETS, embedded, linked, page_data
+from qsens.report.assets import embedded, linked, page_data
 from qsens.report.prose import samples_words
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import depth_svg
@@ -32,6 +32,7 @@ from qsens.schema.manifest import (
     dump_json,
 )
 from qsens.schema.summary import CellStability, Row, Statistic
+from qsens.store import ASSETS
 from qsens.writing import write_text
 
 REPORT_VERSION = 1

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from qsens.config.models import Frozen
 from qsens.report import format as look
-from qsens.report.assets import ASSETS, embedded, linked, page_data
+from qsens.report.assets import embedded, linked, page_data
 from qsens.report.render import render_html
 from qsens.schema.summary import Difference
+from qsens.store import ASSETS
 from qsens.writing import write_text
 
 _ROWS_IN_PAGE = 300

@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict
 
 from qsens.documents import read_document
 from qsens.errors import UserError
-from qsens.published import SUMMARY, SWEEPS, Place
+from qsens.published import Place
 from qsens.reading import entries_in, has_file
 from qsens.report import format as look
-from qsens.report.assets import ASSETS, linked, page_data
+from qsens.report.assets import linked, page_data
 from qsens.report.render import render_html
-from qsens.report.sweep import PAGE
 from qsens.results import AGAIN
 from qsens.schema.summary import SUMMARY_VERSION
+from qsens.store import ASSETS, PAGE, SUMMARY, SWEEPS
 from qsens.writing import write_text
 
 
@@ -104,7 +104,7 @@ def write_model_index(model_directory: Path) -> Path:
     entries.sort(key=lambda entry: entry.place, reverse=True)
     newest = max(models) if models else None
     page = render_html(
-        "index.html",
+        PAGE,
         model=models[newest] if newest is not None else model_directory.parent.name,
         entries=entries,
         skipped=skipped,

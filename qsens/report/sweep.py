@@ -11,14 +11,12 @@ from qsens.analysis.statistic import statistic_of
 from qsens.config.models import SIZES
 from qsens.documents import dump_document
 from qsens.grid import Cell, CellSpec, Plan
-from qsens.published import SUMMARY as SUMMARY
-from qsens.published import SWEEPS as SWEEPS
 from qsens.recipes.allocation import pareto
 from qsens.recipes.format_choices import build_decision_groups
 from qsens.recipes.score_correction import price
 from qsens.report import charts
 from qsens.report import format as look
-from qsens.report.assets import ASSETS, embedded, linked, page_data
+from qsens.report.assets import embedded, linked, page_data
 from qsens.report.cell import BASENAME, PROTECTED, CellReport
 from qsens.report.prose import statistic_words
 from qsens.report.render import render_html, render_markdown
@@ -32,9 +30,9 @@ from qsens.schema.summary import (
     Summary,
     SummaryCell,
 )
+from qsens.store import ASSETS, PAGE, SUMMARY, SWEEPS
 from qsens.writing import write_text
 
-PAGE = "index.html"
 CHART = "summary.svg"
 _ROWS_IN_PAGE = 200
 

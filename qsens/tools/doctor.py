@@ -19,7 +19,7 @@ from qsens.locks import try_lock
 from qsens.pipeline.plan import installed_version, picture_reader
 from qsens.pipeline.preflight import existing
 from qsens.reading import below
-from qsens.store import CELLS, publishing_lock
+from qsens.store import CELLS, CHECKPOINTS, MODELS, TMP, publishing_lock
 
 _GIB = 1 << 30
 _LOW_DISK = 5 * _GIB
@@ -108,9 +108,9 @@ def _has(module: str) -> bool:
 def _used(results: Path) -> int:
     """Return the bytes that qsens keeps below the results root."""
     total = 0
-    for name in (CELLS, "models", "tmp"):
+    for name in (CELLS, MODELS, TMP):
         for path in below(results / name):
             with contextlib.suppress(OSError):
-                if path.is_file() and "checkpoints" not in path.parts:
+                if path.is_file() and CHECKPOINTS not in path.parts:
                     total += path.stat().st_size
     return total

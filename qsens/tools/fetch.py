@@ -18,6 +18,7 @@ from qsens.config.models import HubConfig
 from qsens.errors import TryAgain, UserError
 from qsens.locks import held, lock_at
 from qsens.reading import MOST_BYTES, MOST_JSON, read_json, shown
+from qsens.store import CHECKPOINTS, MODELS
 from qsens.tools.hub import Hub, is_offline
 from qsens.tools.listing import Listing, RemoteFile
 from qsens.writing import make_directory, write_text
@@ -143,7 +144,7 @@ def _wanted(target: str, revision: str | None, roots: Roots) -> tuple[HubConfig,
                 where="fetch-model",
                 remedy="Write OWNER/NAME, or the name of a file below configs/model/.",
             ) from None
-        path = Path("models") / name / "checkpoints" / name
+        path = Path(MODELS) / name / CHECKPOINTS / name
     return (hub.model_copy(update={"revision": revision}) if revision else hub), path
 
 

@@ -22,20 +22,23 @@ from qsens.documents import peek
 from qsens.errors import UserError
 from qsens.grid import SWEEP_ID, read_plan
 from qsens.locks import lock_at, try_lock
-from qsens.published import PLAN, SUMMARY, SWEEPS, Place, Published, Shown, shown_cells
+from qsens.published import Place, Published, Shown, shown_cells
 from qsens.reading import below, entries_in, has_directory
 from qsens.report.model_index import write_model_index
 from qsens.store import (
-    ANALYSIS,
     ASIDE,
     AUDITS,
     CALIBRATIONS,
     CELLS,
     MANIFEST,
-    MODELS,
+    PICTURES,
+    PLAN,
     PLANS,
+    SUMMARY,
+    SWEEPS,
     TMP,
     VERIFIED,
+    analyses,
     publishing_lock,
 )
 from qsens.writing import writing
@@ -202,9 +205,9 @@ class _Job:
     def remove_half_written(self) -> None:
         """Remove what processes that were killed have left; nothing is written for a day."""
         limit = min(self.before, time.time() - _HALF_WRITTEN_SECONDS)
-        roots = [AUDITS, CELLS, CALIBRATIONS, ".pictures", PLANS, VERIFIED, TMP]
+        roots = [AUDITS, CELLS, CALIBRATIONS, PICTURES, PLANS, VERIFIED, TMP]
         found = [path for name in roots for path in _entries(self.results / name)]
-        for directory in self.results.glob("models/*/layer-analysis"):
+        for directory in analyses(self.results):
             found += below(directory)
         for path in found:
             hidden = path.name.startswith(".") and path.name.endswith((".tmp", _REMOVED))
@@ -322,7 +325,7 @@ def _old(sweeps: list[Sweep], keep_sweeps: int, before: datetime) -> list[Sweep]
 
 def _sweep_parents(results: Path) -> list[Path]:
     """Return every directory whose entries are sweeps."""
-    parents = [*sorted(results.glob(f"{MODELS}/*/{ANALYSIS}/{SWEEPS}")), results / TMP]
+    parents = [*(analysis / SWEEPS for analysis in analyses(results)), results / TMP]
     return [parent for parent in parents if parent.is_dir()]
 
 

@@ -69,7 +69,7 @@ def test_two_cells_in_three_spellings(sweeps: list[Any], tmp_path: Path) -> None
 def test_what_cannot_be_compared_is_refused(sweeps: list[Any], tmp_path: Path) -> None:
     sweep = sweeps[0].sweep_id
     for other, words in (
-        ("nothing", "neither a directory"),
+        ("nothing", "is no published sweep"),
         (f"{sweep}/wint8_afp16-small", "one is a sweep"),
         (f"{sweep}/wfp8_afp8-small", "no result of the cell"),
     ):

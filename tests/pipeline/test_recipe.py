@@ -15,7 +15,7 @@ import yaml
 
 from qsens.config import Roots
 from qsens.documents import dump_document
-from qsens.pipeline.recipe import find_sweep
+from qsens.published import find_sweep
 
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult
@@ -198,7 +198,7 @@ def test_a_recipe_that_a_single_pair_beats_is_told_with_exit_code_3(
 
 def test_a_sweep_by_its_id(sweep: Sweep) -> None:
     roots = Roots(root=REPO, results=sweep.results, configs=())
-    assert find_sweep(sweep.directory.name, roots) == sweep.directory
+    assert find_sweep(sweep.directory.name, roots.results) == sweep.directory
     assert sweep.json(sweep.directory.name, "--bits", "6", "--to", "json")["bits"] <= 6
     missing = sweep.json("20200101T000000000Z-00000000", "--bits", "6", "--to", "json", code=2)
     assert missing["what"] == "is no published sweep"
