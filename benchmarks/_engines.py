@@ -21,15 +21,15 @@ from benchmarks._machine import Measured, measure, synchronize
 from benchmarks._workload import Cell, Workload
 from qsens.checkpoint.groups import Group, find_groups
 from qsens.checkpoint.structure import head_of
+from qsens.config import AutoquantConfig
 from qsens.data.samples import Batch, Samples, equal_length_batches, make_batch, nominal_labels
-from qsens.engine.amax import Amax, calibrate
-from qsens.engine.batching import calibrates
+from qsens.engine.amax import calibrate
 from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.gradient import scorer
-from qsens.engine.memory import plan_budget
 from qsens.engine.modelopt import reference
 from qsens.engine.modelopt.quantizers import on_cpu
 from qsens.engine.scores import PassScores
+from qsens.engine.scoring_pass import run_pass
 from qsens.names import GROUP_SUFFIX
 
 Baseline = Literal["longest", "padded512", "padded_left", "reference"]
@@ -83,51 +83,24 @@ def run_fused(load: Workload, cells: Sequence[Cell], *, samples: Samples | None 
         samples: Other samples than those of the workload.
     """
     samples = samples or load.samples
-    candidates = distinct([request(cell) for cell in cells])
+    groups = find_groups(load.model, load.disabled)
     with measure(load.device) as measured:
-        started = time.monotonic()
-        groups = find_groups(load.model, load.disabled)
-        budget = plan_budget(
-            load.model,
-            groups,
-            candidates,
-            limit_gb=None,
-        )
-        calibration_sizes, boundaries = candidates.calibration_sizes(), load.boundaries()
-        amax: dict[int, Amax] | None = {}
-        if calibrates(load.model, samples, candidates, boundaries=boundaries, budget=budget):
-            amax = None  # as `qsens sweep` does it: the scoring pass finds them on its way
-        elif calibration_sizes:
-            amax = calibrate(
-                load.model,
-                samples,
-                groups,
-                calibration_sizes=calibration_sizes,
-                boundaries=boundaries,
-                max_tokens=budget.max_tokens,
-            )
-        synchronize(load.device)
-        calibrated = time.monotonic()
-        found = scorer.score(
+        done = run_pass(
             load.model,
             samples,
             groups,
-            candidates,
-            amax,
-            boundaries=boundaries,
-            budget=budget,
+            [request(cell) for cell in cells],
+            AutoquantConfig(),
+            boundaries=load.boundaries(),
         )
-        scores = _sensitivities(load, cells, candidates, found, samples)
-        synchronize(load.device)
-        ended = time.monotonic()
-    measured.seconds = {"calibrate": calibrated - started, "score": ended - calibrated}
+    measured.seconds = dict(done.seconds)
     return FusedRun(
         measured=measured,
-        scores=scores,
-        candidates=len(candidates.pairs),
-        calibrated=max(calibration_sizes, default=0),
-        work=_work(load, samples, groups, candidates),
-        padding_share=found.padding_share,
+        scores=_sensitivities(load, cells, done.candidates, done.scores, samples),
+        candidates=len(done.candidates.pairs),
+        calibrated=max(done.candidates.calibration_sizes(), default=0),
+        work=_work(load, samples, groups, done.candidates),
+        padding_share=done.scores.padding_share,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,10 @@ from benchmarks._parts import Parts
 from benchmarks._workload import Cell, Workload, pair_configs
 from qsens.analysis.audit import judge
 from qsens.checkpoint.groups import find_groups
-from qsens.engine.amax import Amax, calibrate
-from qsens.engine.candidates import Candidates, distinct
-from qsens.engine.gradient import fisher, scorer
-from qsens.engine.kl.measure import diverge
-from qsens.engine.memory import plan_budget
-from qsens.engine.scores import PassScores
+from qsens.config import AutoquantConfig
+from qsens.engine.amax import Amax
+from qsens.engine.candidates import Candidates
+from qsens.engine.scoring_pass import ScoringPass, calibrate, run_pass
 from qsens.schema.manifest import Point
 
 _REPEATS = 3
@@ -39,7 +38,6 @@ class Scored:
         self.load, self.parts = load, parts
         self.count = min(load.score_size, len(load.samples))
         self.cells = [load.cell(pair, self.count) for pair in pair_configs(pairs)]
-        self.candidates = distinct([_engines.request(cell) for cell in self.cells])
         self.groups = [group for group in find_groups(load.model, load.disabled) if group.covered]
         self._amax: dict[int, Amax] | None = None
 
@@ -78,62 +76,38 @@ class Scored:
             f"cost-{self.load.device.type}-{'-'.join(map(str, draws))}", lambda: self._cost(draws)
         )
 
-    def _calibrated(self) -> dict[int, Amax]:
-        if self._amax is None:
-            calibration_sizes = self.candidates.calibration_sizes()
-            self._amax = {}
-            if calibration_sizes:
-                self._amax = calibrate(
-                    self.load.model,
-                    self.load.samples,
-                    self.groups,
-                    calibration_sizes=calibration_sizes,
-                )
-        return self._amax
+    def _run(self, cells: Sequence[Cell], method: str, **settings: int) -> ScoringPass:
+        """Run the product's own pass; calibration is done once for all runs."""
+        return run_pass(
+            self.load.model,
+            self.load.samples,
+            self.groups,
+            [_engines.request(cell) for cell in cells],
+            # A single draw, too: no sweep takes fewer than two.
+            AutoquantConfig().model_copy(update={"method": method, **settings}),
+            boundaries=[],
+            calibrated=self._calibrated,
+        )
+
+    def _calibrated(self, candidates: Candidates) -> dict[int, Amax]:
+        sizes = candidates.calibration_sizes()
+        if sizes and self._amax is None:
+            self._amax = calibrate(self.load.model, self.load.samples, self.groups, sizes, [])
+        return {size: (self._amax or {})[size] for size in sizes}
 
     def _truth(self, cell: Cell) -> dict[str, Any]:
-        candidates, amax = distinct([_engines.request(cell)]), self._calibrated()
-        started, cpu = time.monotonic(), time.process_time()
-        found = diverge(
-            self.load.model, self.load.samples, self.groups, candidates, amax, boundaries=[]
-        )
+        cpu = time.process_time()
+        done = self._run([cell], "kl_div")
         return {
-            "seconds": time.monotonic() - started,
+            "seconds": done.seconds["score"],
             "cpu_seconds": time.process_time() - cpu,
-            "nats": _sums(found, candidates, cell).tolist(),
+            "nats": _sums(done, cell).tolist(),
         }
 
-    def _run_gradient(self) -> PassScores:
-        budget = plan_budget(self.load.model, self.groups, self.candidates, limit_gb=None)
-        return scorer.score(
-            self.load.model,
-            self.load.samples,
-            self.groups,
-            self.candidates,
-            self._calibrated(),
-            budget=budget,
-        )
-
-    def _run_fisher(self, draws: int, seed: int) -> PassScores:
-        budget = plan_budget(
-            self.load.model, self.groups, self.candidates, limit_gb=None, losses=draws
-        )
-        return fisher.estimate(
-            self.load.model,
-            self.load.samples,
-            self.groups,
-            self.candidates,
-            self._calibrated(),
-            draws=draws,
-            seed=seed,
-            budget=budget,
-        )
-
     def _gradient(self, truth: dict[str, Any]) -> dict[str, Any]:
-        found = self._run_gradient()
+        found = self._run(self.cells, "gradient")
         return {
-            cell.pair.name: {"rho": _rho(_sums(found, self.candidates, cell), truth, cell)}
-            for cell in self.cells
+            cell.pair.name: {"rho": _rho(_sums(found, cell), truth, cell)} for cell in self.cells
         }
 
     def _fisher(self, truth: dict[str, Any], draws: int, seeds: int) -> dict[str, Any]:
@@ -141,7 +115,7 @@ class Scored:
         seen: dict[str, list[dict[str, float]]] = {cell.pair.name: [] for cell in self.cells}
         first: dict[str, dict[str, Any]] = {}
         for seed in range(seeds):
-            found = self._run_fisher(draws, seed)
+            found = self._run(self.cells, "fisher", draws=draws, seed=seed)
             for cell in self.cells:
                 points = self._points(found, cell, truth)
                 judged = judge(points, in_nats=True).model_dump(exclude={"reason"})
@@ -160,11 +134,11 @@ class Scored:
             for pair, all_ in seen.items()
         }
 
-    def _points(self, found: PassScores, cell: Cell, truth: dict[str, Any]) -> list[Point]:
+    def _points(self, found: ScoringPass, cell: Cell, truth: dict[str, Any]) -> list[Point]:
         """Return the groups as an audit states them, in nats summed over the samples."""
-        ours, theirs = _sums(found, self.candidates, cell), truth[cell.pair.name]["nats"]
-        assert found.draws is not None
-        drawn = found.draws[:, self.candidates.of_cell[cell.name]]
+        ours, theirs = _sums(found, cell), truth[cell.pair.name]["nats"]
+        assert found.scores.draws is not None
+        drawn = found.scores.draws[:, found.candidates.of_cell[cell.name]]
         errors = [None] * len(ours)
         if drawn.shape[-1] > 1:
             errors = (drawn.var(dim=-1) / drawn.shape[-1]).sum(dim=1).sqrt().tolist()
@@ -183,10 +157,9 @@ class Scored:
         }
 
     def _cost(self, draws: Sequence[int]) -> dict[str, Any]:
-        runs: dict[str, Callable[[], PassScores]] = {"gradient": self._run_gradient}
+        runs = {"gradient": partial(self._run, self.cells, "gradient")}
         for count in draws:
-            runs[f"fisher, {count}"] = lambda count=count: self._run_fisher(count, 0)
-        self._calibrated()
+            runs[f"fisher, {count}"] = partial(self._run, self.cells, "fisher", draws=count)
         each: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         # One round more than is counted: the first run compiles kernels.
         for _ in range(_REPEATS + 1):
@@ -208,8 +181,9 @@ class Scored:
         }
 
 
-def _sums(found: PassScores, candidates: Candidates, cell: Cell) -> np.ndarray:
-    sums: np.ndarray = found.per_sample[:, candidates.of_cell[cell.name]].sum(dim=-1).numpy()
+def _sums(found: ScoringPass, cell: Cell) -> np.ndarray:
+    index = found.candidates.of_cell[cell.name]
+    sums: np.ndarray = found.scores.per_sample[:, index].sum(dim=-1).numpy()
     return sums
 
 

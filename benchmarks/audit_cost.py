@@ -17,7 +17,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,8 @@ from benchmarks import _engines, _machine, _workload
 from qsens.analysis.audit import choose_groups
 from qsens.checkpoint.groups import Group, find_groups
 from qsens.checkpoint.loading import resolve_device
-from qsens.engine.amax import calibrate
-from qsens.engine.candidates import distinct
-from qsens.engine.kl.measure import diverge
-from qsens.engine.memory import plan_budget
+from qsens.config import AutoquantConfig
+from qsens.engine.scoring_pass import calibrate, run_pass
 from qsens.pipeline.audit import GROUPS
 from qsens.schema.summary import Row
 
@@ -82,40 +79,30 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     cells = [load.cell(pair, size) for pair in pairs for size in load.sizes]
     small = [cell for cell in cells if cell.size == "small"]
     groups = find_groups(load.model, load.disabled)
-    candidates = distinct([_engines.request(cell) for cell in small])
-    amax = {}
-    if candidates.calibration_sizes():
-        amax = calibrate(
-            load.model, load.samples, groups, calibration_sizes=candidates.calibration_sizes()
-        )
+    amax = calibrate(
+        load.model, load.samples, groups, [cell.calibrated for cell in small[:1]], load.boundaries()
+    )
     seconds: dict[str, list[float]] = {"pass": [], "audit": []}
-    only: set[tuple[str, int]]
-    used: set[str]
     for _ in range(_REPEATS + 1):
-        _machine.synchronize(load.device)
-        started = time.monotonic()
-        scores = _engines.run_fused(load, cells).scores
-        _machine.synchronize(load.device)
-        seconds["pass"].append(time.monotonic() - started)
-        only, used = set(), set()
+        run = _engines.run_fused(load, cells)
+        seconds["pass"].append(run.measured.total)
+        only: set[tuple[str, str]] = set()
+        used: set[str] = set()
         for cell in small:
-            chosen = choose_groups(_rows(groups, scores[cell.name]), GROUPS, used)
+            chosen = choose_groups(_rows(groups, run.scores[cell.name]), GROUPS, used)
             used |= set(chosen)
-            only |= {(name, candidates.of_cell[cell.name]) for name in chosen}
-        budget = plan_budget(load.model, groups, candidates, limit_gb=None, losses=0)
-        started = time.monotonic()
-        diverge(
+            only |= {(name, cell.name) for name in chosen}
+        audit = run_pass(
             load.model,
             load.samples,
-            [group for group in groups if group.name in used],
-            candidates,
-            amax,
+            groups,
+            [_engines.request(cell) for cell in small],
+            AutoquantConfig(method="kl_div"),
             boundaries=load.boundaries(),
-            budget=budget,
+            calibrated=lambda _: amax,
             only=only,
         )
-        _machine.synchronize(load.device)
-        seconds["audit"].append(time.monotonic() - started)
+        seconds["audit"].append(audit.seconds["score"])
     return {
         "machine": _machine.describe(load.device),
         "versions": _machine.versions(),

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,9 @@ import torch
 from benchmarks import _engines, _machine, _workload
 from qsens.checkpoint.groups import find_groups
 from qsens.checkpoint.loading import resolve_device
+from qsens.config import AutoquantConfig
 from qsens.data.samples import Picture, Samples
-from qsens.engine.amax import calibrate
-from qsens.engine.batching import calibrates
-from qsens.engine.candidates import distinct
-from qsens.engine.gradient import scorer
-from qsens.engine.memory import GIB, peak, plan_budget, reset_peak
+from qsens.engine.scoring_pass import run_pass
 
 SCORED = 128
 
@@ -75,29 +71,15 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
     pairs = _workload.pair_configs(given.pairs)
     cells = [load.cell(pair, size) for pair in pairs for size in load.sizes]
     groups = find_groups(model, load.disabled, all_layers=True)
-    candidates = distinct([_engines.request(cell) for cell in cells])
-    budget = plan_budget(model, groups, candidates, limit_gb=None, samples=samples)
-    sizes = list(load.sizes.values())
-    _machine.synchronize(load.device)
-    before = reset_peak(load.device)
-    started = time.monotonic()
-    amax = None
-    if not calibrates(model, samples, candidates, boundaries=sizes, budget=budget):
-        amax = {}
-        if candidates.calibration_sizes():
-            amax = calibrate(
-                model,
-                samples,
-                groups,
-                calibration_sizes=candidates.calibration_sizes(),
-                boundaries=sizes,
-                max_tokens=budget.max_tokens,
-            )
-    _machine.synchronize(load.device)
-    calibrated = time.monotonic()
-    found = scorer.score(model, samples, groups, candidates, amax, boundaries=sizes, budget=budget)
-    _machine.synchronize(load.device)
-    ended = time.monotonic()
+    done = run_pass(
+        model,
+        samples,
+        groups,
+        [_engines.request(cell) for cell in cells],
+        AutoquantConfig(),
+        boundaries=list(load.sizes.values()),
+    )
+    found = done.scores
     if not all(found.reached) or found.failures.refused:
         raise RuntimeError(f"not every group was scored: {found.failures.refused}")
     return {
@@ -109,10 +91,8 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         "samples": len(samples),
         "tokens": samples.tokens(),
         "patches": samples.patches(),
-        "calibrate": calibrated - started,
-        "score": ended - calibrated,
-        "peak": max(0, peak(load.device) - before) / GIB,
-        "predicted": budget.predicted / GIB,
+        **done.seconds,
+        **done.memory(),
     }
 
 

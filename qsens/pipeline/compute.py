@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 # Before the libraries that read it: their bars would tear the progress lines.
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -14,17 +12,14 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from safetensors.torch import save
 
-from qsens.checkpoint.groups import Group
 from qsens.checkpoint.loading import device_name
-from qsens.data.samples import Samples, batch_tokens, equal_length_batches
+from qsens.data.samples import Samples, equal_length_batches
 from qsens.engine.amax import Amax
 from qsens.engine.amax import calibrate as run_calibration
-from qsens.engine.batching import calibrates
 from qsens.engine.candidates import Request, distinct
-from qsens.engine.gradient import fisher, scorer
-from qsens.engine.kl.measure import diverge
-from qsens.engine.memory import GIB, memory_share, peak, plan_budget, reset_peak
+from qsens.engine.gradient import scorer
 from qsens.engine.scores import CellScores, Progress
+from qsens.engine.scoring_pass import calibrate, run_pass
 from qsens.errors import QsensError, UserError
 from qsens.grid import CellSpec, Plan
 from qsens.pipeline.cell_scores import cell_scores
@@ -42,8 +37,6 @@ from qsens.pipeline.shared_checkpoint import SharedCheckpoint
 from qsens.pipeline.stored_amax import read_calibrated, write_calibrated
 from qsens.store import Store
 
-log = logging.getLogger(__name__)
-
 
 @torch.inference_mode(False)
 def calibrate_sizes(store: Store, cells: Sequence[CellSpec], progress: Progress) -> None:
@@ -54,7 +47,8 @@ def calibrate_sizes(store: Store, cells: Sequence[CellSpec], progress: Progress)
         loaded = with_samples(plan, _longest(share), checkpoint)
         groups = groups_of(plan, widest(plan.specs, share[0]), loaded.model)
         counts = sorted({cell.used for cell in share})
-        amax = _calibrate(loaded, groups, share, counts, progress)
+        bounds = _longest(share).boundaries
+        amax = calibrate(loaded.model, loaded.samples, groups, counts, bounds, progress)
         for cell in share:
             write_calibrated(store, cell, amax[cell.used])
 
@@ -140,57 +134,20 @@ def _score_pass(
     A cell that does not cover it has the same numbers either way.
     """
     plan = store.plan
-    config = plan.config
     model, samples = loaded.model, loaded.samples
     groups = groups_of(plan, widest(cells, cells[0]), model)
-    sizes = _longest(cells).boundaries
     requests = [request_of(cell) for cell in cells]
-    candidates = distinct(requests)
-    method = config.autoquant.method
-    budget = plan_budget(
+    done = run_pass(
         model,
+        samples,
         groups,
-        candidates,
-        limit_gb=config.autoquant.memory_budget_gb,
-        losses={"gradient": 1, "fisher": config.autoquant.draws, "kl_div": 0}[method],
-        samples=samples,
+        requests,
+        plan.config.autoquant,
+        boundaries=_longest(cells).boundaries,
+        calibrated=lambda asked: read_calibrated(store, cells, asked.calibration_sizes()),
+        progress=progress,
     )
-    started = time.monotonic()
-    amax = read_calibrated(store, cells, candidates.calibration_sizes())
-    missing = [count for count in candidates.calibration_sizes() if count not in amax]
-    in_passing = (
-        not amax
-        and method != "kl_div"
-        and calibrates(model, samples, candidates, boundaries=sizes, budget=budget)
-    )
-    if missing and not in_passing:
-        amax |= _calibrate(loaded, groups, cells, missing, progress)
-    calibrated = time.monotonic() - started
-    log.info(
-        "%d cells, %d candidates, at most %d tokens at once; memory above the weights: "
-        "%.2f GiB predicted of %.2f GiB",
-        len(cells),
-        len(candidates.pairs),
-        budget.max_tokens,
-        budget.predicted / GIB,
-        budget.limit / GIB,
-    )
-    before = reset_peak(loaded.device)
-    known = None if in_passing else amax
-    if method == "gradient":
-        measure = partial(scorer.score, amax=known)
-    elif method == "fisher":
-        draws, seed = config.autoquant.draws, config.autoquant.seed
-        measure = partial(fisher.estimate, amax=known, draws=draws, seed=seed)
-    else:
-        measure = partial(diverge, amax=amax)
-    found = measure(
-        model, samples, groups, candidates, boundaries=sizes, budget=budget, progress=progress
-    )
-    taken = max(0, peak(loaded.device) - before)
-    log.info("memory above the weights: %.2f GiB taken at most", taken / GIB)
-    timings = {"calibrate": calibrated, "score": found.seconds}
-    memory = {"predicted": budget.predicted / GIB, "peak": taken / GIB}
+    candidates, found = done.candidates, done.scores
     failed: dict[str, QsensError] = {}
     for cell, request in zip(cells, requests, strict=True):
         fault = found.failures.fault(candidates.of_cell[cell.cell], cell.cell)
@@ -209,7 +166,7 @@ def _score_pass(
             )
             keep_failure(store, cell, failed[cell.cell])
             continue
-        _write(store, cell, scores, loaded, timings, memory)
+        _write(store, cell, scores, loaded, done.seconds, done.memory())
     return failed
 
 
@@ -297,26 +254,6 @@ def _without_labels(plan: Plan, cell: CellSpec, samples: Samples) -> UserError |
         f"none of its {scored} samples has a second token: there is nothing to predict",
         where=f"{cell.cell}: samples file {cell.samples.path}",
         remedy="Use longer captions.",
-    )
-
-
-def _calibrate(
-    loaded: Loaded,
-    groups: Sequence[Group],
-    cells: Sequence[CellSpec],
-    counts: Sequence[int],
-    progress: Progress,
-) -> dict[int, Amax]:
-    share = memory_share()
-    return run_calibration(
-        loaded.model,
-        loaded.samples,
-        groups,
-        calibration_sizes=counts,
-        boundaries=_longest(cells).boundaries,
-        # What does not fit in one batch goes through in several: no maximum depends on it.
-        max_tokens=int(batch_tokens(loaded.device) * share) if share < 1 else None,
-        progress=progress,
     )
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from qsens.checkpoint.loading import device_name
-from qsens.engine.candidates import distinct
-from qsens.engine.kl.measure import diverge
-from qsens.engine.memory import plan_budget
 from qsens.engine.scores import Progress
+from qsens.engine.scoring_pass import run_pass
 from qsens.errors import Fault
 from qsens.pipeline.compute import request_of, widest
 from qsens.pipeline.loading import Checkpoint, groups_of, with_samples
@@ -79,33 +76,21 @@ def _measured(
     progress: Progress,
 ) -> MeasuredKL:
     plan = store.plan
-    config = plan.config
     cells = [plan.cell(name) for name in wanted]
     loaded = with_samples(plan, cells[0], checkpoint)
     groups = groups_of(plan, widest(cells, cells[0]), loaded.model)
-    candidates = distinct([request_of(cell) for cell in cells])
-    of_cell = candidates.of_cell
-    used = {name for names in wanted.values() for name in names}
-    started = time.monotonic()
-    found = diverge(
+    done = run_pass(
         loaded.model,
         loaded.samples,
-        [group for group in groups if group.name in used],
-        candidates,
-        read_scored(store, cells, candidates.calibration_sizes()),
+        groups,
+        [request_of(cell) for cell in cells],
+        plan.config.autoquant.model_copy(update={"method": "kl_div"}),
         boundaries=cells[0].boundaries,
-        budget=plan_budget(
-            loaded.model,
-            groups,
-            candidates,
-            limit_gb=config.autoquant.memory_budget_gb,
-            losses=0,
-            samples=loaded.samples,
-        ),
-        only={(name, of_cell[cell]) for cell, names in wanted.items() for name in names},
+        calibrated=lambda asked: read_scored(store, cells, asked.calibration_sizes()),
+        only={(name, cell) for cell, names in wanted.items() for name in names},
         progress=progress,
     )
-    seconds = time.monotonic() - started
+    found, of_cell = done.scores, done.candidates.of_cell
     at = {group.name: position for position, group in enumerate(found.groups)}
     nats: dict[str, dict[str, float]] = {}
     failures: dict[str, dict[str, str]] = {}
@@ -130,4 +115,6 @@ def _measured(
     floor = None
     if found.floor is not None:
         floor = float(found.floor.sum()) / loaded.samples.predictions(len(found.floor))
-    return MeasuredKL(nats, failures, faults, floor, seconds, device_name(loaded.device))
+    return MeasuredKL(
+        nats, failures, faults, floor, sum(done.seconds.values()), device_name(loaded.device)
+    )

@@ -1,0 +1,151 @@
+"""One pass over the samples: calibration where it is missing, then all candidates. Needs torch."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+from qsens.checkpoint.groups import Group
+from qsens.config.models import AutoquantConfig
+from qsens.data.samples import Samples, batch_tokens
+from qsens.engine import amax as calibration
+from qsens.engine.amax import Amax
+from qsens.engine.batching import calibrates
+from qsens.engine.candidates import Candidates, Request, distinct
+from qsens.engine.gradient import fisher, scorer
+from qsens.engine.kl.measure import diverge
+from qsens.engine.memory import GIB, Budget, memory_share, peak, plan_budget, reset_peak
+from qsens.engine.scores import PassScores, Progress, silent
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ScoringPass:
+    """What a pass found, and what it took.
+
+    Attributes:
+        scores: What it found.
+        candidates: What it computed.
+        budget: How much went through at once.
+        seconds: Seconds of ``calibrate`` and ``score``.
+        taken: Bytes that it took at most above the weights, calibration left out.
+    """
+
+    scores: PassScores
+    candidates: Candidates
+    budget: Budget
+    seconds: Mapping[str, float]
+    taken: int
+
+    def memory(self) -> dict[str, float]:
+        """Return the GiB above the weights, predicted and taken."""
+        return {"predicted": self.budget.predicted / GIB, "peak": self.taken / GIB}
+
+
+def run_pass(
+    model: nn.Module,
+    samples: Samples,
+    groups: Sequence[Group],
+    requests: Sequence[Request],
+    autoquant: AutoquantConfig,
+    *,
+    boundaries: Sequence[int],
+    calibrated: Callable[[Candidates], dict[int, Amax]] = lambda _: {},
+    only: Collection[tuple[str, str]] | None = None,
+    progress: Progress = silent,
+) -> ScoringPass:
+    """Score all that is asked for by the method of ``autoquant``.
+
+    Args:
+        model: The model, in evaluation mode, its weights frozen.
+        samples: Its samples.
+        groups: Its groups.
+        requests: What to compute.
+        autoquant: The method, its draws and seed, and the limit of memory.
+        boundaries: Sample counts that no batch crosses.
+        calibrated: Returns what is calibrated already, by calibration size.
+        only: Names of groups and cells to measure, with method ``kl_div``; all when not given.
+        progress: Called as work goes on.
+    """
+    candidates, method = distinct(requests), autoquant.method
+    budget = plan_budget(
+        model,
+        groups,
+        candidates,
+        limit_gb=autoquant.memory_budget_gb,
+        losses={"gradient": 1, "fisher": autoquant.draws, "kl_div": 0}[method],
+        samples=samples,
+    )
+    started = time.monotonic()
+    amax = calibrated(candidates)
+    missing = [count for count in candidates.calibration_sizes() if count not in amax]
+    in_passing = (
+        not amax
+        and method != "kl_div"
+        and calibrates(model, samples, candidates, boundaries=boundaries, budget=budget)
+    )
+    if missing and not in_passing:
+        amax |= calibrate(model, samples, groups, missing, boundaries, progress)
+    seconds = time.monotonic() - started
+    log.info(
+        "%d cells, %d candidates, at most %d tokens at once; memory above the weights: "
+        "%.2f GiB predicted of %.2f GiB",
+        len(candidates.of_cell),
+        len(candidates.pairs),
+        budget.max_tokens,
+        budget.predicted / GIB,
+        budget.limit / GIB,
+    )
+    device = next(model.parameters()).device
+    before = reset_peak(device)
+    known = None if in_passing else amax
+    if method == "gradient":
+        measure = partial(scorer.score, amax=known)
+    elif method == "fisher":
+        draws, seed = autoquant.draws, autoquant.seed
+        measure = partial(fisher.estimate, amax=known, draws=draws, seed=seed)
+    else:
+        chosen = None
+        if only is not None:
+            names = {name for name, _ in only}
+            groups = [group for group in groups if group.name in names]
+            chosen = {(name, candidates.of_cell[cell]) for name, cell in only}
+        measure = partial(diverge, amax=amax, only=chosen)
+    scores = measure(
+        model, samples, groups, candidates, boundaries=boundaries, budget=budget, progress=progress
+    )
+    taken = max(0, peak(device) - before)
+    log.info("memory above the weights: %.2f GiB taken at most", taken / GIB)
+    took = {"calibrate": seconds, "score": scores.seconds}
+    return ScoringPass(scores, candidates, budget, took, taken)
+
+
+def calibrate(
+    model: nn.Module,
+    samples: Samples,
+    groups: Sequence[Group],
+    sizes: Sequence[int],
+    boundaries: Sequence[int],
+    progress: Progress = silent,
+) -> dict[int, Amax]:
+    """Return the amax at each of ``sizes``, in batches that fit this process' share of memory.
+
+    What does not fit in one batch goes through in several: no maximum depends on it.
+    """
+    share = memory_share()
+    together = batch_tokens(next(model.parameters()).device)
+    return calibration.calibrate(
+        model,
+        samples,
+        groups,
+        calibration_sizes=sizes,
+        boundaries=boundaries,
+        max_tokens=int(together * share) if share < 1 else None,
+        progress=progress,
+    )
