@@ -68,7 +68,7 @@ class Chosen:
                 configs=here.configs,
             ),
         )
-        self.pairs = {cell.pair: cell.precision for cell in self.plan.specs}
+        self.pairs = {cell.pair: cell.precision for cell in self.plan.cells}
         self._held_out, self.parts = held_out, parts
         self._tied_head = tied_head
         self._prefix = "" if tied_head else "head-kept-"
@@ -79,7 +79,7 @@ class Chosen:
     def summary(self) -> Summary:
         """Return the sweep as it was published, run where it was not."""
         if self._summary is None:
-            if not all(Store(self.plan).is_done(cell) for cell in self.plan.specs):
+            if not all(Store(self.plan).is_done(cell) for cell in self.plan.cells):
                 self.parts.refuse("sweep")
             _, errors = run_sweep(self.plan)
             if errors:
@@ -91,7 +91,7 @@ class Chosen:
     def evaluation(self) -> EndToEnd:
         """Return the model with its captions, loaded where it was not."""
         if self._trial is None:
-            cell = next(cell for cell in self.plan.specs if cell.size == SIZE)
+            cell = next(cell for cell in self.plan.cells if cell.size == SIZE)
             self._trial = end_to_end_of(
                 self.plan, cell, self._held_out(self.plan), self._kept_head()
             )

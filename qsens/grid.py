@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from qsens.checksums import digest_of as digest_of
 from qsens.config import PairConfig, Roots, SweepConfig
@@ -95,6 +95,8 @@ class CellSpec(Cell):
 class Plan(Frozen):
     """A sweep as it will run; written to ``plan.json``."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     schema_version: int = PLAN_VERSION
     """Version of this schema."""
     plan_id: str
@@ -121,8 +123,8 @@ class Plan(Frozen):
     """Patterns of the model's parts as digests spell them; none where the configuration's are."""
     notices: list[str] = []
     """What a reader should know."""
-    cells: list[Cell] = Field(min_length=1)
-    """The grid, round-robin over lanes."""
+    grid: list[Cell] = Field(min_length=1, alias="cells")
+    """The cells as ``plan.json`` lists them, round-robin over lanes."""
     published: int | None = None
     """Which of its model's sweeps it is, from 1, in the order of their publication."""
     checksum: str | None = None
@@ -134,7 +136,7 @@ class Plan(Frozen):
         Raises:
             UserError: The plan has no such cell.
         """
-        for cell in self.specs:
+        for cell in self.cells:
             if cell.cell == cell_id:
                 return cell
         raise UserError(
@@ -144,19 +146,19 @@ class Plan(Frozen):
         )
 
     @cached_property
-    def specs(self) -> tuple[CellSpec, ...]:
+    def cells(self) -> tuple[CellSpec, ...]:
         """The cells, each resolved once, in their order."""
-        return tuple(_resolved(self, cell) for cell in self.cells)
+        return tuple(_resolved(self, cell) for cell in self.grid)
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy; it resolves its cells by its own configuration."""
         copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("specs", None)
+        copied.__dict__.pop("cells", None)
         return copied
 
     def lane_of(self, cell: Cell) -> list[CellSpec]:
         """Return the cells that one GPU computes together with ``cell``."""
-        return [other for other in self.specs if other.lane == cell.lane]
+        return [other for other in self.cells if other.lane == cell.lane]
 
 
 def _resolved(plan: Plan, cell: Cell) -> CellSpec:
@@ -326,7 +328,7 @@ def _calibration_digest(plan: Plan, cell: Cell, used: int) -> str:
     Cells of one modality and size read the same, of the tower as well where one of them covers it.
     """
     tower = any(
-        other.coverage == "all_layers" and other.modality == cell.modality for other in plan.cells
+        other.coverage == "all_layers" and other.modality == cell.modality for other in plan.grid
     )
     identity = inputs_identity(
         plan.config, plan.patterns, cell.modality, plan.checkpoint, plan.samples[cell.size]

@@ -320,17 +320,17 @@ def test_every_family_of_the_table_has_its_first_patterns_written_down() -> None
 
 def test_a_copy_of_a_plan_resolves_its_own_cells() -> None:
     made = plan("single", "", QWEN)
-    before = made.specs[0]
+    before = made.cells[0]
     autoquant = made.config.autoquant.model_copy(update={"score_size": 1})
     copied = made.model_copy(
         update={"config": made.config.model_copy(update={"autoquant": autoquant})}
     )
-    assert (before.scored > 1, copied.specs[0].scored) == (True, 1)
-    assert made.specs[0] is before
+    assert (before.scored > 1, copied.cells[0].scored) == (True, 1)
+    assert made.cells[0] is before
 
 
 def test_resolved_cells_are_not_in_the_plan_file() -> None:
     made = plan("single", "", QWEN)
     keys = made.model_dump(mode="json").keys()
-    assert made.specs
+    assert made.cells
     assert made.model_dump(mode="json").keys() == keys == Plan.model_fields.keys()

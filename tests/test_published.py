@@ -12,8 +12,15 @@ import pytest
 from qsens.errors import Damaged
 from qsens.grid import Plan, read_plan
 from qsens.pipeline.publish import publish, report
-from qsens.pipeline.stored import read_sweep
-from qsens.published import Place, Published, Shown, place_of, published_sweeps, read_summary
+from qsens.published import (
+    Place,
+    Published,
+    Shown,
+    place_of,
+    published_sweeps,
+    read_summary,
+    read_sweep,
+)
 from qsens.schema.summary import Summary
 from qsens.store import PLAN, Store
 from qsens.tools.prune import prune

@@ -66,12 +66,12 @@ def audit(
             where=f"plan {plan.plan_id}: autoquant.method = kl_div",
             remedy="Audit a plan of method gradient or fisher.",
         )
-    unknown = sorted(set(pairs) - {cell.pair for cell in plan.specs})
+    unknown = sorted(set(pairs) - {cell.pair for cell in plan.cells})
     if unknown:
         raise UserError(
             f"the plan has no pair '{unknown[0]}'",
             where=f"plan {plan.plan_id}",
-            remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in plan.specs))}.",
+            remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in plan.cells))}.",
         )
     cells = [cell for cell in audited_cells(plan) if not pairs or cell.pair in pairs]
     manifests = _manifests(store, cells)
@@ -148,8 +148,8 @@ def is_audited(plan: Plan) -> bool:
 
 def audited_cells(plan: Plan) -> list[CellSpec]:
     """Return the cells that stand for their pairs: those of the plan's smallest size."""
-    smallest = min((cell.size for cell in plan.specs), key=SIZES.index)
-    return [cell for cell in plan.specs if cell.size == smallest]
+    smallest = min((cell.size for cell in plan.cells), key=SIZES.index)
+    return [cell for cell in plan.cells if cell.size == smallest]
 
 
 def find_audits(store: Store, manifests: Mapping[str, Manifest] | None = None) -> list[Audit]:

@@ -62,7 +62,7 @@ def calibrate(
             # Those that read the same amax would fail alike.
             others = [
                 other
-                for other in plan.specs
+                for other in plan.cells
                 if other != cell and other.needs_calibration and other.calibration in digests
             ]
             from qsens.pipeline.compute import calibrate_sizes
@@ -162,7 +162,7 @@ def _lock_others(store: Store, cell: CellSpec, locks: ExitStack) -> list[CellSpe
 def _lock_other_sizes(store: Store, cell: CellSpec, locks: ExitStack) -> list[CellSpec]:
     """Take the sizes that have no calibrated amax and that nobody else computes."""
     taken = {cell.calibration: cell}
-    for other in store.plan.specs:
+    for other in store.plan.cells:
         if not other.needs_calibration:
             continue
         digest = other.calibration

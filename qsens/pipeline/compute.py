@@ -45,7 +45,7 @@ def calibrate_sizes(store: Store, cells: Sequence[CellSpec], progress: Progress)
     checkpoint = load_checkpoint(plan, progress)
     for share in by_modality(cells):
         loaded = with_samples(plan, _longest(share), checkpoint)
-        groups = groups_of(plan, widest(plan.specs, share[0]), loaded.model)
+        groups = groups_of(plan, widest(plan.cells, share[0]), loaded.model)
         counts = sorted({cell.used for cell in share})
         bounds = _longest(share).boundaries
         amax = calibrate(loaded.model, loaded.samples, groups, counts, bounds, progress)

@@ -104,7 +104,7 @@ def held_out(plan: Plan, modality: Modality, captions: Path | None = None) -> li
         return record.image if pictures else record.caption
 
     used: set[str] = set()
-    for cell in plan.specs:
+    for cell in plan.cells:
         if cell.modality == "text" and pictures:
             continue
         read = read_samples(cell.samples.path, cell.size)

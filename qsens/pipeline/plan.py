@@ -132,8 +132,8 @@ def _left_alone(config: SweepConfig) -> tuple[str, ...]:
 def _mark_used(plan: Plan) -> None:
     """Note that somebody plans with the results that are there, so that none is pruned as old."""
     store = Store(plan)
-    used = [store.manifest(cell) for cell in plan.specs]
-    used += [store.calibration(cell.calibration) for cell in plan.specs]
+    used = [store.manifest(cell) for cell in plan.cells]
+    used += [store.calibration(cell.calibration) for cell in plan.cells]
     for path in used:
         # A results root that cannot be written to is left as it is.
         with contextlib.suppress(OSError):
@@ -160,7 +160,7 @@ def describe(plan: Plan, path: Path | None) -> dict[str, Any]:
                 ),
                 "done": store.is_done(cell),
             }
-            for cell in plan.specs
+            for cell in plan.cells
         ],
     }
 

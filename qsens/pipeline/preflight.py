@@ -103,7 +103,7 @@ def check_disk(plan: Plan, shapes: Shapes) -> None:
         if re.search(r"\.experts\.(gate_up_proj|\d+\.gate_proj\.weight)$", name)
     )
     needed = _FIXED_BYTES
-    for cell in plan.specs:
+    for cell in plan.cells:
         copies = 1 if store.is_done(cell) else 2
         row = _SAMPLE_BYTES * cell.scored + _ROW_BYTES
         needed += copies * (groups * row + experts * _EXPERT_BYTES)

@@ -63,14 +63,14 @@ def publish(plan: Plan) -> dict[str, Any]:
     model_dir = store.model_dir()
     with publishing(store):
         place = place_of(store)
-        for cell in plan.specs:
+        for cell in plan.cells:
             found = _result(store, cell)
             if isinstance(found, str):
                 missing[cell.cell] = found
             else:
                 results[cell.cell] = found
         audits = find_audits(store, {cell: result.manifest for cell, result in results.items()})
-        for cell in plan.specs:
+        for cell in plan.cells:
             if cell.cell not in results:
                 continue
             found = results[cell.cell]
@@ -89,7 +89,7 @@ def publish(plan: Plan) -> dict[str, Any]:
             missing,
             {
                 cell.cell: store.cell_dir(cell).relative_to(model_dir).as_posix()
-                for cell in plan.specs
+                for cell in plan.cells
             },
             said.previous if said else sweep_before(store, place),
             audits=audits,
@@ -128,7 +128,7 @@ def publish(plan: Plan) -> dict[str, Any]:
                 if cell.cell in results
                 else None,
             }
-            for cell in plan.specs
+            for cell in plan.cells
         ],
         "missing": [{"cell": cell, "reason": reason} for cell, reason in missing.items()],
         "partial": [

@@ -32,7 +32,7 @@ def run_sweep(
     errors: list[QsensError] = []
     checkpoint = SharedCheckpoint(plan)
     if not plan.config.runner.report_only:
-        for cell in plan.specs:
+        for cell in plan.cells:
             try:
                 # Calibration comes with the score: one load of the checkpoint, often one forward.
                 score(
@@ -51,7 +51,7 @@ def run_sweep(
                 audit(
                     plan,
                     full=mode == "full",
-                    progress=_bound(progress, plan.specs[0].cell),
+                    progress=_bound(progress, plan.cells[0].cell),
                     checkpoint=checkpoint,
                 )
             except QsensError as error:

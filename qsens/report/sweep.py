@@ -203,7 +203,7 @@ def _in_order(plan: Plan) -> list[CellSpec]:
         values = (cell.pair, cell.granularity, cell.coverage, cell.size)
         return tuple(axis.index(value) for axis, value in zip(axes, values, strict=True))
 
-    return sorted(plan.specs, key=place)
+    return sorted(plan.cells, key=place)
 
 
 def _done(

@@ -352,8 +352,8 @@ def _references(kept: list[Sweep], notes: list[str]) -> tuple[set[str], set[str]
         except UserError as error:
             notes.append(f"{error.where}: {error.what}; so every result is kept")
             return None
-        cells |= {cell.digest for cell in plan.specs}
-        calibrations |= {cell.calibration for cell in plan.specs}
+        cells |= {cell.digest for cell in plan.cells}
+        calibrations |= {cell.calibration for cell in plan.cells}
     return cells, calibrations
 
 

@@ -95,7 +95,7 @@ def tensors(results: Path, cells: list[str]) -> dict[str, dict[str, Any]]:
     plan = next(
         plan
         for plan in map(read_plan, reversed(plans))
-        if {cell.cell for cell in plan.specs} >= set(cells)
+        if {cell.cell for cell in plan.cells} >= set(cells)
     )
     store = Store(plan.model_copy(update={"results": results}))
     return {cell: dict(load_file(store.state(plan.cell(cell)))) for cell in cells}
@@ -168,8 +168,8 @@ def blocked(pool: House, hit: Hit) -> Iterator[Run]:
     quick = "autoquant.score_size=16"
     words = [f"quant_pair={','.join(pairs)}", "dataset.size=small", quick]
     plan = plan_sweep("faults", words, lanes=2, roots=roots(pool))
-    first = Store(plan).result_dir(plan.specs[0])
-    assert plan.specs[0].cell == "wint8_afp16-small"
+    first = Store(plan).result_dir(plan.cells[0])
+    assert plan.cells[0].cell == "wint8_afp16-small"
     first.write_text("in the way")
     yield pool.run(quant_pair=pairs, size=["small"], overrides=quick)
     assert first.is_dir()

@@ -211,7 +211,7 @@ def test_a_task_gives_its_slot_back_where_no_device_is_free(
 
 @pytest.mark.usefixtures("airflow_database", "own_signals")
 def test_a_result_that_is_there_waits_for_no_device(tmp_path: Path, plan: Plan) -> None:
-    results.result(plan, plan.specs[0], seed=0)
+    results.result(plan, plan.cells[0], seed=0)
     held = [lease.take(["0", "1"]), lease.take(["0", "1"])]
     assert all(held)
     assert run(score(tmp_path)).state == TaskInstanceState.SUCCESS

@@ -177,7 +177,7 @@ def test_a_cell_that_is_computed_elsewhere_gives_its_slot_back_and_comes_again(
         check=True,
     )
     plan = read_plan(file)
-    lock = Store(plan).lock(plan.specs[0])
+    lock = Store(plan).lock(plan.cells[0])
     seen: list[str | None] = []
 
     def changed(task: TaskState) -> None:

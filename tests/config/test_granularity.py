@@ -265,7 +265,7 @@ def test_its_name_stands_between_the_pair_and_the_run() -> None:
     store = Store(published)
     run = "tiny_qwen3_vl_autoquant_wfp8_afp8_lm_small"
     assert [
-        store.cell_dir(cell).relative_to(store.model_dir()).as_posix() for cell in published.specs
+        store.cell_dir(cell).relative_to(store.model_dir()).as_posix() for cell in published.cells
     ] == [f"weight-fp8-act-fp8/{run}", f"weight-fp8-act-fp8/w_channel/{run}"]
 
 

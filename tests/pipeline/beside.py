@@ -39,7 +39,7 @@ NOW = datetime(2035, 1, 1, tzinfo=UTC)
 def compute(plan: Plan, stock: Path) -> None:
     """Write the results that are not there, as scoring does, and let them be old."""
     store = Store(plan)
-    for cell in plan.specs:
+    for cell in plan.cells:
         with store.lock(cell):
             if not store.is_done(cell):
                 stored = stock / cell.digest
@@ -57,7 +57,7 @@ def work(kind: str, directory: Path, plan: Plan) -> Any:
     if kind == "prune":
         return prune(plan.results, keep_sweeps=1, keep_days=1, now=NOW).sweeps
     if kind == "report":
-        return report(store.cell_dir(plan.specs[0]))["manifest"]
+        return report(store.cell_dir(plan.cells[0]))["manifest"]
     if kind == "recipe":
         return write_recipe(str(store.sweep_dir()), bits=12.0, target="modelopt")["bits"]
     return sorted(shown_sweeps(store.model_dir()))

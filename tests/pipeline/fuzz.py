@@ -239,7 +239,7 @@ class Stored:
         publish(made)
         self.made = results.whole(results.plan(made.results, day=2, checkpoint="b"), seed=2)
         self.store = Store(self.made)
-        self.cell = self.made.specs[0]
+        self.cell = self.made.cells[0]
         write_text(self.store.audit(self.cell), dump_document(self._audit()))
         failed = Failure(error="UserError", what="it was refused", told=False)
         write_text(self.store.failure(self.cell), dump_document(failed))
@@ -320,7 +320,7 @@ class Stored:
             lambda: prune(self.made.results, keep_sweeps=1, keep_days=1, dry_run=True),
             lambda: is_audited(self.made),
             lambda: shown_sweeps(self.store.model_dir()),
-            lambda: [self.store.is_done(cell) for cell in self.made.specs],
+            lambda: [self.store.is_done(cell) for cell in self.made.cells],
             lambda: failure_to_tell(self.store, self.cell),
             lambda: read_samples_of(self.store.published(self.cell)["state"], "gradient"),
         ]

@@ -180,6 +180,6 @@ def manifest(made: Plan, cell: Cell, per_sample: Any) -> Manifest:
 
 def whole(made: Plan, seed: int, factors: dict[str, float] | None = None) -> Plan:
     """Write the results of all cells of a plan, the same samples at the head of every size."""
-    for cell in made.specs:
+    for cell in made.cells:
         result(made, cell, seed + cell.scored, factors)
     return made

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from qsens.grid import read_plan
 from qsens.pipeline.plan import plan_json
-from qsens.pipeline.stored import Result, read_sweep
+from qsens.pipeline.stored import Result
+from qsens.published import read_sweep
 from qsens.results import read_result
 from qsens.schema.manifest import MANIFEST_SUFFIX
 from qsens.store import Store

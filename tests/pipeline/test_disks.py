@@ -64,7 +64,7 @@ VERBS: dict[str, Callable[[Plan, Plan], Any]] = {
     "score": lambda _, other: score(other, other.cells[0].cell),
     "sweep": lambda _, other: run_sweep(other),
     "publish": lambda made, _: publish(made),
-    "report": lambda made, _: report(Store(made).cell_dir(made.specs[0])),
+    "report": lambda made, _: report(Store(made).cell_dir(made.cells[0])),
     "report of a sweep": lambda made, _: report(Store(made).sweep_dir()),
     "prune": lambda made, _: prune(made.results, keep_sweeps=1, keep_days=1),
     "recipe --out": lambda made, _: recipe(made, made.results / "recipe.yaml"),
@@ -117,7 +117,7 @@ def test_what_writes_to_read_only_results_says_so(verb: str, place: tuple[Plan, 
 
 def test_what_reads_read_only_results_works(place: tuple[Plan, Plan], tmp_path: Path) -> None:
     made, _ = place
-    cell = made.specs[0].cell
+    cell = made.cells[0].cell
     runner = made.config.runner.model_copy(update={"output_dir": tmp_path / "elsewhere"})
     elsewhere = made.model_copy(
         update={"config": made.config.model_copy(update={"runner": runner})}
@@ -129,7 +129,7 @@ def test_what_reads_read_only_results_works(place: tuple[Plan, Plan], tmp_path: 
         assert calibrate(made, cell)["status"] == "done"
         assert prune(made.results, keep_sweeps=1, keep_days=1, dry_run=True).sweeps == []
         assert publish(elsewhere)["complete"]
-    assert len(list((tmp_path / "elsewhere").glob("*/*_quant_manifest.json"))) == len(made.specs)
+    assert len(list((tmp_path / "elsewhere").glob("*/*_quant_manifest.json"))) == len(made.cells)
 
 
 def test_doctor_says_what_is_wrong_with_results(
@@ -198,7 +198,7 @@ def test_results_that_nobody_may_read_are_said(place: tuple[Plan, Plan]) -> None
     cells.chmod(0)
     try:
         with pytest.raises(UserError, match="Permission denied"):
-            score(made, made.specs[0].cell)
+            score(made, made.cells[0].cell)
         reasons = {entry["reason"] for entry in publish(made)["missing"]}
         assert all("cannot be read: Permission denied" in reason for reason in reasons)
         assert audit(made)["missing"]

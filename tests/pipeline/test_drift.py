@@ -99,7 +99,7 @@ def test_a_sweep_can_be_reported_again_from_its_directory(tmp_path: Path) -> Non
         "summary.svg",
     ]
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
-    cell = Store(made).cell_dir(made.specs[0])
+    cell = Store(made).cell_dir(made.cells[0])
     page = cell / "per-layer-sensitivity.html"
     linked = page.read_bytes()
     report(cell, single_file=True)

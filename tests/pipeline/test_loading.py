@@ -69,7 +69,7 @@ def test_a_checkpoint_that_changed_since_the_plan_is_refused(
     with pytest.raises(UserError, match="is not that of the plan") as caught:
         score(planned, "wint8_afp16-small")
     assert "Plan the sweep again" in caught.value.remedy
-    assert not Store(planned).is_done(planned.specs[0])
+    assert not Store(planned).is_done(planned.cells[0])
 
 
 def test_layers_that_are_left_out_are_said_in_manifest_and_report(
@@ -84,7 +84,7 @@ def test_layers_that_are_left_out_are_said_in_manifest_and_report(
         "9 of 20 weights in the files are not used, the first is "
         "model.layers.1.input_layernorm.weight: "
     )
-    published = Store(planned).published(planned.specs[0])["manifest"]
+    published = Store(planned).published(planned.cells[0])["manifest"]
     assert any(notice.startswith(said) for notice in read_manifest(published).notices)
     for suffix in ("md", "json", "html"):
         page = published.with_name(f"per-layer-sensitivity.{suffix}")
@@ -103,7 +103,7 @@ def test_files_beside_are_said_in_plan_and_manifest(
     assert said in planned.notices
     _, errors = run_sweep(planned)
     assert errors == []
-    published = Store(planned).published(planned.specs[0])["manifest"]
+    published = Store(planned).published(planned.cells[0])["manifest"]
     assert said in read_manifest(published).notices
 
 

@@ -76,14 +76,14 @@ def test_the_cell_fails_alone_and_is_computed_again(
     ((missing,),) = [published["missing"]]
     assert missing["cell"] == "wint8_afp16-small"
     assert "No space left on device" in missing["reason"]
-    assert [store.is_done(cell) for cell in plan.specs] == [False, True]
-    assert not store.result_dir(plan.specs[0]).exists()
+    assert [store.is_done(cell) for cell in plan.cells] == [False, True]
+    assert not store.result_dir(plan.cells[0]).exists()
 
     mended, errors = run_sweep(plan)
     assert (errors, mended["complete"]) == ([], True)
     apart = plan_of(demo_checkpoint, tmp_path / "undisturbed", method)
     run_sweep(apart)
-    for cell, other in zip(plan.specs, apart.cells, strict=True):
+    for cell, other in zip(plan.cells, apart.cells, strict=True):
         found, expected = (
             numbers(read_manifest(Store(one).manifest(at)))
             for one, at in ((plan, cell), (apart, other))

@@ -153,7 +153,7 @@ def test_lanes_come_from_the_configuration_unless_they_are_said(
 ) -> None:
     words = [f"model.path={demo_checkpoint.directory}", "dag.lanes=2"]
     plan = plan_sweep("demo-text", words, roots=roots)
-    assert {cell.lane for cell in plan.specs} == {0, 1}
+    assert {cell.lane for cell in plan.cells} == {0, 1}
     assert {cell.lane for cell in plan_sweep("demo-text", words, lanes=1, roots=roots).cells} == {0}
     alone = plan_sweep("demo-text", words[:1], roots=roots)
     assert {cell.lane for cell in alone.cells} == {0}

@@ -30,7 +30,7 @@ def built(tmp_path: Path, *entries: tuple[str, Status, float | None, str | None]
     made = results.plan(tmp_path, day=1)
     versions = {**made.versions, "nvidia-modelopt": "0.47.0"}
     made = made.model_copy(update={"versions": versions})
-    cell = made.specs[0]
+    cell = made.cells[0]
     scores = CellScores(
         groups=tuple(
             GroupScore(

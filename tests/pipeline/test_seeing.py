@@ -50,7 +50,7 @@ def test_the_preset_publishes_its_six_directories(
         for size in SIZES
     }
     plan, _ = three_phases
-    assert {cell.cell for cell in plan.specs} == {
+    assert {cell.cell for cell in plan.cells} == {
         f"wint8_aint8{coverage}-{size}" for coverage in ("", "-all_layers") for size in SIZES
     }
 
@@ -101,7 +101,7 @@ def test_rows_from_pictures_differ_from_those_of_text_and_reports_say_which(
     store = Store(plan)
     said = {
         cell.cell: (store.cell_dir(cell) / "per-layer-sensitivity.md").read_text("utf-8")
-        for cell in plan.specs
+        for cell in plan.cells
     }
     assert "captions alone (text)" in said["wint8_aint8-small"].replace("\\", "")
     pictures_said = "pictures with their captions (image_text)"
@@ -131,7 +131,7 @@ def test_the_language_model_alone_can_read_pictures(
     place: Place, three_phases: tuple[Plan, dict[str, Manifest]]
 ) -> None:
     plan = place.plan("coverage=lm_only", "dataset.modality=image_text", "dataset.size=small")
-    (cell,) = plan.specs
+    (cell,) = plan.cells
     assert cell.cell == "wint8_aint8-image_text-small"
     assert cell.run_dir == "qwen3_vl_4b_autoquant_int8_lm_image_text_small"
     alone = place.run(plan)[cell.cell]
@@ -188,7 +188,7 @@ def test_digests_follow_what_the_model_sees(place: Place) -> None:
 
     def digests(*overrides: str) -> dict[str, str]:
         plan = place.plan(f"dataset.images={images}", *overrides)
-        return {cell.cell: cell.digest for cell in plan.specs}
+        return {cell.cell: cell.digest for cell in plan.cells}
 
     before = digests()
     assert before == {cell.cell: cell.digest for cell in place.plan().cells}
@@ -299,7 +299,7 @@ def test_a_step_by_step_run_gives_the_same(
     place: Place, three_phases: tuple[Plan, dict[str, Manifest]]
 ) -> None:
     plan = place.plan("runner.force=true", "dataset.size=small,medium")
-    for cell in plan.specs:
+    for cell in plan.cells:
         calibrate(plan, cell.cell)
         done = score(plan, cell.cell)
         manifest = read_manifest(Path(done["manifest"]))
@@ -325,7 +325,7 @@ def test_an_audit_measures_the_tower_on_pictures(place: Place) -> None:
     plan = place.plan("autoquant.method=fisher", "autoquant.draws=64", "dataset.size=small")
     place.run(plan)
     found = {entry["cell"]: entry for entry in audit(plan, full=True)["audits"]}
-    assert set(found) == {cell.cell for cell in plan.specs}
+    assert set(found) == {cell.cell for cell in plan.cells}
     points = found["wint8_aint8-all_layers-small"]["points"]
     assert sum("visual" in point["layer"] for point in points) == 1 + 3 * 4 + 2 + 2 * 2
     assert not any("visual" in p["layer"] for p in found["wint8_aint8-small"]["points"])

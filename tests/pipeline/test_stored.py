@@ -65,7 +65,7 @@ def whole(tmp_path: Path) -> Plan:
 @pytest.mark.parametrize("file", ["manifest", "state"])
 def test_no_bit_that_flips_in_a_result_counts(file: str, whole: Plan) -> None:
     rng, store = random.Random(13), Store(whole)
-    cell, other = whole.specs
+    cell, other = whole.cells
     path: Path = getattr(store, file)(cell)
     written = path.read_bytes()
     for _ in range(FLIPS):
@@ -92,7 +92,7 @@ def many(root: Path) -> list[Plan]:
 
 def test_no_file_of_another_cell_counts(tmp_path: Path) -> None:
     plans = many(tmp_path)
-    places = [(Store(made), cell) for made in plans for cell in made.specs]
+    places = [(Store(made), cell) for made in plans for cell in made.cells]
     swaps = [
         (one, other, files)
         for one, other in itertools.combinations(places, 2)
@@ -120,7 +120,7 @@ def test_damage_in_what_was_published_is_said_by_reports_and_recipes(
     roots = Roots(**{field.name: tmp_path for field in dataclasses.fields(Roots)})
     rng, store = random.Random(13), Store(whole)
     publish(whole)
-    cell = whole.specs[0]
+    cell = whole.cells[0]
     published = store.published(cell)
     for path, check in (
         (published["manifest"], lambda: report(store.cell_dir(cell))),
@@ -145,7 +145,7 @@ def test_damage_in_what_was_published_is_said_by_reports_and_recipes(
             path.write_bytes(written)
         check()
     # The results of two sizes exchanged: each is whole.
-    other = store.published(whole.specs[1])
+    other = store.published(whole.cells[1])
     for name in published:
         _swap(published[name], other[name])
     with pytest.raises(Damaged, match="the result of another cell"):
@@ -154,7 +154,7 @@ def test_damage_in_what_was_published_is_said_by_reports_and_recipes(
 
 def test_a_published_audit_has_a_right_checksum(whole: Plan) -> None:
     publish(whole)
-    path = Store(whole).published(whole.specs[0])["manifest"]
+    path = Store(whole).published(whole.cells[0])["manifest"]
     assert read_manifest(path).verified
 
 
@@ -163,7 +163,7 @@ def test_what_a_newer_version_wrote_is_refused(kind: str, whole: Plan, tmp_path:
     store = Store(whole)
     publish(whole)
     if kind in ("manifest", "block"):
-        path = store.published(whole.specs[0])["manifest"]
+        path = store.published(whole.cells[0])["manifest"]
         read: Callable[[Path], Any] = read_manifest
     elif kind == "audit":
         from qsens.analysis.audit import read_audit
@@ -195,9 +195,9 @@ BEFORE = "613c28700a49fd562c340ab7b7063759fd8b574b825f890527ec35d0ebb3586d"
 
 def test_a_result_of_the_version_before_is_found_and_marked_unverified(tmp_path: Path) -> None:
     made = results.plan(tmp_path, day=1)
-    store, cell = Store(made), made.specs[0]
+    store, cell = Store(made), made.cells[0]
     assert cell.digest == BEFORE
-    for each in made.specs:
+    for each in made.cells:
         results.result(made, each, seed=1, verified=False)
     text = store.manifest(cell).read_text()
     assert '"checksum"' not in text
@@ -217,10 +217,10 @@ def test_a_result_of_the_version_before_is_found_and_marked_unverified(tmp_path:
     # What was published is what was stored: nobody has made up a checksum.
     assert store.published(cell)["manifest"].read_text() == text
     # Torn, or that of another cell, it counts as not there all the same.
-    _swap(store.manifest(cell), store.manifest(made.specs[1]))
+    _swap(store.manifest(cell), store.manifest(made.cells[1]))
     assert not store.is_done(cell)
-    _swap(store.manifest(cell), store.manifest(made.specs[1]))
-    _swap(store.state(cell), store.state(made.specs[1]))
+    _swap(store.manifest(cell), store.manifest(made.cells[1]))
+    _swap(store.state(cell), store.state(made.cells[1]))
     assert not store.is_done(cell)
     store.state(cell).write_bytes(store.state(cell).read_bytes()[:-1])
     assert not store.is_done(cell)
@@ -295,7 +295,7 @@ def test_a_damaged_result_is_computed_again_and_said_once(
     first, errors = run_sweep(plan(PAIRS))
     assert errors == []
     made = plan(PAIRS)
-    store, (one, other, third) = Store(made), made.specs
+    store, (one, other, third) = Store(made), made.cells
     manifest, state = store.manifest(one), store.state(one)
     if damage == "torn":
         manifest.write_bytes(manifest.read_bytes()[:-100])
@@ -367,7 +367,7 @@ def test_a_damaged_audit_is_made_again(plan: Callable[..., Plan]) -> None:
     made = plan("quant_pair=wint8_afp16", "autoquant.method=fisher", "autoquant.audit=sample")
     published, errors = run_sweep(made)
     assert errors == []
-    store, cell = Store(made), made.specs[0]
+    store, cell = Store(made), made.cells[0]
     path = store.audit(cell)
     written = path.read_bytes()
     (expected,) = find_audits(store)
@@ -470,12 +470,12 @@ def test_a_fault_that_passes_is_never_for_ever(
     with monkeypatch.context() as patch:
         patch.setattr(compute, "_score_pass", lambda *_: (_ for _ in ()).throw(RuntimeError("x")))
         with pytest.raises(RuntimeError, match="x"):
-            score(made, made.specs[0].cell)
+            score(made, made.cells[0].cell)
     with pytest.raises(Exception, match="RuntimeError: x"):
-        score(made, made.specs[1].cell)
+        score(made, made.cells[1].cell)
     assert len(passes) == 1
-    assert score(made, made.specs[1].cell)["computed"] is True
-    assert score(made, made.specs[0].cell)["computed"] is False
+    assert score(made, made.cells[1].cell)["computed"] is True
+    assert score(made, made.cells[0].cell)["computed"] is False
     assert len(passes) == 2
     assert not list((made.results / ".cells").glob("*.failed.json"))
 
@@ -495,7 +495,7 @@ def test_a_failure_that_is_not_what_was_written_counts_as_not_there(
 
 @pytest.mark.parametrize("kind", [UserError, OutOfMemory, Fault])
 def test_a_failure_is_told_as_the_error_that_it_was(kind: type[QsensError], whole: Plan) -> None:
-    store, (cell, other) = Store(whole), whole.specs
+    store, (cell, other) = Store(whole), whole.cells
     error = kind("no such format", where=cell.cell, remedy="Mend it.")
     keep_failure(store, cell, error)
     with pytest.raises(kind) as caught:
@@ -508,7 +508,7 @@ def test_a_failure_is_told_as_the_error_that_it_was(kind: type[QsensError], whol
 
 
 def test_no_bit_that_flips_in_a_failure_is_told(whole: Plan) -> None:
-    rng, store, cell = random.Random(13), Store(whole), whole.specs[0]
+    rng, store, cell = random.Random(13), Store(whole), whole.cells[0]
     path = store.failure(cell)
     keep_failure(store, cell, UserError("no such format", where=cell.cell, remedy="Mend it."))
     written = path.read_bytes()
@@ -546,4 +546,4 @@ def test_a_publish_hashes_each_state_once(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("qsens.results.digest_file", counted)
     publish(made)
-    assert hashed == {Store(made).state(cell): 1 for cell in made.specs}
+    assert hashed == {Store(made).state(cell): 1 for cell in made.cells}

@@ -46,7 +46,7 @@ def test_what_modelopt_has_no_code_for_is_refused_before_anything_is_scored(
     plan = place.plan("quant_pair=wnvfp4_anvfp4", "dataset.size=small", "coverage=all_layers")
     monkeypatch.setattr(compute.scorer, "score", lambda *_, **__: pytest.fail("scored"))
     with pytest.raises(UserError, match=r"model\.visual\.patch_embed\.proj") as caught:
-        verify(plan, plan.specs[0].cell)
+        verify(plan, plan.cells[0].cell)
     assert "on a GPU alone" in caught.value.what
     assert "coverage=lm_only" in caught.value.remedy
 
@@ -56,4 +56,4 @@ def test_what_modelopt_has_code_for_is_verified(tmp_path: Path, given: str) -> N
     place = Place(tmp_path)
     words = {"quant_pair": "wnvfp4_anvfp4", "coverage": "all_layers"} | dict([given.split("=")])
     plan = place.plan(*(f"{key}={value}" for key, value in words.items()), "dataset.size=small")
-    assert verify(plan, plan.specs[0].cell)["agrees"] is True
+    assert verify(plan, plan.cells[0].cell)["agrees"] is True

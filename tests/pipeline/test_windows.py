@@ -111,7 +111,7 @@ def test_a_step_by_step_run_gives_the_same(
     place: Place, three_phases: tuple[Plan, dict[str, Manifest]]
 ) -> None:
     plan = place.plan("runner.force=true", "dataset.size=small,medium", "coverage=all_layers")
-    for cell in plan.specs:
+    for cell in plan.cells:
         calibrate(plan, cell.cell)
         manifest = read_manifest(Path(score(plan, cell.cell)["manifest"]))
         for tower in (True, False):

@@ -52,13 +52,13 @@ class Place:
             now=NOW - timedelta(days=days),
         )
         store = Store(plan)
-        for cell in plan.specs:
+        for cell in plan.cells:
             self.result(store.manifest(cell), days)
             directory = store.cell_dir(cell)
             directory.mkdir(parents=True, exist_ok=True)
             (directory / ".sweep").write_text(plan.sweep_id)
             (directory / "per-layer-sensitivity.md").write_text(plan.sweep_id)
-        self.result(store.calibration(plan.specs[0].calibration), days)
+        self.result(store.calibration(plan.cells[0].calibration), days)
         store.sweep_dir().mkdir(parents=True)
         (store.sweep_dir() / "plan.json").write_text(plan_json(plan))
         summary = {"sweep_id": plan.sweep_id, "previous": previous}
@@ -94,8 +94,8 @@ class Place:
     def holds(self, plan: Plan) -> bool:
         """Return whether everything that a plan's reports are made from is there."""
         store = Store(plan)
-        digest = plan.specs[0].calibration
-        manifests = [store.manifest(cell) for cell in plan.specs]
+        digest = plan.cells[0].calibration
+        manifests = [store.manifest(cell) for cell in plan.cells]
         return all(path.is_file() for path in (store.calibration(digest), *manifests))
 
 
@@ -172,7 +172,7 @@ def test_planning_with_an_old_result_keeps_it(
     monkeypatch.setenv("QSENS_ROOT", str(REPO))
     words = [f"model.path={demo_checkpoint.directory}", "dataset.size=small"]
     plan = plan_sweep("demo-text", words)
-    manifest = Store(plan).manifest(plan.specs[0])
+    manifest = Store(plan).manifest(plan.cells[0])
     place.result(manifest, 400)
     plan_sweep("demo-text", words)
     assert datetime.now(UTC).timestamp() - manifest.stat().st_mtime < 60
@@ -350,7 +350,7 @@ def test_the_reports_of_a_kept_sweep_are_made_again_byte_for_byte(tmp_path: Path
     plans = []
     for day, checkpoint in ((1, "a"), (2, "b"), (3, "d"), (4, "e")):
         made = by_hand.plan(tmp_path, day=day, checkpoint=checkpoint)
-        for cell in made.specs:
+        for cell in made.cells:
             # The last one differs from the one before it, which its reports say.
             factors = {by_hand.LAYERS[3]: 3.0} if day == 4 else None
             by_hand.result(made, cell, seed=day, factors=factors)
