@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks._parts import Parts
 from qsens.config import Roots
+from qsens.config.models import Size
 from qsens.data.records import Record
 from qsens.engine.modelopt.end_to_end import MODELOPT, EndToEnd, Measured
 from qsens.errors import AnswerIsNo
@@ -31,7 +32,7 @@ from qsens.recipes.formats.evidence import Recipe
 from qsens.schema.summary import Summary
 from qsens.store import SUMMARY, Store
 
-SIZE = "medium"
+SIZE: Size = "medium"
 
 
 class Chosen:

@@ -220,7 +220,8 @@ def _by_pair(runs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _worst(which: Any, *values: float | None) -> float | None:
-    return which((value for value in values if value is not None), default=None)
+    worst: float | None = which((value for value in values if value is not None), default=None)
+    return worst
 
 
 def _seconds(run: dict[str, Any]) -> list[str]:

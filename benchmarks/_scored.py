@@ -44,9 +44,7 @@ class Scored:
     def truth(self) -> dict[str, dict[str, Any]]:
         """Return of every pair the divergence of each group alone, in nats, and the seconds."""
         return {
-            cell.pair.name: self.parts.get(
-                f"truth-{cell.pair.name}", lambda cell=cell: self._truth(cell)
-            )
+            cell.pair.name: self.parts.get(f"truth-{cell.pair.name}", partial(self._truth, cell))
             for cell in self.cells
         }
 
@@ -56,7 +54,7 @@ class Scored:
         found = {"gradient": self.parts.get("gradient", lambda: self._gradient(truth))}
         for count in draws:
             found[f"fisher, {count}"] = self.parts.get(
-                f"fisher-{count}-{seeds}", lambda count=count: self._fisher(truth, count, seeds)
+                f"fisher-{count}-{seeds}", partial(self._fisher, truth, count, seeds)
             )
         return found
 
@@ -65,16 +63,16 @@ class Scored:
         truth = self.truth()
         return {
             cell.pair.name: self.parts.get(
-                f"modelopt-{cell.pair.name}", lambda cell=cell: self._modelopt(cell, truth)
+                f"modelopt-{cell.pair.name}", partial(self._modelopt, cell, truth)
             )
             for cell in self.cells
         }
 
     def cost(self, draws: Sequence[int]) -> dict[str, Any]:
         """Return the seconds of a pass over all pairs, by method; rounds of all, in turn."""
-        return self.parts.get(
-            f"cost-{self.load.device.type}-{'-'.join(map(str, draws))}", lambda: self._cost(draws)
-        )
+        name = f"cost-{self.load.device.type}-{'-'.join(map(str, draws))}"
+        cost: dict[str, Any] = self.parts.get(name, lambda: self._cost(draws))
+        return cost
 
     def _run(self, cells: Sequence[Cell], method: str, **settings: int) -> ScoringPass:
         """Run the product's own pass; calibration is done once for all runs."""

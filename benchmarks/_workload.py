@@ -207,7 +207,7 @@ def build(
     lines = read_captions(file)
     dataset = DatasetConfig()
     if model is not None:
-        config = ModelConfig(path=model.resolve(), dtype=dtype)  # type: ignore[arg-type]
+        config = ModelConfig(path=model.resolve(), dtype=dtype)
         loaded = load_model(config, device)
         disabled = resolve_components(config).vision_patterns
         samples = tokenize(lines, load_tokenizer(config), longest=dataset.calib_seq_len)
@@ -227,7 +227,7 @@ def build(
         disabled=disabled,
         batch_size=batch_size,
         score_size=score_size,
-        sizes=dict(dataset.sizes),
+        sizes={str(size): count for size, count in dataset.sizes.items()},
     )
 
 

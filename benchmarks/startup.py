@@ -25,6 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks._workload import ROOT, SHAPES, captions_file
 
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     taken.setdefault(name, {}).setdefault(tree, []).append(timed)
     for name, by_tree in taken.items():
         row = {tree: _median(runs) for tree, runs in by_tree.items()}
-        line = {"command": name, **{tree: vars(timed) for tree, timed in row.items()}}
+        line: dict[str, Any] = {"command": name} | {tree: vars(each) for tree, each in row.items()}
         if "before" in row:
             line["ratio"] = round(row["before"].wall / row["now"].wall, 2)
         print(json.dumps(line))
@@ -145,7 +146,7 @@ def _checkpoint(path: Path, shape: str, dtype: str, device: str) -> None:
     from benchmarks._workload import build_shape
     from qsens.checkpoint.loading import resolve_device
 
-    model = build_shape(shape, resolve_device(device), getattr(torch, dtype))
+    model: Any = build_shape(shape, resolve_device(device), getattr(torch, dtype))
     model.save_pretrained(path)
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
