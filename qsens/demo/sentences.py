@@ -12,8 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Final, Literal, NamedTuple, TypeVar
 
-from qsens.demo import scenes
-from qsens.demo.scenes import SCENES, Scene
+from qsens.demo.scenes import COMMON, SCENES, Scene
 
 Split = Literal["calibration", "held_out", "training"]
 _T = TypeVar("_T")
@@ -208,19 +207,19 @@ def _while(draw: _Draw, scene: Scene, subject: _Phrase) -> str:
     other = _subject(draw, background, plain=True)
     verb = _inflect(draw.one(_intransitive(background)), other.plural, progressive=False)
     action = _action(draw, scene, subject.plural)
-    return f"{subject.text} {action} while {other.text} {verb} {draw.word(scenes.BACKGROUNDS)}"
+    return f"{subject.text} {action} while {other.text} {verb} {draw.word(COMMON.backgrounds)}"
 
 
 def _still_life(draw: _Draw) -> str:
-    first = _counted(draw, scenes.FRUIT, scenes.FRUIT_LOOKS)
-    second = _a(draw, scenes.VESSELS, scenes.VESSEL_LOOKS)
-    surface = _a(draw, scenes.SURFACES, scenes.SURFACE_LOOKS)
+    first = _counted(draw, COMMON.fruit, COMMON.fruit_looks)
+    second = _a(draw, COMMON.vessels, COMMON.vessel_looks)
+    surface = _a(draw, COMMON.surfaces, COMMON.surface_looks)
     if draw.chance(0.5):
-        room = f"in {_a(draw, scenes.ROOMS, scenes.ROOM_LOOKS)}"
+        room = f"in {_a(draw, COMMON.rooms, COMMON.room_looks)}"
         verb = _inflect("sit", first.plural, progressive=False)
         return f"{first.text} {verb} on {surface} {room}"
     be = "are" if first.plural else "is"
-    relation = draw.word(scenes.RELATIONS)
+    relation = draw.word(COMMON.relations)
     return f"there {be} {first.text} on {surface} {relation} {second}"
 
 
@@ -229,9 +228,9 @@ def _subject(draw: _Draw, scene: Scene, *, plain: bool = False) -> _Phrase:
     if plain or not scene.people or not draw.chance(0.3):
         return subject
     if draw.chance(0.7):
-        with_it, things, looks = "in", scenes.GARMENTS, scenes.COLORS
+        with_it, things, looks = "in", COMMON.garments, COMMON.colors
     else:
-        with_it, things, looks = "with", scenes.LUGGAGE, ""
+        with_it, things, looks = "with", COMMON.luggage, ""
     if subject.plural:
         return _Phrase(f"{subject.text} {with_it} {_some(draw, things, looks)}", True)
     return _Phrase(f"{subject.text} {with_it} {_a(draw, things, looks)}", False)
@@ -241,7 +240,7 @@ def _counted(draw: _Draw, nouns: str, looks: str) -> _Phrase:
     looks = looks if draw.chance(0.75) else ""
     if draw.chance(0.55):
         return _Phrase(_a(draw, nouns, looks), False)
-    return _Phrase(f"{draw.word(scenes.QUANTITIES)} {_some(draw, nouns, looks)}", True)
+    return _Phrase(f"{draw.word(COMMON.quantities)} {_some(draw, nouns, looks)}", True)
 
 
 def _a(draw: _Draw, nouns: str, looks: str) -> str:
@@ -266,7 +265,7 @@ def _action(draw: _Draw, scene: Scene, plural: bool, *, progressive: bool = Fals
         return f"{inflected} {noun[:-1]}"
     if noun.endswith("!"):
         return f"{inflected} {_article(noun[:-1])}"
-    looks = scenes.COLORS if draw.chance(0.5) else ""
+    looks = COMMON.colors if draw.chance(0.5) else ""
     noun = noun.replace(" ", "_")
     return f"{inflected} {_some(draw, noun, looks) if plural else _a(draw, noun, looks)}"
 
@@ -282,16 +281,16 @@ def _place(draw: _Draw, scene: Scene) -> str:
 def _beside(draw: _Draw, scene: Scene) -> str:
     landmark = draw.word(scene.landmarks)
     where = _article(landmark) if draw.chance(0.6) else f"the {landmark}"
-    return f"{draw.word(scenes.RELATIONS)} {where}"
+    return f"{draw.word(COMMON.relations)} {where}"
 
 
 def _time(draw: _Draw, scene: Scene) -> str:
     if draw.chance(0.4):
-        kinds = scenes.SEASONS if scene.indoors or draw.chance(0.3) else scenes.WEATHER
-        return f"on {_a(draw, scenes.PARTS_OF_DAY, kinds)}"
+        kinds = COMMON.seasons if scene.indoors or draw.chance(0.3) else COMMON.weather
+        return f"on {_a(draw, COMMON.parts_of_day, kinds)}"
     if scene.indoors:
-        return draw.word(scenes.INDOOR_HOURS)
-    return draw.word(scenes.SKIES if draw.chance(0.5) else scenes.HOURS)
+        return draw.word(COMMON.indoor_hours)
+    return draw.word(COMMON.skies if draw.chance(0.5) else COMMON.hours)
 
 
 def _article(phrase: str) -> str:
