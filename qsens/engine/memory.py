@@ -230,7 +230,7 @@ def _footprint(
         of_input[entry] = max(of_input.get(entry, 0.0), part)
     most = max(of_weight.values())
     inside: dict[str, float] = {}
-    slopes: dict[str, float] = {}
+    gradients: dict[str, float] = {}
     widest = largest = 0.0
     for group in groups:
         if not group.covered:
@@ -243,7 +243,7 @@ def _footprint(
                 largest = max(largest, held)
                 inside[layer] = inside.get(layer, 0.0) + kept
                 hidden = expert_weights(module)[0].shape[2]
-                slopes[layer] = slopes.get(layer, 0.0) + more * size * hidden
+                gradients[layer] = gradients.get(layer, 0.0) + more * size * hidden
                 stacked = 2 * sum(of_input.values()) + most
                 widest = max(widest, hidden * (size * 3 + wide * (stacked + most)) + working)
                 continue
@@ -255,7 +255,7 @@ def _footprint(
             out, into = each * weight.shape[0], each * weight[0].numel()
             # One layer at a time: what autograd keeps while it runs again, and the rows taken.
             inside[layer] = inside.get(layer, 0.0) + 1.5 * size * (into + out)
-            slopes[layer] = slopes.get(layer, 0.0) + more * size * out
+            gradients[layer] = gradients.get(layer, 0.0) + more * size * out
             # Quantized inputs, also stacked for two kinds of weights; the rows; one product.
             stacked = 2 * sum(of_input.values()) + most
             products = out * (2 * size + most * wide + anew)
@@ -266,7 +266,8 @@ def _footprint(
     fixed = largest * held + chunk * 3 * 4 + HEAD_ROWS * vocabulary * (3 * 4 + 2 * size)
     at_head = hidden * (size * 3 + wide * most)
     per_token = rows.kept * size * 1.1 + max(
-        max(inside.values(), default=0.0) + max(slopes.values(), default=0.0) + widest, at_head
+        max(inside.values(), default=0.0) + max(gradients.values(), default=0.0) + widest,
+        at_head,
     )
     return fixed, per_token, sum(inside.values()) - max(inside.values(), default=0.0)
 

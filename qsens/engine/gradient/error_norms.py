@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -52,10 +51,7 @@ def score_norms(
         scores: Receives ``|G * dY|``, float32, same shape.
     """
     if triton is not None and changed.is_cuda:
-        table = _table(spans, changed.device)
-        arguments = (changed, outputs, grad_output, table, len(spans), errors, scores)
-        strides = (changed.stride(0), outputs.stride(0), grad_output.stride(0))
-        _launch(_norms_kernel, (_longest(spans),), arguments, changed, strides)
+        _launch(changed, outputs, grad_output[None], spans, errors, scores[None], norms=True)
         return
     for rows, into in _distinct(spans, errors, scores):
         count = rows.stop - rows.start
@@ -81,16 +77,7 @@ def score_products(
         scores: Receives ``<G, dY>``, float32, ``(draws, total)``.
     """
     if triton is not None and changed.is_cuda:
-        table = _table(spans, changed.device)
-        arguments = (changed, outputs, grad_output, table, len(spans), errors, scores)
-        strides = (
-            changed.stride(0),
-            outputs.stride(0),
-            *grad_output.stride()[:2],
-            scores.stride(0),
-        )
-        grid = (_longest(spans), len(grad_output))
-        _launch(_products_kernel, grid, arguments, changed, strides)
+        _launch(changed, outputs, grad_output, spans, errors, scores, norms=False)
         return
     for rows, into in _distinct(spans, errors, scores):
         count = rows.stop - rows.start
@@ -133,21 +120,36 @@ def _norms(
     torch.linalg.vector_norm(change.mul_(grad_output), dim=-1, dtype=torch.float32, out=scores)
 
 
-def _longest(spans: tuple[RowSpan, ...]) -> int:
-    return max(count for _, _, count in spans)
-
-
 def _launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
     changed: torch.Tensor,
-    strides: tuple[int, ...],
+    outputs: torch.Tensor,
+    grad_output: torch.Tensor,
+    spans: tuple[RowSpan, ...],
+    errors: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    norms: bool,
 ) -> None:
+    """Run the kernel; gradients and scores have the draws in front, also where there is one."""
     channels = changed.shape[1]
-    block = min(_COLUMNS, triton.next_power_of_2(channels))
     with torch.cuda.device(changed.device):
-        kernel[grid](*arguments, channels, *strides, BLOCK=block, num_warps=4)
+        _kernel[max(count for _, _, count in spans), len(grad_output)](
+            changed,
+            outputs,
+            grad_output,
+            _table(spans, changed.device),
+            len(spans),
+            errors,
+            scores,
+            channels,
+            changed.stride(0),
+            outputs.stride(0),
+            *grad_output.stride()[:2],
+            scores.stride(0),
+            NORMS=norms,
+            BLOCK=min(_COLUMNS, triton.next_power_of_2(channels)),
+            num_warps=4,
+        )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -159,48 +161,7 @@ def _table(spans: tuple[RowSpan, ...], device: torch.device) -> torch.Tensor:
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _norms_kernel(  # type: ignore[no-untyped-def]
-        changed,
-        outputs,
-        grad_output,
-        spans,
-        count,
-        errors,
-        scores,
-        channels,
-        changed_stride,
-        outputs_stride,
-        slopes_stride,
-        BLOCK: tl.constexpr,
-    ):
-        # All that is made of one row, so that its output and gradient are read from memory once.
-        row = tl.program_id(0).to(tl.int64)
-        old_row = outputs + row * outputs_stride
-        slope_row = grad_output + row * slopes_stride
-        for span in range(count):
-            length = tl.load(spans + 3 * span + 2)
-            if row < length:
-                start = tl.load(spans + 3 * span)
-                into = tl.load(spans + 3 * span + 1) + row
-                new_row = changed + (start + row) * changed_stride
-                error = tl.zeros((BLOCK,), dtype=tl.float32)
-                score = tl.zeros((BLOCK,), dtype=tl.float32)
-                for first in range(0, channels, BLOCK):
-                    column = first + tl.arange(0, BLOCK)
-                    inside = column < channels
-                    new = tl.load(new_row + column, mask=inside, other=0.0)
-                    old = tl.load(old_row + column, mask=inside, other=0.0)
-                    grad = tl.load(slope_row + column, mask=inside, other=0.0)
-                    change = (new.to(tl.float32) - old.to(tl.float32)).to(new.dtype)
-                    change = change.to(tl.float32)
-                    product = change * grad.to(tl.float32)
-                    error += change * change
-                    score += product * product
-                tl.store(errors + into, tl.sqrt(tl.sum(error)))
-                tl.store(scores + into, tl.sqrt(tl.sum(score)))
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def _products_kernel(  # type: ignore[no-untyped-def]
+    def _kernel(  # type: ignore[no-untyped-def]
         changed,
         outputs,
         grad_output,
@@ -212,14 +173,16 @@ if triton is not None:
         changed_stride,
         outputs_stride,
         draw_stride,
-        slopes_stride,
+        grad_stride,
         scores_stride,
+        NORMS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
+        # All that is made of one row, so that its output and gradient are read from memory once.
         row = tl.program_id(0).to(tl.int64)
         draw = tl.program_id(1).to(tl.int64)
         old_row = outputs + row * outputs_stride
-        slope_row = grad_output + draw * draw_stride + row * slopes_stride
+        grad_row = grad_output + draw * draw_stride + row * grad_stride
         for span in range(count):
             length = tl.load(spans + 3 * span + 2)
             if row < length:
@@ -233,11 +196,13 @@ if triton is not None:
                     inside = column < channels
                     new = tl.load(new_row + column, mask=inside, other=0.0)
                     old = tl.load(old_row + column, mask=inside, other=0.0)
-                    grad = tl.load(slope_row + column, mask=inside, other=0.0)
+                    grad = tl.load(grad_row + column, mask=inside, other=0.0)
                     change = (new.to(tl.float32) - old.to(tl.float32)).to(new.dtype)
                     change = change.to(tl.float32)
+                    product = change * grad.to(tl.float32)
                     error += change * change
-                    score += change * grad.to(tl.float32)
+                    score += product * product if NORMS else product
                 if draw == 0:
                     tl.store(errors + into, tl.sqrt(tl.sum(error)))
-                tl.store(scores + draw * scores_stride + into, tl.sum(score))
+                total = tl.sqrt(tl.sum(score)) if NORMS else tl.sum(score)
+                tl.store(scores + draw * scores_stride + into, total)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qsens.data.samples import Unit
 from qsens.engine import cross_entropy
 from qsens.engine.activations import SavedForward
 from qsens.engine.candidates import Candidates
@@ -30,7 +31,7 @@ from qsens.engine.gradient.buffers import (
     row_norms,
 )
 from qsens.engine.gradient.error_norms import RowSpan, score_norms
-from qsens.engine.gradient.quantized_inputs import InputQuantizer, QuantizedInputs
+from qsens.engine.gradient.quantized_inputs import InputQuantizer
 from qsens.engine.head import HEAD_ROWS
 
 # Rows of the head's output that are held at once in float64.
@@ -103,34 +104,21 @@ class LabelHead:
     def __call__(self, head: Head, saved_forwards: Sequence[SavedForward]) -> HeadScores:
         """See :class:`HeadScorer`."""
         linear = head.linear
-        batches = [saved.batch for saved in saved_forwards]
-        following = [next_tokens(batch) for batch in batches]
-        masks = [tokens >= 0 for tokens in following]
-        rows = _rows(saved_forwards, masks)
-        labels = _cat([tokens[mask] for tokens, mask in zip(following, masks, strict=True)])
-        layout = layout_of(batches, head.candidates, rows.device, "labels")
-        statistics = RowStatistics(1, layout, rows.device)
+        masks = [next_tokens(saved.batch) >= 0 for saved in saved_forwards]
+        window = _Window(head, saved_forwards, masks, "labels")
+        rows, statistics = window.rows, window.statistics
         back = torch.empty_like(rows)
-        losses = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-        stack = head.inputs.stack(head.name, rows, layout) if head.name is not None else None
-        for turn, weights in enumerate(head.turns(layout)):
+        for turn, weights in enumerate(head.turns(window.layout)):
             for at in _chunks(len(rows), HEAD_ROWS):
                 logits = F.linear(rows[at], linear.weight, linear.bias)
-                grad_output, lost = cross_entropy.with_gradient(logits, labels[at])
+                grad_output, lost = cross_entropy.with_gradient(logits, window.labels[at])
                 if turn == 0:
-                    losses[at] = lost
+                    window.losses[at] = lost
                     back[at] = grad_output @ linear.weight
                     statistics.norms[0, at] = row_norms(logits)
                 for weight, row_ranges in weights:
-                    assert stack is not None
-                    _score_chunk(
-                        linear, weight, row_ranges, stack, at, logits, grad_output, statistics
-                    )
-        return HeadScores(
-            gradients=[[part] for part in _placed(saved_forwards, masks, back)],
-            loss=_by_sample(losses, layout),
-            statistics=statistics.sums([head.name]) if head.name is not None else None,
-        )
+                    _score_chunk(linear, weight, row_ranges, window, at, logits, grad_output)
+        return window.scores(back[None])
 
 
 class DrawnHead:
@@ -156,9 +144,8 @@ class DrawnHead:
         linear = head.linear
         batches = [saved.batch for saved in saved_forwards]
         masks = [batch.predicts() for batch in batches]
-        rows = _rows(saved_forwards, masks)
-        labels = _cat([next_tokens(b)[mask] for b, mask in zip(batches, masks, strict=True)])
-        layout = layout_of(batches, head.candidates, rows.device, "predictions")
+        window = _Window(head, saved_forwards, masks, "predictions")
+        rows, statistics = window.rows, window.statistics
         quantiles = torch.cat(
             [
                 self._quantiles(index, length)
@@ -166,30 +153,29 @@ class DrawnHead:
                 for index, length in zip(batch.samples, batch.lengths("predictions"), strict=True)
             ]
         ).to(rows.device)
-        statistics = RowStatistics(1, layout, rows.device)
         back = rows.new_empty(self._draws, *rows.shape)
-        losses = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
-        stack = head.inputs.stack(head.name, rows, layout) if head.name is not None else None
-        for turn, weights in enumerate(head.turns(layout)):
+        for turn, weights in enumerate(head.turns(window.layout)):
             for at in _chunks(len(rows), _DOUBLE_ROWS):
                 logits = F.linear(rows[at], linear.weight, linear.bias)
                 log_p = torch.log_softmax(logits.double(), dim=-1)
                 p = log_p.exp()
                 if turn == 0:
-                    losses[at] = cross_entropy.negative_log_likelihood(log_p, labels[at])
+                    window.losses[at] = cross_entropy.negative_log_likelihood(
+                        log_p, window.labels[at]
+                    )
                     drawn = _draw(p, quantiles[at])
                     # The gradient of log p(y) at the input: the label's weight, less the mean one.
                     mean = p.to(rows.dtype) @ linear.weight
                     back[:, at] = (linear.weight[drawn] - mean[:, None]).movedim(1, 0)
                     statistics.norms[0, at] = row_norms(logits)
                 for weight, row_ranges in weights:
-                    assert stack is not None
+                    assert window.inputs is not None
                     for row_range in row_ranges:
                         length = min(at.stop, row_range.count) - at.start
                         if length <= 0:
                             continue
-                        first = stack.starts[row_range.input] + at.start
-                        given = stack.rows[first : first + length]
+                        first = window.inputs.starts[row_range.input] + at.start
+                        given = window.inputs.rows[first : first + length]
                         change = F.linear(given, weight, linear.bias).sub_(logits[:length])
                         start = row_range.start + at.start
                         into = slice(start, start + length)
@@ -197,11 +183,7 @@ class DrawnHead:
                         statistics.scores[0, into] = half_variance(
                             change.double(), p[:length]
                         ).sqrt()
-        return HeadScores(
-            gradients=_by_batch([_placed(saved_forwards, masks, part) for part in back]),
-            loss=_by_sample(losses, layout),
-            statistics=statistics.sums([head.name]) if head.name is not None else None,
-        )
+        return window.scores(back)
 
     def _quantiles(self, sample: int, length: int) -> torch.Tensor:
         """Return where in its distribution each position's labels lie, ``(length, draws)``.
@@ -223,13 +205,14 @@ def _score_chunk(
     linear: nn.Linear,
     weight: torch.Tensor,
     row_ranges: Sequence[RowRange],
-    stack: QuantizedInputs,
+    window: _Window,
     at: slice,
     logits: torch.Tensor,
     grad_output: torch.Tensor,
-    statistics: RowStatistics,
 ) -> None:
     """Score the candidates of one weight format on a chunk of the head's rows."""
+    stack, statistics = window.inputs, window.statistics
+    assert stack is not None
     readers: dict[int, list[RowSpan]] = {}
     for row_range in row_ranges:
         length = min(at.stop, row_range.count) - at.start
@@ -256,32 +239,66 @@ def _draw(p: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulated, quantiles, right=True).clamp_(max=p.shape[1] - 1)
 
 
-def _rows(saved_forwards: Sequence[SavedForward], masks: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return what the head reads where the masks are true, ``(rows, hidden)``."""
-    pairs = zip(saved_forwards, masks, strict=True)
-    return _cat([saved.hidden.detach()[mask] for saved, mask in pairs])
+class _Window:
+    """The rows of a window at which the head counts.
 
+    Args:
+        head: The head.
+        saved_forwards: Batches of the window.
+        masks: Where it counts, by batch.
+        unit: The same in words, see :meth:`qsens.data.samples.Batch.lengths`.
 
-def _placed(
-    saved_forwards: Sequence[SavedForward], masks: Sequence[torch.Tensor], rows: torch.Tensor
-) -> list[torch.Tensor]:
-    """Return rows where the masks are true, batch by batch, and zeros elsewhere."""
-    parts = torch.split(rows, [int(mask.sum()) for mask in masks])
-    placed = []
-    for saved, mask, part in zip(saved_forwards, masks, parts, strict=True):
-        gradient = torch.zeros_like(saved.hidden)
-        gradient[mask] = part
-        placed.append(gradient)
-    return placed
+    Attributes:
+        rows: What the head reads there, ``(rows, hidden)``.
+        labels: Their labels, ``(rows,)``, -1 where there is none.
+        losses: Receives the loss of each row.
+        layout: Which sample each row belongs to.
+        inputs: The rows in the candidates' input formats; none where the head is not scored.
+        statistics: Receives what is found.
+    """
 
+    def __init__(
+        self,
+        head: Head,
+        saved_forwards: Sequence[SavedForward],
+        masks: Sequence[torch.Tensor],
+        unit: Unit,
+    ) -> None:
+        self._head, self._saved, self._masks = head, saved_forwards, masks
+        batches = [saved.batch for saved in saved_forwards]
+        pairs = list(zip(saved_forwards, masks, strict=True))
+        self.rows = _cat([saved.hidden.detach()[mask] for saved, mask in pairs])
+        self.labels = _cat([next_tokens(saved.batch)[mask] for saved, mask in pairs])
+        device = self.rows.device
+        self.layout = layout_of(batches, head.candidates, device, unit)
+        self.losses = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
+        self.statistics = RowStatistics(1, self.layout, device)
+        name = head.name
+        self.inputs = head.inputs.stack(name, self.rows, self.layout) if name is not None else None
 
-def _by_batch(by_loss: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
-    return [list(losses) for losses in zip(*by_loss, strict=True)]
+    def scores(self, back: torch.Tensor) -> HeadScores:
+        """Return what was found.
 
+        Args:
+            back: Gradients of the rows, ``(losses of a sample, rows, hidden)``.
+        """
+        name = self._head.name
+        by_loss = [self._placed(part) for part in back]
+        return HeadScores(
+            gradients=[list(losses) for losses in zip(*by_loss, strict=True)],
+            loss=F.pad(self.losses, (0, 1))[self.layout.own].sum(dim=-1).cpu(),
+            statistics=self.statistics.sums([name]) if name is not None else None,
+        )
 
-def _by_sample(losses: torch.Tensor, layout: BufferLayout) -> torch.Tensor:
-    """Return the sum of each sample's rows, on the CPU."""
-    return F.pad(losses, (0, 1))[layout.own].sum(dim=-1).cpu()
+    def _placed(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Return rows where the masks are true, batch by batch, and zeros elsewhere."""
+        parts = torch.split(rows, [int(mask.sum()) for mask in self._masks])
+        placed = []
+        for saved, mask, part in zip(self._saved, self._masks, parts, strict=True):
+            gradient = torch.zeros_like(saved.hidden)
+            gradient[mask] = part
+            placed.append(gradient)
+        return placed
 
 
 def _cat(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
