@@ -100,8 +100,8 @@ class Chosen:
 
     def floor(self) -> float | None:
         """Return what rounding to the model's own data type costs by itself, nats a token."""
-        found: float | None = self.parts.get("floor", lambda: self.evaluation.floor())
-        return found
+        floor: float | None = self.parts.get("floor", lambda: self.evaluation.floor())
+        return floor
 
     def _kept_head(self) -> list[str]:
         if self._tied_head:
@@ -117,23 +117,23 @@ class Chosen:
             it, with ``predicted``, the sum of the estimates, and ``against``: how much more loss
             than ModelOpt's choice, and the standard error of that.
         """
-        found = [self._alone(name) for name in names]
-        found = [entry for entry in found if entry["bits"] <= bits + 1e-9]
+        choices = [self._alone(name) for name in names]
+        choices = [entry for entry in choices if entry["bits"] <= bits + 1e-9]
         label = f"{len(names)}-pairs-{bits:g}"
         recipe = self.recipe(names, bits, corrected=True)
         if recipe is not None:
-            found.append(self._of_recipe("recipe", recipe))
+            choices.append(self._of_recipe("recipe", recipe))
             raw = self.recipe(names, bits, corrected=False)
             if raw is not None and _formats(raw) != _formats(recipe):
-                found.append(self._of_recipe("recipe, estimates as they are", raw))
+                choices.append(self._of_recipe("recipe, estimates as they are", raw))
             theirs = self.parts.get(
                 f"{self._prefix}modelopt-{label}", lambda: self._modelopt(names, bits)
             )
-            found.append({**theirs, "predicted": self.predicted(theirs["formats"])})
-        for entry in found:
-            if entry["name"] != MODELOPT and found[-1]["name"] == MODELOPT:
-                entry["against"] = _against(entry, found[-1])
-        return sorted(found, key=lambda entry: float(entry["divergence"]))
+            choices.append({**theirs, "predicted": self.predicted(theirs["formats"])})
+        for entry in choices:
+            if entry["name"] != MODELOPT and choices[-1]["name"] == MODELOPT:
+                entry["against"] = _against(entry, choices[-1])
+        return sorted(choices, key=lambda entry: float(entry["divergence"]))
 
     def recipe(self, names: Sequence[str], bits: float, *, corrected: bool) -> Recipe | None:
         """Return the recipe; none where the target is out of reach.
@@ -168,23 +168,28 @@ class Chosen:
 
     def _alone(self, name: str) -> dict[str, Any]:
         pair = self.pairs[name]
-        found = self.parts.get(
+        measured = self.parts.get(
             f"{self._prefix}alone-{name}",
             lambda: _kept(self.evaluation.measure(name, self.evaluation.uniform(pair))),
         )
         rows = next(cell.rows for cell in self.summary.cells if cell.pair == name)
         kept = set(self._kept_head())
         formats = {member: name for row in rows for member in row.members if member not in kept}
-        return {**found, "predicted": self.predicted(formats)}
+        return {**measured, "predicted": self.predicted(formats)}
 
     def _of_recipe(self, name: str, recipe: Recipe) -> dict[str, Any]:
         formats = _formats(recipe)
         digest = hashlib.sha256(repr(sorted(formats.items())).encode()).hexdigest()[:8]
-        found = self.parts.get(
+        measured = self.parts.get(
             f"{self._prefix}recipe-{recipe.bits_asked:g}-{digest}",
             lambda: _kept(self.evaluation.measure(name, modelopt.config(recipe))),
         )
-        return {**found, "name": name, "predicted": self.predicted(formats), "sum": recipe.damage}
+        return {
+            **measured,
+            "name": name,
+            "predicted": self.predicted(formats),
+            "sum": recipe.damage,
+        }
 
     def _modelopt(self, names: Sequence[str], bits: float) -> dict[str, Any]:
         state = self.parts.directory / f"{self._prefix}modelopt-{len(names)}-pairs.pt"

@@ -118,8 +118,8 @@ def run_fused_on_reference_batches(load: Workload, cells: Sequence[Cell]) -> Sco
         amax = calibrate(
             load.model, load.samples, groups, calibration_sizes=calibration_sizes, batches=batches
         )
-    found = scorer.score(load.model, load.samples, groups, candidates, amax, batches=batches)
-    return _sensitivities(load, cells, candidates, found, load.samples)
+    scores = scorer.score(load.model, load.samples, groups, candidates, amax, batches=batches)
+    return _sensitivities(load, cells, candidates, scores, load.samples)
 
 
 def run_modelopt(load: Workload, cell: Cell, baseline: Baseline) -> ModelOptRun:
@@ -192,7 +192,7 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float | None:
 def _run_reference(load: Workload, model: nn.Module, samples: Samples, cell: Cell) -> ModelOptRun:
     with measure(load.device) as measured, _quiet():
         started = time.monotonic()
-        found = reference.score_cell(
+        result = reference.score_cell(
             model,
             samples,
             cell.pair,
@@ -203,11 +203,11 @@ def _run_reference(load: Workload, model: nn.Module, samples: Samples, cell: Cel
         )
         synchronize(load.device)
         total = time.monotonic() - started
-    calibrated = found.timings["calibrate"]
+    calibrated = result.timings["calibrate"]
     measured.seconds = {"calibrate": calibrated, "score": total - calibrated}
     scores = {
         entry.group.name: entry.sensitivity
-        for entry in found.groups
+        for entry in result.groups
         if entry.sensitivity is not None
     }
     return ModelOptRun(measured, scores, 0.0)
@@ -306,7 +306,7 @@ def _sensitivities(
     load: Workload,
     cells: Sequence[Cell],
     candidates: Candidates,
-    found: PassScores,
+    pass_scores: PassScores,
     samples: Samples,
 ) -> Scores:
     scores: Scores = {}
@@ -314,12 +314,12 @@ def _sensitivities(
         labels = nominal_labels(samples, scored=cell.scored, batch_size=load.batch_size)
         index = candidates.of_cell[cell.name]
         weights = torch.tensor(labels, dtype=torch.float64).clamp_min(1).square()
-        sums = (found.per_sample[:, index, : cell.scored] / weights).sum(dim=1).tolist()
+        sums = (pass_scores.per_sample[:, index, : cell.scored] / weights).sum(dim=1).tolist()
         scores[cell.name] = {
             group.name: value
-            for position, (group, value) in enumerate(zip(found.groups, sums, strict=True))
-            if (position, index) not in found.failures.refused
-            and found.reached[position]
+            for position, (group, value) in enumerate(zip(pass_scores.groups, sums, strict=True))
+            if (position, index) not in pass_scores.failures.refused
+            and pass_scores.reached[position]
             and math.isfinite(value)
         }
     return scores

@@ -35,8 +35,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of what computes."""
-    found = {"python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in _VERSIONS}
+    installed = {"python": platform.python_version()}
+    return installed | {name: importlib.metadata.version(name) for name in _VERSIONS}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

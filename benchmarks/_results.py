@@ -79,7 +79,7 @@ def summarize(results: Results) -> dict[str, Any]:
     apart. ``fused_grid`` is one pass over the whole grid, the mean of those that were run; it is
     set against ModelOpt where every cell of the grid has been measured.
     """
-    found = {}
+    summary = {}
     for baseline in dict.fromkeys(piece["baseline"] for piece in results["pieces"]):
         pieces = [
             piece
@@ -105,8 +105,8 @@ def summarize(results: Results) -> dict[str, Any]:
         entry["ratio"] = _over(entry["modelopt"], entry["fused"])
         complete = set(runs) == set(results["grid"])
         entry["ratio_grid"] = _over(entry["modelopt"], entry["fused_grid"]) if complete else None
-        found[baseline] = entry
-    return found
+        summary[baseline] = entry
+    return summary
 
 
 def total(run: dict[str, Any]) -> float:
@@ -116,7 +116,7 @@ def total(run: dict[str, Any]) -> float:
 
 def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
     """Return what to print: title, header and rows of each table."""
-    found = []
+    made = []
     for baseline, entry in summarize(results).items():
         runs = {
             cell: run
@@ -134,7 +134,7 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
             ]
             for cell, run in runs.items()
         ]
-        found.append((f"ModelOpt, batches: {baseline}", _CELL_HEADER, rows))
+        made.append((f"ModelOpt, batches: {baseline}", _CELL_HEADER, rows))
         rows = [
             [
                 str(entry["cells"]),
@@ -145,24 +145,24 @@ def tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
                 _times(entry["ratio_grid"]),
             ]
         ]
-        found.append((f"Both engines, batches: {baseline}", _RATIO_HEADER, rows))
+        made.append((f"Both engines, batches: {baseline}", _RATIO_HEADER, rows))
         rows = [
             [pair, _share(numbers["max"]), _share(numbers["same_max"]), _rho(numbers["spearman"])]
             for pair, numbers in entry["pairs"].items()
         ]
-        found.append((f"Scores by pair, batches: {baseline}", _PAIR_HEADER, rows))
+        made.append((f"Scores by pair, batches: {baseline}", _PAIR_HEADER, rows))
     rows = [
         [_cells(run["cells"], results["grid"]), *_fused(run)]
         for piece in results["pieces"]
         for run in piece["fused"]
     ]
-    found.append(("Fused, all cells of a row in one go", _FUSED_HEADER, rows))
+    made.append(("Fused, all cells of a row in one go", _FUSED_HEADER, rows))
     for title, key in (("pairs", "pairs"), ("samples", "samples")):
         growth = results.get("growth", {}).get(key)
         if growth:
             rows = [[str(run[key]), *_fused(run)] for run in growth]
-            found.append((f"How the cost grows with {title}", [title, *_FUSED_HEADER[1:]], rows))
-    return found
+            made.append((f"How the cost grows with {title}", [title, *_FUSED_HEADER[1:]], rows))
+    return made
 
 
 _CELL_HEADER = ["cell", "calibrate s", "score s", "total s", "CPU s", "peak GiB", "median diff"]
@@ -207,16 +207,16 @@ def print_tables(results: Results) -> None:
 
 
 def _by_pair(runs: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, dict[str, Any]] = {}
+    by_pair: dict[str, dict[str, Any]] = {}
     for cell, run in runs.items():
-        numbers = found.setdefault(
+        numbers = by_pair.setdefault(
             cell.rsplit("-", 1)[0], {"max": None, "same_max": None, "spearman": None}
         )
         own, same = run["agreement"]["own_batches"], run["agreement"].get("same_batches") or {}
         numbers["max"] = _worst(max, numbers["max"], own["max"])
         numbers["same_max"] = _worst(max, numbers["same_max"], same.get("max"))
         numbers["spearman"] = _worst(min, numbers["spearman"], own["spearman"])
-    return found
+    return by_pair
 
 
 def _worst(which: Any, *values: float | None) -> float | None:

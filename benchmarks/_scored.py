@@ -51,12 +51,12 @@ class Scored:
     def methods(self, draws: Sequence[int], seeds: int) -> dict[str, Any]:
         """Return how ``gradient`` and ``fisher`` stand to the truth, by method and pair."""
         truth = self.truth()
-        found = {"gradient": self.parts.get("gradient", lambda: self._gradient(truth))}
+        by_method = {"gradient": self.parts.get("gradient", lambda: self._gradient(truth))}
         for count in draws:
-            found[f"fisher, {count}"] = self.parts.get(
+            by_method[f"fisher, {count}"] = self.parts.get(
                 f"fisher-{count}-{seeds}", partial(self._fisher, truth, count, seeds)
             )
-        return found
+        return by_method
 
     def modelopt(self) -> dict[str, dict[str, Any]]:
         """Return how ModelOpt's scores stand to the truth, run as its examples do, by pair."""
@@ -103,9 +103,9 @@ class Scored:
         }
 
     def _gradient(self, truth: dict[str, Any]) -> dict[str, Any]:
-        found = self._run(self.cells, "gradient")
+        done = self._run(self.cells, "gradient")
         return {
-            cell.pair.name: {"rho": _rho(_sums(found, cell), truth, cell)} for cell in self.cells
+            cell.pair.name: {"rho": _rho(_sums(done, cell), truth, cell)} for cell in self.cells
         }
 
     def _fisher(self, truth: dict[str, Any], draws: int, seeds: int) -> dict[str, Any]:
@@ -113,9 +113,9 @@ class Scored:
         seen: dict[str, list[dict[str, float]]] = {cell.pair.name: [] for cell in self.cells}
         first: dict[str, dict[str, Any]] = {}
         for seed in range(seeds):
-            found = self._run(self.cells, "fisher", draws=draws, seed=seed)
+            done = self._run(self.cells, "fisher", draws=draws, seed=seed)
             for cell in self.cells:
-                points = self._points(found, cell, truth)
+                points = self._points(done, cell, truth)
                 judged = judge(points, in_nats=True).model_dump(exclude={"reason"})
                 seen[cell.pair.name].append(judged)
                 first.setdefault(cell.pair.name, {"nats": [point.estimate for point in points]})
@@ -132,11 +132,11 @@ class Scored:
             for pair, all_ in seen.items()
         }
 
-    def _points(self, found: ScoringPass, cell: Cell, truth: dict[str, Any]) -> list[Point]:
+    def _points(self, done: ScoringPass, cell: Cell, truth: dict[str, Any]) -> list[Point]:
         """Return the groups as an audit states them, in nats summed over the samples."""
-        ours, theirs = _sums(found, cell), truth[cell.pair.name]["nats"]
-        assert found.scores.draws is not None
-        drawn = found.scores.draws[:, found.candidates.of_cell[cell.name]]
+        ours, theirs = _sums(done, cell), truth[cell.pair.name]["nats"]
+        assert done.scores.draws is not None
+        drawn = done.scores.draws[:, done.candidates.of_cell[cell.name]]
         errors = [None] * len(ours)
         if drawn.shape[-1] > 1:
             errors = (drawn.var(dim=-1) / drawn.shape[-1]).sum(dim=1).sqrt().tolist()
@@ -179,9 +179,9 @@ class Scored:
         }
 
 
-def _sums(found: ScoringPass, cell: Cell) -> np.ndarray:
-    index = found.candidates.of_cell[cell.name]
-    sums: np.ndarray = found.scores.per_sample[:, index].sum(dim=-1).numpy()
+def _sums(done: ScoringPass, cell: Cell) -> np.ndarray:
+    index = done.candidates.of_cell[cell.name]
+    sums: np.ndarray = done.scores.per_sample[:, index].sum(dim=-1).numpy()
     return sums
 
 

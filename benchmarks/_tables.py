@@ -10,22 +10,22 @@ from benchmarks import _plot
 _SHOWN = 8
 
 
-def text(found: dict[str, Any]) -> str:
+def text(results: dict[str, Any]) -> str:
     """Return the tables of what is there of one model."""
-    subject = found["subject"]
+    subject = results["subject"]
     lines = [
-        f"# {subject['model']}, {subject['dtype']}, {found['count']} samples of "
+        f"# {subject['model']}, {subject['dtype']}, {results['count']} samples of "
         f"{subject['captions']}",
         "",
     ]
-    if found["methods"]:
-        lines += [*_methods(found), ""]
-    if found["truth"]:
-        spent = [entry["seconds"] for entry in found["truth"].values()]
+    if results["methods"]:
+        lines += [*_methods(results), ""]
+    if results["truth"]:
+        spent = [entry["seconds"] for entry in results["truth"].values()]
         lines += [f"True KL of all groups: {sum(spent):.1f} s for {len(spent)} pairs.", ""]
-    if found["cost"]:
-        lines += [*_cost(found["cost"]), ""]
-    recipes = dict(found["recipes"] or {})
+    if results["cost"]:
+        lines += [*_cost(results["cost"]), ""]
+    recipes = dict(results["recipes"] or {})
     floor = recipes.pop("floor", None)
     for title, entries in recipes.items():
         lines += [*_recipes(title, entries), ""]
@@ -38,36 +38,36 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def drawn(found: dict[str, Any]) -> str:
+def drawn(results: dict[str, Any]) -> str:
     """Return a plot of the estimates at 8 draws, or the most that were taken, by pair."""
-    draws = _draws(found)
+    draws = _draws(results)
     shown = _SHOWN if _SHOWN in draws else max(draws)
-    nats, truth = found["methods"][f"fisher, {shown}"], found["truth"]
+    nats, truth = results["methods"][f"fisher, {shown}"], results["truth"]
     return _plot.scatter(
         {
             pair: list(zip(truth[pair]["nats"], nats[pair]["nats"], strict=True))
-            for pair in found["pairs"]
+            for pair in results["pairs"]
         },
-        f"{found['subject']['model']}: KL divergence of each group alone, {shown} draws",
-        f"true KL divergence, nats, sum over {found['count']} captions",
+        f"{results['subject']['model']}: KL divergence of each group alone, {shown} draws",
+        f"true KL divergence, nats, sum over {results['count']} captions",
         "estimate, nats",
     )
 
 
-def _methods(found: dict[str, Any]) -> list[str]:
-    draws = _draws(found)
+def _methods(results: dict[str, Any]) -> list[str]:
+    draws = _draws(results)
     shown = _SHOWN if _SHOWN in draws else max(draws)
     header = ["pair"]
-    header += ["ModelOpt, padded on the left: rho"] if found["modelopt"] else []
+    header += ["ModelOpt, padded on the left: rho"] if results["modelopt"] else []
     header += ["`gradient`: rho", *(f"`fisher`, {count}: rho" for count in draws)]
     header += [f"ratio at {shown}: median, 10 to 90 %", "within the 90 % interval", "verdicts"]
     rows = []
-    for pair in found["pairs"]:
-        best = found["methods"][f"fisher, {shown}"][pair]
+    for pair in results["pairs"]:
+        best = results["methods"][f"fisher, {shown}"][pair]
         row = [f"`{pair}`"]
-        row += [f"{found['modelopt'][pair]['rho']:.3f}"] if found["modelopt"] else []
-        row.append(f"{found['methods']['gradient'][pair]['rho']:.3f}")
-        row += [f"{found['methods'][f'fisher, {count}'][pair]['rho']:.3f}" for count in draws]
+        row += [f"{results['modelopt'][pair]['rho']:.3f}"] if results["modelopt"] else []
+        row.append(f"{results['methods']['gradient'][pair]['rho']:.3f}")
+        row += [f"{results['methods'][f'fisher, {count}'][pair]['rho']:.3f}" for count in draws]
         row.append(f"{best['ratio']:.2f}, {best['ratio_10']:.2f} to {best['ratio_90']:.2f}")
         row.append(f"{best['covered']:.0%}" if "covered" in best else "")
         verdicts = best["verdicts"]
@@ -76,19 +76,19 @@ def _methods(found: dict[str, Any]) -> list[str]:
     return _table(header, rows)
 
 
-def _cost(found: dict[str, Any]) -> list[str]:
-    base, base_cpu = (found[key]["gradient"] for key in ("seconds", "cpu_seconds"))
+def _cost(results: dict[str, Any]) -> list[str]:
+    base, base_cpu = (results[key]["gradient"] for key in ("seconds", "cpu_seconds"))
     rows = [
         [
             f"`{name}`",
             f"{seconds:.2f}",
-            f"{found['cpu_seconds'][name]:.2f}",
+            f"{results['cpu_seconds'][name]:.2f}",
             f"{seconds / base:.2f}",
-            f"{found['cpu_seconds'][name] / base_cpu:.2f}",
+            f"{results['cpu_seconds'][name] / base_cpu:.2f}",
         ]
-        for name, seconds in found["seconds"].items()
+        for name, seconds in results["seconds"].items()
     ]
-    machine = found["machine"].get("card") or found["machine"]["cpu"]
+    machine = results["machine"].get("card") or results["machine"]["cpu"]
     header = ["method, all pairs", "seconds", "CPU seconds", "over `gradient`", "of CPU seconds"]
     return [f"On {machine}:", "", *_table(header, rows)]
 
@@ -127,6 +127,6 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
-def _draws(found: dict[str, Any]) -> list[int]:
-    names = [name for name in found["methods"] if name.startswith("fisher")]
+def _draws(results: dict[str, Any]) -> list[int]:
+    names = [name for name in results["methods"] if name.startswith("fisher")]
     return [int(name.split(", ")[1]) for name in names]

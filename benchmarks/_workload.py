@@ -258,8 +258,8 @@ def random_samples(captions: Sequence[str], vocabulary: int, *, longest: int) ->
     ids = []
     for caption in captions:
         length = len(re.findall(r"\w+|[^\w\s]", caption))
-        found = torch.randint(0, high, (length,), generator=generator).tolist()
-        ids.append(tuple(found[:longest]))
+        drawn = torch.randint(0, high, (length,), generator=generator).tolist()
+        ids.append(tuple(drawn[:longest]))
     return Samples(ids=tuple(ids), truncated=(False,) * len(ids))
 
 

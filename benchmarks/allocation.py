@@ -42,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups = random_groups(given.groups, given.formats, seed)
         for target in (5.0, 6.0, 8.0):
             started = time.perf_counter()
-            found = allocate(groups, target)
+            chosen = allocate(groups, target)
             seconds = time.perf_counter() - started
             slowest = max(slowest, seconds)
-            row = (f"{target:g}", f"{found.bits:.6f}", f"{found.damage:.6g}", f"{seconds:.2f}")
+            row = (f"{target:g}", f"{chosen.bits:.6f}", f"{chosen.damage:.6g}", f"{seconds:.2f}")
             table.add_row(str(seed), *row)
         started = time.perf_counter()
         points = len(pareto(groups))

@@ -55,13 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="write the numbers there")
     given = parser.parse_args(arguments)
-    found = _run(given)
+    measured = _run(given)
     print(
-        f"pass over {found['cells']} cells {found['pass']:.2f} s, audit of {found['audited']} "
-        f"groups of pairs {found['audit']:.2f} s: {found['audit'] / found['pass']:.0%}"
+        f"pass over {measured['cells']} cells {measured['pass']:.2f} s, audit of "
+        f"{measured['audited']} groups of pairs {measured['audit']:.2f} s: {measured['audit'] / measured['pass']:.0%}"
     )
     if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        given.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--only: no part '{unknown[0]}'; there are {', '.join(PARTS)}")
     try:
-        tables = [_tables.text(found) for found in (_run(given, path) for path in given.model)]
+        tables = [_tables.text(results) for results in (_run(given, path) for path in given.model)]
     except QsensError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -132,7 +132,7 @@ def _run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
     }
     scores = Parts(given.work, {**subject, "count": given.count, "pairs": sorted(given.pairs)})
     scored = Scored(load, given.pairs, scores)
-    found: dict[str, Any] = {"subject": subject, "count": scored.count, "pairs": given.pairs}
+    results: dict[str, Any] = {"subject": subject, "count": scored.count, "pairs": given.pairs}
     steps: dict[str, tuple[Parts, Callable[[], Any]]] = {
         "truth": (scores, scored.truth),
         "methods": (scores, lambda: scored.methods(given.draws, given.seeds)),
@@ -140,16 +140,16 @@ def _run(given: argparse.Namespace, path: Path) -> dict[str, Any]:
         "cost": (scores, lambda: scored.cost(given.cost_draws)),
     }
     for name, (parts, make) in steps.items():
-        found[name] = make() if name in given.only else parts.known(make)
+        results[name] = make() if name in given.only else parts.known(make)
     recipes = Parts(given.work, subject)
-    found["recipes"] = (
+    results["recipes"] = (
         _recipes(given, path, captions, recipes)
         if "recipes" in given.only
         else recipes.known(lambda: _recipes(given, path, captions, recipes))
     )
-    if found["methods"]:
-        write_text(given.work / f"{subject['model']}.svg", _tables.drawn(found))
-    return found
+    if results["methods"]:
+        write_text(given.work / f"{subject['model']}.svg", _tables.drawn(results))
+    return results
 
 
 def _recipes(
@@ -175,12 +175,12 @@ def _recipes(
         return held_out(plan, "text")[:HELD_OUT]
 
     chosen = Chosen(words, unseen, parts, tied_head=given.head == "quantized")
-    found = {
+    recipes = {
         f"{name}, {bits:g} bits, tied head {given.head}": chosen.compare(sets[name], bits)
         for name in given.sets
         for bits in given.bits
     }
-    return {**found, "floor": chosen.floor()}
+    return {**recipes, "floor": chosen.floor()}
 
 
 def _numbers(text: str) -> list[int]:

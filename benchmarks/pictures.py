@@ -44,15 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=512, help="pixels of a picture's side")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     given = parser.parse_args(arguments)
-    found = _run(given)
+    measured = _run(given)
     print(
-        f"{found['cells']} cells, {found['groups']} groups, {found['samples']} pictures of "
-        f"{given.side} x {given.side}: calibration {found['calibrate']:.1f} s, score "
-        f"{found['score']:.1f} s, peak {found['peak']:.2f} GiB above the weights "
-        f"({found['predicted']:.2f} predicted)"
+        f"{measured['cells']} cells, {measured['groups']} groups, {measured['samples']} pictures "
+        f"of {given.side} x {given.side}: calibration {measured['calibrate']:.1f} s, score "
+        f"{measured['score']:.1f} s, peak {measured['peak']:.2f} GiB above the weights "
+        f"({measured['predicted']:.2f} predicted)"
     )
     if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        given.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -79,15 +79,15 @@ def _run(given: argparse.Namespace) -> dict[str, Any]:
         AutoquantConfig(),
         boundaries=list(load.sizes.values()),
     )
-    found = done.scores
-    if not all(found.reached) or found.failures.refused:
-        raise RuntimeError(f"not every group was scored: {found.failures.refused}")
+    scores = done.scores
+    if not all(scores.reached) or scores.failures.refused:
+        raise RuntimeError(f"not every group was scored: {scores.failures.refused}")
     return {
         "machine": _machine.describe(load.device),
         "versions": _machine.versions(),
         "shape": given.shape,
         "cells": len(cells),
-        "groups": len(found.groups),
+        "groups": len(scores.groups),
         "samples": len(samples),
         "tokens": samples.tokens(),
         "patches": samples.patches(),

@@ -96,8 +96,8 @@ def metadata_of(data: bytes) -> dict[str, str]:
     Raises:
         ValueError: It is no whole safetensors file.
     """
-    found: dict[str, str] = _split(data)[0].get(_METADATA, {})
-    return found
+    metadata: dict[str, str] = _split(data)[0].get(_METADATA, {})
+    return metadata
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:

@@ -27,20 +27,20 @@ def read_leniently(model: type[BaseModel], data: Mapping[str, Any]) -> dict[str,
     Returns:
         What ``model`` can be made of, but for keys that nothing can stand for.
     """
-    found = {}
+    kept = {}
     for name, field in model.model_fields.items():
         if name in data:
             ok, value = _read(field.annotation, data[name])
             if ok:
-                found[name] = value
+                kept[name] = value
                 continue
         if field.is_required():
             for unknown in _UNKNOWNS:
                 ok, value = _read(field.annotation, unknown)
                 if ok:
-                    found[name] = value
+                    kept[name] = value
                     break
-    return found
+    return kept
 
 
 def _read(annotation: Any, value: Any) -> tuple[bool, Any]:

@@ -100,8 +100,8 @@ class Shown:
 
 def published_sweeps(parent: Path) -> list[Published]:
     """Return the sweeps below a model's ``sweeps/`` or below ``tmp/``, as they were published."""
-    found = [Published.read(plan.parent) for plan in parent.glob(f"*/{PLAN}")]
-    return sorted(found, key=lambda sweep: sweep.place)
+    sweeps = [Published.read(plan.parent) for plan in parent.glob(f"*/{PLAN}")]
+    return sorted(sweeps, key=lambda sweep: sweep.place)
 
 
 def place_of(store: Store) -> Place:
@@ -147,8 +147,8 @@ def may_show(store: Store, cell: CellSpec, place: Place) -> bool:
 
 def shown_sweeps(model_dir: Path) -> set[str]:
     """Return the ids of the sweeps whose results the cells' directories of a model show."""
-    found = [Shown.read(directory) for directory in shown_cells(model_dir)]
-    return {shown.place.sweep_id for shown in found if shown is not None}
+    marks = [Shown.read(directory) for directory in shown_cells(model_dir)]
+    return {shown.place.sweep_id for shown in marks if shown is not None}
 
 
 def shown_cells(model_dir: Path) -> Iterator[Path]:
@@ -228,14 +228,14 @@ def find_sweep(name: str, results: Path, *, remedy: str | None = None) -> Path:
         return path.parent.resolve()
     if has_file(path / SUMMARY, remedy=_NAME):
         return path.resolve()
-    found = []
+    directories = []
     if path.name == name and name not in ("", ".", ".."):
         parents = [results / TMP, *(analysis / SWEEPS for analysis in analyses(results))]
-        found = [parent / name for parent in parents if (parent / name / SUMMARY).is_file()]
-    if len(found) != 1:
+        directories = [parent / name for parent in parents if (parent / name / SUMMARY).is_file()]
+    if len(directories) != 1:
         raise UserError(
-            f"is the id of {len(found)} sweeps" if found else "is no published sweep",
+            f"is the id of {len(directories)} sweeps" if directories else "is no published sweep",
             where=name,
             remedy=remedy or f"{_NAME[:-1]} below {results}.",
         )
-    return found[0]
+    return directories[0]

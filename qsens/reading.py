@@ -148,20 +148,20 @@ def parse_json(data: bytes, *, strict: bool = False, halves: bool = False) -> An
     """
     text = data.decode("utf-8-sig")
     try:
-        found = (
+        parsed = (
             json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
             if strict
             else json.loads(text)
         )
     except RecursionError:
         raise ValueError(f"it nests deeper than {DEEPEST} levels") from None
-    _check_depth(found)
+    _check_depth(parsed)
     if not halves and _SURROGATE.search(text):
         try:
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(parsed, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ValueError("it holds half of a surrogate pair") from None
-    return found
+    return parsed
 
 
 def has_file(path: Path, *, remedy: str, error: type[UserError] = UserError) -> bool:
@@ -276,12 +276,12 @@ def _no_file(mode: int) -> str:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    unique: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in unique:
             raise ValueError(f"{shown(key)} stands there twice")
-        found[key] = value
-    return found
+        unique[key] = value
+    return unique
 
 
 def _no_number(name: str) -> Any:

@@ -169,14 +169,14 @@ class Store:
     def damages(self) -> list[str]:
         """Return in words what this sweep has set aside."""
         cells = {cell.digest: f" of {cell.cell}" for cell in self.plan.cells}
-        found: dict[str, None] = {}
+        sentences: dict[str, None] = {}
         for path in sorted((self.plan.results / ASIDE / self.plan.sweep_id).glob("*")):
             kind, _, name = path.name.partition("-")
             of = cells.get(name.partition(".")[0], "") if kind != "calibrations" else ""
             what = "failure" if name.endswith(FAILED) else _STORED.get(kind, "file")
             words = f"the stored {what}{of} was damaged: it was set aside"
-            found[words if what == "failure" else f"{words} and computed again"] = None
-        return list(found)
+            sentences[words if what == "failure" else f"{words} and computed again"] = None
+        return list(sentences)
 
     def model_dir(self) -> Path:
         """Return the directory of all that is published for the model."""

@@ -27,17 +27,17 @@ class AuditOperator(GpuOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Run ``qsens audit``; return the verdict of each audited cell, and what is missing."""
         mode = self._mode(context)
-        found = self.run_on_device(context, "audit", *(["--full"] if mode == "full" else []))
+        audited = self.run_on_device(context, "audit", *(["--full"] if mode == "full" else []))
         verdicts = {}
-        for audit in found["audits"]:
+        for audit in audited["audits"]:
             judged = audit["judgement"]
             verdicts[audit["cell"]] = judged["verdict"]
             distrusted = judged["verdict"] == "do not trust"
             say = self.log.warning if distrusted else self.log.info
             say("%s: %s: %s", audit["cell"], judged["verdict"], judged["reason"])
-        for cell in found["missing"]:
+        for cell in audited["missing"]:
             self.log.warning("Not audited: %s: %s", cell["cell"], cell["reason"])
-        return {"verdicts": verdicts, "missing": found["missing"]}
+        return {"verdicts": verdicts, "missing": audited["missing"]}
 
     def nothing_to_compute(self, plan: Plan) -> bool:
         """Return whether the audits are there."""

@@ -95,11 +95,11 @@ def _listed() -> list[str]:
 def _parse(text: str) -> list[str]:
     devices: list[str] = []
     whole = False
-    for found in _LISTED.finditer(text):
-        if found["kind"] == "MIG" and whole:
+    for match in _LISTED.finditer(text):
+        if match["kind"] == "MIG" and whole:
             devices.pop()
-        whole = found["kind"] == "GPU"
-        devices.append(found["uuid"])
+        whole = match["kind"] == "GPU"
+        devices.append(match["uuid"])
     return devices
 
 

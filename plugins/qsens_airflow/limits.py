@@ -58,15 +58,15 @@ def allowed_roots(roots: Roots) -> list[Path]:
 def _paths(config: SweepConfig) -> dict[str, Path]:
     """Return every path that a sweep reads, by key, symbolic links resolved."""
     dataset = config.dataset
-    found = {
+    paths = {
         "model.path": config.model.path,
         "dataset.directory": dataset.directory,
         "dataset.images": dataset.images_root(),
     }
-    found |= {
+    paths |= {
         f"dataset.files.{size}": dataset.directory / dataset.files[size] for size in dataset.files
     }
-    return {key: path.resolve() for key, path in found.items()}
+    return {key: path.resolve() for key, path in paths.items()}
 
 
 def _refuse_foreign(key: str, path: Path, allowed: Sequence[Path]) -> None:

@@ -45,9 +45,9 @@ class PlanOperator(QsensOperator):
             roots = Roots.from_environment()
             config = load_run(params.preset, overrides, roots)
             if params.mode == "report_only":
-                found = plans_to_publish(config, roots, params.sweep)
-                self.log.info("Report only: %s", ", ".join(map(str, found)))
-                context["ti"].xcom_push(key="plan", value="\n".join(map(str, found)))
+                plans = plans_to_publish(config, roots, params.sweep)
+                self.log.info("Report only: %s", ", ".join(map(str, plans)))
+                context["ti"].xcom_push(key="plan", value="\n".join(map(str, plans)))
                 return []
             lanes = config.dag.lanes or lanes_of(self.gpu_pool, self.log.info)
         except UserError as error:

@@ -60,12 +60,12 @@ def make_app(user: Callable[..., Any]) -> FastAPI:
     def models(page: _Page = 1) -> Response:
         """List the models that have reports."""
         root = Roots.from_environment().results
-        found = sorted(
+        names = sorted(
             path.parent.name
             for path in root.glob("models/*/layer-analysis")
             if path.is_dir() and _allowed(root, path.relative_to(root).as_posix()) is not None
         )
-        links = [(name, f"files/models/{quote(name, safe='')}/layer-analysis/") for name in found]
+        links = [(name, f"files/models/{quote(name, safe='')}/layer-analysis/") for name in names]
         return _listing("Layer sensitivity", "Models with reports", links, page)
 
     @route("/runs/{dag_id}/{run_id:path}")
@@ -105,25 +105,25 @@ def make_app(user: Callable[..., Any]) -> FastAPI:
     def file(request: Request, path: str, page: _Page = 1) -> Response:
         """Serve one file of the reports, or list a directory of them."""
         root = Roots.from_environment().results
-        found = _allowed(root, path)
-        if found is None:
+        allowed = _allowed(root, path)
+        if allowed is None:
             raise HTTPException(404, "no such report", headers=_HEADERS)
         base = request.scope.get("root_path", "")
-        if found.is_file():
-            if found.suffix == ".html":
-                return _page(found, base)
-            return FileResponse(found, media_type=_TYPES[found.suffix], headers=_HEADERS)
+        if allowed.is_file():
+            if allowed.suffix == ".html":
+                return _page(allowed, base)
+            return FileResponse(allowed, media_type=_TYPES[allowed.suffix], headers=_HEADERS)
         if not path.endswith("/"):
             return RedirectResponse(f"{base}/files/{quote(path)}/", headers=_HEADERS)
-        if (found / PAGE).is_file():
+        if (allowed / PAGE).is_file():
             return RedirectResponse(PAGE, headers=_HEADERS)
-        names = sorted((entry.name for entry in found.iterdir()), reverse=True)
+        names = sorted((entry.name for entry in allowed.iterdir()), reverse=True)
         links = []
         for name in names:
             entry = _allowed(root, f"{path}{name}")
             if entry is not None:
                 links.append((name, quote(name, safe="") + ("/" if entry.is_dir() else "")))
-        return _listing(found.name, "Reports, newest first", links, page)
+        return _listing(allowed.name, "Reports, newest first", links, page)
 
     return app
 
@@ -159,13 +159,17 @@ def _allowed(root: Path, path: str) -> Path | None:
         return None
     try:
         home = (root / head[1]).resolve(strict=True)
-        found = (root / path).resolve(strict=True)
+        resolved = (root / path).resolve(strict=True)
         top = root.resolve(strict=True)
     except (OSError, RuntimeError):
         return None
-    if home != top / head[1] or not found.is_relative_to(home):
+    if home != top / head[1] or not resolved.is_relative_to(home):
         return None
-    return found if found.is_dir() or (found.is_file() and found.suffix in _TYPES) else None
+    return (
+        resolved
+        if resolved.is_dir() or (resolved.is_file() and resolved.suffix in _TYPES)
+        else None
+    )
 
 
 def _page(path: Path, base: str) -> HTMLResponse:

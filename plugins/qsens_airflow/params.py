@@ -99,7 +99,7 @@ class SweepParams(Frozen):
         Raises:
             UserError: ``overrides`` cannot be split, or names a key that has its own param.
         """
-        found = []
+        overrides = []
         for name, key in AXES.items():
             value = getattr(self, name)
             if not value:
@@ -109,9 +109,9 @@ class SweepParams(Frozen):
             order = _literals(section.model_fields[name])
             if order:
                 names.sort(key=lambda name: order.index(name) if name in order else -1)
-            found.append(f"{key}={','.join(names)}")
+            overrides.append(f"{key}={','.join(names)}")
         if self.force:
-            found.append("runner.force=true")
+            overrides.append("runner.force=true")
         for override in self._extra():
             key = override.partition("=")[0].strip().lstrip("+")
             if key in _OWN:
@@ -120,8 +120,8 @@ class SweepParams(Frozen):
                     where=f"{key} (param overrides)",
                     remedy=f"Use the param {_OWN[key]}.",
                 )
-            found.append(override)
-        return found
+            overrides.append(override)
+        return overrides
 
     def _extra(self) -> list[str]:
         try:

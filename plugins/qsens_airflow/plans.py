@@ -44,27 +44,27 @@ def plans_to_publish(config: SweepConfig, roots: Roots, sweep_id: str | None) ->
     shown: set[str] = set()
     if config.runner.output_dir is not None:
         where = f"{config.runner.output_dir}"
-        found = [Published.read(config.runner.output_dir)]
+        sweeps = [Published.read(config.runner.output_dir)]
         sweep_id = None
     elif config.output_layout == "tmp":
         where = f"{roots.results / TMP}"
-        found = published_sweeps(roots.results / TMP)
+        sweeps = published_sweeps(roots.results / TMP)
     else:
         analysis = roots.results / MODELS / model / ANALYSIS
         where = f"{analysis / SWEEPS}"
         # All that lies below a model's directory is that model's, unless it says otherwise.
-        found = [
+        sweeps = [
             replace(sweep, model=sweep.model or model)
             for sweep in published_sweeps(analysis / SWEEPS)
         ]
         shown = shown_sweeps(analysis)
-    found = [sweep for sweep in found if sweep.model == model]
+    sweeps = [sweep for sweep in sweeps if sweep.model == model]
     if sweep_id:
-        found = [sweep for sweep in found if sweep.directory.name == sweep_id]
+        sweeps = [sweep for sweep in sweeps if sweep.directory.name == sweep_id]
     else:
-        found = [sweep for sweep in found if sweep is found[-1] or sweep.directory.name in shown]
-    if found:
-        return [sweep.plan for sweep in found]
+        sweeps = [sweep for sweep in sweeps if sweep is sweeps[-1] or sweep.directory.name in shown]
+    if sweeps:
+        return [sweep.plan for sweep in sweeps]
     raise UserError(
         f"no sweep {sweep_id or 'at all'} of the model '{model}' has been published there",
         where=where,

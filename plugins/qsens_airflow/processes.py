@@ -20,11 +20,11 @@ def free_port() -> int:
 
 def descendants(processes: Collection[subprocess.Popen[bytes]]) -> set[psutil.Process]:
     """Return all that ``processes`` have started and that is alive."""
-    found: set[psutil.Process] = set()
+    known: set[psutil.Process] = set()
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
-            found |= set(psutil.Process(process.pid).children(recursive=True))
-    return found
+            known |= set(psutil.Process(process.pid).children(recursive=True))
+    return known
 
 
 def end(processes: Collection[subprocess.Popen[bytes]], *, grace: float) -> None:

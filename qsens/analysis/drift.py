@@ -89,7 +89,7 @@ def changes(before: SampleScores, after: SampleScores, *, paired: bool) -> dict[
 
 
 def moved(
-    found: Mapping[Key, Change], *, rate: float = RATE, floor: float = FLOOR
+    tested: Mapping[Key, Change], *, rate: float = RATE, floor: float = FLOOR
 ) -> dict[Key, Change]:
     """Return the changes beyond noise, largest relative to their interval first.
 
@@ -97,18 +97,18 @@ def moved(
     chance that anything at all is returned is at most ``rate``.
 
     Args:
-        found: All changes tested, of every cell.
+        tested: All changes tested, of every cell.
         rate: Share of false alarms.
         floor: Relative changes below this are left out.
 
     Source: Benjamini and Hochberg's step-up procedure.
     """
-    if not found:
+    if not tested:
         return {}
-    adjusted = false_discovery_control([change.p_value for change in found.values()])
+    adjusted = false_discovery_control([change.p_value for change in tested.values()])
     kept = [
         (key, change)
-        for (key, change), p_value in zip(found.items(), adjusted, strict=True)
+        for (key, change), p_value in zip(tested.items(), adjusted, strict=True)
         if p_value <= rate
         and abs(change.change) >= floor * max(abs(change.before), abs(change.after))
         and change.change != 0

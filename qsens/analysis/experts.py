@@ -36,7 +36,7 @@ class Mixture(Frozen):
 
 def mixtures(manifest: Manifest) -> tuple[Mixture, ...]:
     """Return the mixtures of a manifest in model order; none where it has no scores by expert."""
-    found = []
+    made = []
     for key, row in manifest.layer_sensitivity.items():
         if row.experts is None:
             continue
@@ -47,7 +47,7 @@ def mixtures(manifest: Manifest) -> tuple[Mixture, ...]:
             if score is not None
         ]
         known.sort(key=lambda each: (-each.sensitivity, each.expert))
-        found.append(
+        made.append(
             Mixture(
                 layer=group_name(key),
                 experts=len(row.experts.tokens),
@@ -55,4 +55,4 @@ def mixtures(manifest: Manifest) -> tuple[Mixture, ...]:
                 without_tokens=tuple(row.experts.without_tokens),
             )
         )
-    return tuple(found)
+    return tuple(made)

@@ -19,7 +19,7 @@ def inputs(manifest: Manifest) -> dict[tuple[Cause, str], str]:
     A manifest of the older layout records less; its checkpoint has no digest.
     """
     scheme, model = manifest.scheme, manifest.model
-    found: dict[tuple[Cause, str], Any] = {
+    values: dict[tuple[Cause, str], Any] = {
         ("checkpoint", "digest"): model.digest,
         ("checkpoint", "path"): None if model.digest else model.id,
         ("checkpoint", "dtype"): model.dtype,
@@ -31,7 +31,7 @@ def inputs(manifest: Manifest) -> dict[tuple[Cause, str], str]:
         ("configuration", "engine"): manifest.engine,
     }
     if (dataset := manifest.dataset) is not None:
-        found |= {
+        values |= {
             ("captions", "digest"): dataset.digest,
             ("captions", "samples used"): dataset.samples_used,
             ("captions", "samples scored"): dataset.samples_scored,
@@ -42,7 +42,7 @@ def inputs(manifest: Manifest) -> dict[tuple[Cause, str], str]:
             ("captions", "prompt"): dataset.prompt,
         }
     if (quantization := manifest.quantization) is not None:
-        found |= {
+        values |= {
             ("configuration", "pair"): quantization.pair,
             ("configuration", "granularity"): quantization.granularity,
             ("configuration", "effective bits of the format"): quantization.effective_bits,
@@ -51,14 +51,14 @@ def inputs(manifest: Manifest) -> dict[tuple[Cause, str], str]:
             ),
         }
     if (versions := manifest.versions) is not None:
-        found |= {
+        values |= {
             ("versions", "qsens"): versions.qsens,
             ("versions", "torch"): versions.torch,
             ("versions", "transformers"): versions.transformers,
             ("versions", "modelopt"): versions.modelopt,
             ("versions", "device"): versions.device,
         }
-    return {key: str(value) for key, value in found.items() if value not in (None, "", UNKNOWN)}
+    return {key: str(value) for key, value in values.items() if value not in (None, "", UNKNOWN)}
 
 
 def settings(config: Mapping[str, Any]) -> dict[tuple[Cause, str], str]:
@@ -69,10 +69,10 @@ def settings(config: Mapping[str, Any]) -> dict[tuple[Cause, str], str]:
     """
     kept = ("batch_size", "score_size", "seed", "draws", "effective_bits", "method", "engine")
     autoquant = config.get("autoquant", {})
-    found = {f"autoquant.{name}": autoquant.get(name) for name in kept}
-    found |= {f"dataset.sizes.{size}": n for size, n in config.get("dataset", {})["sizes"].items()}
+    values = {f"autoquant.{name}": autoquant.get(name) for name in kept}
+    values |= {f"dataset.sizes.{size}": n for size, n in config.get("dataset", {})["sizes"].items()}
     return {
-        ("configuration", name): str(value) for name, value in found.items() if value is not None
+        ("configuration", name): str(value) for name, value in values.items() if value is not None
     }
 
 
@@ -81,9 +81,9 @@ def differences(
 ) -> tuple[Difference, ...]:
     """Return what differs, by cause, in the order of the first that names it."""
     keys = [*before, *(key for key in after if key not in before)]
-    found = [
+    differing = [
         Difference(cause=key[0], what=key[1], before=before.get(key), after=after.get(key))
         for key in keys
         if before.get(key) != after.get(key)
     ]
-    return tuple(sorted(found, key=lambda entry: CAUSES.index(entry.cause)))
+    return tuple(sorted(differing, key=lambda entry: CAUSES.index(entry.cause)))

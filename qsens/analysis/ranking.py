@@ -47,8 +47,8 @@ class Ranking(Frozen):
     @property
     def stated(self) -> dict[str, float]:
         """Return the statistic of the scored groups, by name."""
-        found = {row.layer: value_of(row, self.statistic) for row in self.rows}
-        return {name: value for name, value in found.items() if value is not None}
+        values = {row.layer: value_of(row, self.statistic) for row in self.rows}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 class MeanShare(Frozen):
@@ -182,12 +182,12 @@ def _parts(rows: Iterable[tuple[_Key, Row]]) -> dict[_Key, Part]:
             members.setdefault(key, []).append(row)
     return {
         key: Part(
-            groups=len(found),
-            sensitivity=math.fsum(row.sensitivity or 0.0 for row in found),
-            share=math.fsum(row.share or 0.0 for row in found),
-            first=min(found, key=lambda row: row.position or 0).layer,
+            groups=len(its_rows),
+            sensitivity=math.fsum(row.sensitivity or 0.0 for row in its_rows),
+            share=math.fsum(row.share or 0.0 for row in its_rows),
+            first=min(its_rows, key=lambda row: row.position or 0).layer,
         )
-        for key, found in members.items()
+        for key, its_rows in members.items()
     }
 
 

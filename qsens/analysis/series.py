@@ -35,8 +35,8 @@ class OfSeries(Protocol):
 
 def scores(rows: Iterable[Row], statistic: Statistic) -> dict[str, float]:
     """Return the score of every scored group by name, as names compare."""
-    found = {normalise_name(row.layer): value_of(row, statistic) for row in rows}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {normalise_name(row.layer): value_of(row, statistic) for row in rows}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def compare_all_sizes(cells: Sequence[SummaryCell]) -> tuple[SizesCompared, ...]:
@@ -45,13 +45,13 @@ def compare_all_sizes(cells: Sequence[SummaryCell]) -> tuple[SizesCompared, ...]
     for cell in cells:
         if cell.done:
             series.setdefault(series_of(cell), []).append(cell)
-    found = []
+    compared = []
     for (pair, granularity, coverage, modality), members in series.items():
         members.sort(key=lambda cell: SIZES.index(cell.size))
         for one, other in itertools.pairwise(members):
             statistic = compared_by(one.rows, other.rows)
             agreed = compare_sizes(scores(one.rows, statistic), scores(other.rows, statistic))
-            found.append(
+            compared.append(
                 SizesCompared(
                     pair=pair,
                     granularity=granularity,
@@ -68,7 +68,7 @@ def compare_all_sizes(cells: Sequence[SummaryCell]) -> tuple[SizesCompared, ...]
                     overlap=agreed.overlap,
                 )
             )
-    return tuple(found)
+    return tuple(compared)
 
 
 def series_of(cell: OfSeries) -> tuple[str, str, Coverage, Modality]:
@@ -78,14 +78,14 @@ def series_of(cell: OfSeries) -> tuple[str, str, Coverage, Modality]:
 
 def largest_cells(cells: Iterable[SummaryCell]) -> list[SummaryCell]:
     """Return of each pair the cell of the largest size that has a result."""
-    found: dict[tuple[str, str, Coverage, Modality], SummaryCell] = {}
+    largest: dict[tuple[str, str, Coverage, Modality], SummaryCell] = {}
     for cell in cells:
         key = series_of(cell)
         if cell.done and (
-            key not in found or SIZES.index(cell.size) > SIZES.index(found[key].size)
+            key not in largest or SIZES.index(cell.size) > SIZES.index(largest[key].size)
         ):
-            found[key] = cell
-    return list(found.values())
+            largest[key] = cell
+    return list(largest.values())
 
 
 def of_coverage(

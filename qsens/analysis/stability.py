@@ -161,8 +161,8 @@ def bootstrap(
     scale = float(np.abs(terms).max(initial=0.0)) or 1.0
     for start in range(0, resamples, chunk):
         part = slice(start, start + chunk)
-        found = (drawn[part] @ (terms.T / scale)) / over[part, None]
-        values[part] = found
+        means = (drawn[part] @ (terms.T / scale)) / over[part, None]
+        values[part] = means
         places[part] = _positions(values[part])
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.percentile(values.astype(np.float64) * scale, [tail, 100 - tail], axis=0)
@@ -263,15 +263,15 @@ def _samples_needed(
     order = np.argsort(-score, kind="stable")
     needed: dict[int, list[int | None]] = {}
     for cut in cuts:
-        found: list[int | None] = [None] * len(score)
+        answers: list[int | None] = [None] * len(score)
         if cut < len(score):
             for place, index in enumerate(order):
                 beyond = order[cut] if place < cut else order[cut - 1]
                 gap = float(abs(score[index] - score[beyond]))
                 deviation = float((errors[index] - errors[beyond]).std(ddof=1))
                 if gap > 0:
-                    found[int(index)] = math.ceil((z * deviation / gap) ** 2)
-        needed[cut] = found
+                    answers[int(index)] = math.ceil((z * deviation / gap) ** 2)
+        needed[cut] = answers
     return needed
 
 
@@ -287,9 +287,9 @@ def _positions(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
 
 def _most(counts: Iterable[int | None]) -> int | None:
     """Return the largest count, none where one of them is not known."""
-    found = list(counts)
-    known = [count for count in found if count is not None]
-    return max(known) if known and len(known) == len(found) else None
+    answers = list(counts)
+    known = [count for count in answers if count is not None]
+    return max(known) if known and len(known) == len(answers) else None
 
 
 def _short(value: float) -> float:

@@ -85,8 +85,8 @@ def between(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         weight: Its first weight, ``(2 * inner, hidden)``.
     """
     gate, up = F.linear(x, weight).chunk(2, dim=-1)
-    found: torch.Tensor = module.act_fn(gate) * up
-    return found
+    hidden: torch.Tensor = module.act_fn(gate) * up
+    return hidden
 
 
 def run_experts(

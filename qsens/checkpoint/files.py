@@ -255,9 +255,9 @@ def weight_map(index: Path) -> dict[str, str]:
                 where=str(index),
                 remedy=AGAIN,
             )
-    found = {name: _inside(place, index) for name, place in places.items()}
+    files = {name: _inside(place, index) for name, place in places.items()}
     strange = next(
-        (name for name in sorted(found.values()) if not name.endswith(".safetensors")), None
+        (name for name in sorted(files.values()) if not name.endswith(".safetensors")), None
     )
     if strange is not None:
         raise UserError(
@@ -265,7 +265,7 @@ def weight_map(index: Path) -> dict[str, str]:
             where=str(index),
             remedy="Save it with save_pretrained(); pickles are never loaded.",
         )
-    return found
+    return files
 
 
 def _entry(path: Path) -> str:
@@ -367,23 +367,23 @@ def _code(path: Path, *, trusted: bool) -> tuple[list[Path], list[str]]:
             where=f"model.path = {path}",
             remedy="Copy that code beside the weights, and take the repository out of auto_map.",
         )
-    found = (file for file in path.rglob("*") if file.suffix in _CODE and file.is_file())
+    code = (file for file in path.rglob("*") if file.suffix in _CODE and file.is_file())
     return sorted(
         file
-        for file in found
+        for file in code
         if not any(part.startswith((".", "__pycache__")) for part in file.relative_to(path).parts)
     ), []
 
 
 def _own_classes(path: Path) -> list[str]:
     """Return the classes that a checkpoint's JSON files name in its own code."""
-    found = []
+    classes = []
     for file in _present(path, ("config.json", "tokenizer_config.json", *PROCESSOR)):
         held = read_json(file, remedy=AGAIN)
         mapped = held.get("auto_map") if isinstance(held, dict) else None
         for value in mapped.values() if isinstance(mapped, dict) else ():
-            found += [str(one) for one in (value if isinstance(value, list) else [value]) if one]
-    return found
+            classes += [str(one) for one in (value if isinstance(value, list) else [value]) if one]
+    return classes
 
 
 def _matching(directory: Path, patterns: Sequence[str]) -> Iterator[Path]:

@@ -75,11 +75,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
                 raise ValueError("its header is no JSON object")
             header = parse_json(data, strict=True)
             _check_metadata(header.pop("__metadata__", None))
-            found = {name: _tensor(file, name, entry, start) for name, entry in header.items()}
-            _check_places(found, start, size)
+            tensors = {name: _tensor(file, name, entry, start) for name, entry in header.items()}
+            _check_places(tensors, start, size)
         except ValueError as error:
             raise UserError(f"is broken: {error}", where=str(file), remedy=AGAIN) from error
-    return found
+    return tensors
 
 
 def _check_metadata(metadata: Any) -> None:

@@ -55,17 +55,17 @@ def refuse_quantized(path: Path) -> None:
         UserError: It is; the message names the tensor with its data type, or the file and key.
     """
     tensors = find_weights(path).tensors
-    where, found = f"model.path = {path}", _codes(tensors) or _scale(tensors)
-    if found is None:
+    where, sign = f"model.path = {path}", _codes(tensors) or _scale(tensors)
+    if sign is None:
         key = _key(read_config(path))
         file = next((name for name in _FILES if has_file(path / name, remedy=AGAIN)), None)
         if key is not None:
-            found, where = f"it has {key}", str(path / "config.json")
+            sign, where = f"it has {key}", str(path / "config.json")
         elif file is not None:
-            found = f"{file} lies beside its weights"
-    if found is not None:
+            sign = f"{file} lies beside its weights"
+    if sign is not None:
         raise UserError(
-            f"is quantized already: {found}",
+            f"is quantized already: {sign}",
             where=where,
             remedy="Scores say what quantizing would do: set model.path to the checkpoint in 16 or "
             "32 bits that this one was made from.",

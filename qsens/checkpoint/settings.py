@@ -89,10 +89,10 @@ def _fault(values: Mapping[str, Any], kind: str) -> str | None:
         return f"hidden_size {size} is no multiple of num_attention_heads {heads}"
     for key in _ROPE:
         for rope in _ropes(values.get(key)):
-            found = rope.get("rope_type", rope.get("type", "default"))
-            if not isinstance(found, str) or found not in ROPE_TYPES:
+            rope_type = rope.get("rope_type", rope.get("type", "default"))
+            if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
                 known = ", ".join(sorted(ROPE_TYPES))
-                return f"{key} is of type {shown(found)}, and known are {known}"
+                return f"{key} is of type {shown(rope_type)}, and known are {known}"
     return None
 
 

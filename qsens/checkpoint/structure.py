@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from qsens.checkpoint.files import read_config, shapes
 from qsens.config import ModelConfig
@@ -87,8 +88,8 @@ FAMILIES = (
 # How configurations of mixtures of experts name the number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SHOWN = 8
-# Attribute of a loaded model: the name of its head.
-_NOTE = "_qsens_head"
+# Names of the heads of loaded models, which nothing is written on.
+_HEADS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def family_of(model_type: str) -> Family | None:
@@ -136,7 +137,7 @@ def find_head(names: Iterable[str], config: ModelConfig) -> str:
         UserError: A module is in no part or in several, there is no language model, or not one
             head. The message names modules and patterns.
     """
-    found: dict[str, list[str]] = {"language": [], "vision": [], "head": []}
+    members: dict[str, list[str]] = {"language": [], "vision": [], "head": []}
     patterns = {
         "language": config.language_patterns,
         "vision": config.vision_patterns,
@@ -146,7 +147,7 @@ def find_head(names: Iterable[str], config: ModelConfig) -> str:
     for name in names:
         parts = [part for part, given in patterns.items() if _matches(name, given)]
         if len(parts) == 1:
-            found[parts[0]].append(name)
+            members[parts[0]].append(name)
         else:
             unmatched.append((name, parts))
     where = f"model.path = {config.path}"
@@ -158,15 +159,17 @@ def find_head(names: Iterable[str], config: ModelConfig) -> str:
             where=where,
             remedy=_how_to_write(_grouped(name for name, _ in unmatched)),
         )
-    if len(found["head"]) != 1 or not found["language"]:
-        part = "language" if not found["language"] else "head"
-        matched = ", ".join(found[part][:3]) or "no module"
+    if len(members["head"]) != 1 or not members["language"]:
+        part = "language" if not members["language"] else "head"
+        matched = ", ".join(members[part][:3]) or "no module"
         raise UserError(
             f"model.{part}_patterns = {', '.join(patterns[part])} match {matched}",
             where=where,
-            remedy=_how_to_write(_grouped([*found["language"], *found["vision"], *found["head"]])),
+            remedy=_how_to_write(
+                _grouped([*members["language"], *members["vision"], *members["head"]])
+            ),
         )
-    return found["head"][0]
+    return members["head"][0]
 
 
 def head_of(model: Any) -> Any:
@@ -174,13 +177,13 @@ def head_of(model: Any) -> Any:
 
     It is the one that :func:`remember_head` has noted, else what the model itself says it is.
     """
-    name = getattr(model, _NOTE, None)
+    name = _HEADS.get(model)
     return model.get_output_embeddings() if name is None else model.get_submodule(name)
 
 
 def remember_head(model: Any, name: str) -> None:
-    """Note the head's name at the model, where it stays with copies of it."""
-    setattr(model, _NOTE, name)
+    """Keep the head's name for as long as the model lives; a copy of it is another model."""
+    _HEADS[model] = name
 
 
 def _refuse_experts(described: Mapping[str, Any], kind: str, path: Path) -> None:

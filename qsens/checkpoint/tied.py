@@ -83,9 +83,9 @@ def _head(tensors: Mapping[str, Tensor], patterns: Sequence[str]) -> str | None:
     """Return the name of the head's weight; in files, it may lie deeper than in the model."""
     for pattern in patterns:
         for wanted in (f"{pattern}.weight", f"*.{pattern}.weight"):
-            found = next((name for name in tensors if fnmatch.fnmatchcase(name, wanted)), None)
-            if found is not None:
-                return found
+            head = next((name for name in tensors if fnmatch.fnmatchcase(name, wanted)), None)
+            if head is not None:
+                return head
     return None
 
 

@@ -71,13 +71,13 @@ def compare(
     from qsens.pipeline.compare import compare as step
     from qsens.report.compare import write_comparison
 
-    found = step(one, other, Roots.from_environment())
+    comparison = step(one, other, Roots.from_environment())
     if html is not None:
-        write_comparison(found, html, single_file=single_file)
+        write_comparison(comparison, html, single_file=single_file)
     if as_json:
-        print_json(found.model_dump())
+        print_json(comparison.model_dump())
         return
-    _print_comparison(found, count)
+    _print_comparison(comparison, count)
     if html is not None:
         stdout.print(str(html))
 
@@ -131,7 +131,7 @@ def audit(
 
     read = read_plan(plan)
     with ProgressLine(stderr, cells=["audit"]) as line:
-        found = step(
+        audited = step(
             read,
             pairs=pairs or (),
             groups=groups,
@@ -139,10 +139,10 @@ def audit(
             progress=lambda *steps: line.update("audit", *steps),
         )
     if as_json:
-        print_json(found)
+        print_json(audited)
     else:
-        _print_audits(found)
-    if any(entry["judgement"]["verdict"] == "do not trust" for entry in found["audits"]):
+        _print_audits(audited)
+    if any(entry["judgement"]["verdict"] == "do not trust" for entry in audited["audits"]):
         sys.exit(AnswerIsNo.exit_code)
 
 
@@ -189,7 +189,7 @@ def recipe(
     """
     from qsens.pipeline.recipe import write_recipe
 
-    found = write_recipe(
+    written = write_recipe(
         sweep,
         bits=bits,
         target=to,
@@ -202,39 +202,39 @@ def recipe(
         check=check,
         captions=captions,
     )
-    _say_recipe(found, as_json=as_json)
-    if check and found["check"]["better"]:
+    _say_recipe(written, as_json=as_json)
+    if check and written["check"]["better"]:
         sys.exit(AnswerIsNo.exit_code)
 
 
-def _say_recipe(found: dict[str, Any], *, as_json: bool) -> None:
+def _say_recipe(written: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print_json(found)
+        print_json(written)
         return
     from qsens.recipes.formats.evidence import LeftOut
 
-    say_notices(found["notices"])
-    for entry in found["left_out"]:
+    say_notices(written["notices"])
+    for entry in written["left_out"]:
         stderr.print(f"left out: {LeftOut(**entry).words}", style="yellow")
-    if "check" in found:
-        _print_check(found["check"])
-    if found["path"] is None:
-        recipe = found["recipe"]
+    if "check" in written:
+        _print_check(written["check"])
+    if written["path"] is None:
+        recipe = written["recipe"]
         sys.stdout.write(visible(recipe, LINES) if sys.stdout.isatty() else recipe)
         return
-    _print_recipe(found)
+    _print_recipe(written)
 
 
-def _print_check(found: dict[str, Any]) -> None:
+def _print_check(checked: dict[str, Any]) -> None:
     table = Table(
-        title=f"nats a token on {found['captions']} captions not used; KL also on the "
-        f"{found['scored']} that were scored",
+        title=f"nats a token on {checked['captions']} captions not used; KL also on the "
+        f"{checked['scored']} that were scored",
         title_justify="left",
     )
     columns = ("formats", "bits", "loss increase", "KL", "KL, scored", "predicted", "scored / it")
     for column in columns:
         table.add_column(column)
-    for entry in found["measured"]:
+    for entry in checked["measured"]:
         known = entry["predicted"]
         ratio = f"{entry['scored'] / known:.2f}" if known else ""
         table.add_row(
@@ -247,21 +247,21 @@ def _print_check(found: dict[str, Any]) -> None:
             ratio,
         )
     stderr.print(table)
-    floor = found["floor"]
+    floor = checked["floor"]
     if floor is not None:
         stderr.print(
             f"rounding activations costs the unquantized model {floor:.1e} nats a token by itself; "
-            f"the recipe {found['measured'][0]['divergence'] / floor:.1f} times that",
+            f"the recipe {checked['measured'][0]['divergence'] / floor:.1f} times that",
         )
-    for name in found["better"]:
+    for name in checked["better"]:
         stderr.print(f"better than the recipe: {name}", style="yellow")
 
 
-def _print_audits(found: dict[str, Any]) -> None:
+def _print_audits(audited: dict[str, Any]) -> None:
     table = Table(title="scores against the true KL divergence", title_justify="left")
     for column in ("cell", "groups", "rho", "estimate / truth", "verdict", "why"):
         table.add_column(column, overflow="fold")
-    for entry in found["audits"]:
+    for entry in audited["audits"]:
         judged = entry["judgement"]
         rho, ratio = (
             "" if judged[name] is None else f"{judged[name]:.3f}" for name in ("rho", "ratio")
@@ -275,26 +275,26 @@ def _print_audits(found: dict[str, Any]) -> None:
             judged["reason"],
         )
     stdout.print(table)
-    floors = [entry["floor"] for entry in found["audits"] if entry["floor"] is not None]
+    floors = [entry["floor"] for entry in audited["audits"] if entry["floor"] is not None]
     if floors:
         stdout.print(
             f"true KL divergence is measured in float32; rounding activations alone costs a whole "
             f"model {max(floors):.1e} nats a token, in any format",
         )
-    for entry in found["missing"]:
+    for entry in audited["missing"]:
         stdout.print(f"not audited: {entry['cell']}: {entry['reason']}")
 
 
-def _print_recipe(found: dict[str, Any]) -> None:
+def _print_recipe(written: dict[str, Any]) -> None:
     table = Table(
-        title=f"{found['bits']:.4f} bits a weight, predicted damage {found['damage']:.4g} "
-        f"{found['damage_unit']}",
+        title=f"{written['bits']:.4f} bits a weight, predicted damage {written['damage']:.4g} "
+        f"{written['damage_unit']}",
         title_justify="left",
     )
     for column in ("format", "groups", "weights", "damages"):
         table.add_column(column)
-    for row in found["formats"]:
-        price = found["prices"].get(row["format"])
+    for row in written["formats"]:
+        price = written["prices"].get(row["format"])
         over = f" / {price['ratio']:.3f}" if price and price["ratio"] is not None else ""
         table.add_row(
             row["format"] or "16 bits",
@@ -303,7 +303,7 @@ def _print_recipe(found: dict[str, Any]) -> None:
             f"{price['source']}{over}" if price else "",
         )
     stdout.print(table)
-    stdout.print(found["path"])
+    stdout.print(written["path"])
 
 
 def _print_verified(result: dict[str, Any], method: str) -> None:
@@ -329,13 +329,13 @@ def _print_verified(result: dict[str, Any], method: str) -> None:
         stdout.print(f"only one engine scored {name}")
 
 
-def _print_comparison(found: Comparison, count: int) -> None:
-    for entry in found.differences:
+def _print_comparison(comparison: Comparison, count: int) -> None:
+    for entry in comparison.differences:
         stdout.print(f"{entry.cause}: {entry.what}: {entry.before} -> {entry.after}")
-    table = Table(title=f"{found.before} against {found.after}", title_justify="left")
+    table = Table(title=f"{comparison.before} against {comparison.after}", title_justify="left")
     for column in ("cell", "samples", "total A", "total B", "Spearman", "moved"):
         table.add_column(column)
-    for cell in found.cells:
+    for cell in comparison.cells:
         rho = "-" if cell.spearman is None else f"{cell.spearman:.3f}"
         unknown = cell.samples == "noise unknown"
         totals = (f"{cell.total_before:.3e}", f"{cell.total_after:.3e}")
@@ -344,7 +344,7 @@ def _print_comparison(found: Comparison, count: int) -> None:
     table = Table(title="groups that changed most", title_justify="left")
     for column in ("cell", "group", "A", "B", "change", "verdict"):
         table.add_column(column, overflow="fold")
-    changed = [(cell, group) for cell in found.cells for group in cell.groups]
+    changed = [(cell, group) for cell in comparison.cells for group in cell.groups]
     changed.sort(key=lambda pair: (not pair[1].moved, -abs(pair[1].relative or 0.0)))
     for cell, group in changed[:count]:
         scores = ("-" if value is None else f"{value:.3e}" for value in (group.before, group.after))

@@ -174,15 +174,15 @@ def doctor(as_json: Json = False) -> None:
     """Say what is installed and free here, and what would fail."""
     from qsens.tools.doctor import examine
 
-    found = examine()
+    examined = examine()
     if as_json:
-        print_json(found)
+        print_json(examined)
         return
-    for name, value in found.items():
+    for name, value in examined.items():
         if name != "problems":
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             if isinstance(value, dict):
                 text = "; ".join(f"{key}: {item}" for key, item in value.items())
             stdout.print(f"{name}: {text}")
-    for problem in found["problems"]:
+    for problem in examined["problems"]:
         stdout.print(f"problem: {problem}", style="yellow")

@@ -33,17 +33,17 @@ def read_mapping(path: Path) -> dict[str, Any]:
         if text.count("${") > _MOST_INTERPOLATIONS:
             raise ValueError(f"it has more than {_MOST_INTERPOLATIONS} interpolations")
         _check_brackets(text)
-        found = yaml.safe_load(text)
-        _Count().of(found, DEEPEST)
+        mapping = yaml.safe_load(text)
+        _Count().of(mapping, DEEPEST)
     except RecursionError as error:
         raise _unreadable(path, f"it nests deeper than {DEEPEST} levels") from error
     except (yaml.YAMLError, ValueError) as error:
         raise _unreadable(path, " ".join(str(error).split())) from error
-    if found is None:
+    if mapping is None:
         return {}
-    if not isinstance(found, dict):
+    if not isinstance(mapping, dict):
         raise UserError("is no mapping", where=shown(path), remedy="Write key: value lines.")
-    return found
+    return mapping
 
 
 def _check_brackets(text: str) -> None:

@@ -72,11 +72,11 @@ def choices(group: str, roots: Roots | None = None) -> dict[str, Path]:
         roots: Where to look; from the environment when not given.
     """
     roots = roots or Roots.from_environment()
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for directory in roots.configs:
         for path in sorted((directory / group).glob("*.yaml")):
-            found.setdefault(path.stem, path)
-    return dict(sorted(found.items()))
+            files.setdefault(path.stem, path)
+    return dict(sorted(files.items()))
 
 
 def load_sweep(

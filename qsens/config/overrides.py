@@ -162,7 +162,7 @@ def _items(text: str) -> list[str]:
 
 
 def _table(text: str, where: str) -> dict[str, str]:
-    found = {}
+    keys = {}
     for entry in text.strip().removeprefix("{").removesuffix("}").split(","):
         name, colon, value = (part.strip() for part in entry.partition(":"))
         if not colon or not re.fullmatch(r"\w+", name):
@@ -172,8 +172,8 @@ def _table(text: str, where: str) -> dict[str, str]:
                 remedy="Write {key: value, ...}, or one entry as KEY.ENTRY=VALUE.",
             )
         in_quotes = len(value) > 1 and value[0] == value[-1] and value[0] in _QUOTES
-        found[name] = value[1:-1] if in_quotes else value
-    return found
+        keys[name] = value[1:-1] if in_quotes else value
+    return keys
 
 
 def _is_section(annotation: Any) -> bool:

@@ -86,14 +86,14 @@ def identify_samples(
         UserError: A file is missing or broken, or is not the head of the next larger one; or no
             picture can be used.
     """
-    found: dict[Size, SamplesIdentity] = {}
+    identities: dict[Size, SamplesIdentity] = {}
     heads: dict[Size, list[Record]] = {}
     notices = []
     for size in sizes:
         path = dataset.path(size)
         samples = read_samples(path, size)
         heads[size] = samples[: dataset.limit(size)]
-        found[size] = SamplesIdentity(
+        identities[size] = SamplesIdentity(
             path=path, digest=digest_file(path, remedy=CHOOSE), available=len(samples)
         )
         if len(samples) < dataset.asked(size):
@@ -106,11 +106,11 @@ def identify_samples(
         _check_nesting(dataset, heads, "picture", lambda record: record.image)
         pictures, more = identify_pictures(dataset, heads, reader)
         notices += more
-        found = {
+        identities = {
             size: samples.model_copy(update={"pictures": pictures[size]})
-            for size, samples in found.items()
+            for size, samples in identities.items()
         }
-    return found, notices
+    return identities, notices
 
 
 def _check_nesting(

@@ -151,10 +151,10 @@ class PictureReader:
                 where=f"dataset.images = {self.root}",
                 remedy=_IMAGES,
             )
-        found = [self.find(record.image) for record in records]
+        located = [self.find(record.image) for record in records]
         skipped = [
             Skipped(sample=number, image=record.image, reason=reason)
-            for number, (record, (reason, path)) in enumerate(zip(records, found, strict=True), 1)
+            for number, (record, (reason, path)) in enumerate(zip(records, located, strict=True), 1)
             if path is None
         ]
         if len(skipped) == len(records):
@@ -164,7 +164,7 @@ class PictureReader:
                 remedy=_IMAGES,
             )
         return PicturesIdentity(
-            digest=digest_of([[said, path is not None] for said, path in found]), skipped=skipped
+            digest=digest_of([[said, path is not None] for said, path in located]), skipped=skipped
         )
 
     def largest(self) -> int:
@@ -263,10 +263,10 @@ def identify_pictures(
     Raises:
         UserError: No picture of a size can be used, or one is longer than a sample may be.
     """
-    found, notices = {}, []
+    identities, notices = {}, []
     for size, taken in records.items():
-        found[size] = reader.identify(taken)
-        skipped = found[size].skipped
+        identities[size] = reader.identify(taken)
+        skipped = identities[size].skipped
         if skipped:
             beyond = too_many(len(skipped), len(taken), dataset.max_skipped)
             notices.append(
@@ -281,7 +281,7 @@ def identify_pictures(
             f"dataset.max_pixels = {dataset.max_pixels}",
             remedy="Raise dataset.calib_seq_len, or lower dataset.max_pixels.",
         )
-    return found, notices
+    return identities, notices
 
 
 def too_many(skipped: int, taken: int, share: float) -> bool:

@@ -99,9 +99,9 @@ def build(directory: Path, *, seed: int = 0, progress: Progress | None = None) -
     """
     directory = directory.resolve()
     digest = recipe_digest(seed)
-    found = finished(directory, digest)
-    if found is not None:
-        return found
+    built = finished(directory, digest)
+    if built is not None:
+        return built
     _refuse_foreign_files(directory)
     draft = directory.parent / f".{directory.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
@@ -309,8 +309,8 @@ def _refuse_foreign_files(directory: Path) -> None:
         ours = (read_record(directory) or {"files": []})["files"]
         drawn = [Path(DATA_SET, name) for name in data_set_files()] if DATA_SET in ours else []
         known = {*map(Path, ours), *drawn, *(path.parent for path in drawn)}
-        found = (path.relative_to(directory) for path in directory.rglob("*"))
-        foreign = sorted(str(path) for path in found if path not in known)
+        files = (path.relative_to(directory) for path in directory.rglob("*"))
+        foreign = sorted(str(path) for path in files if path not in known)
         if not foreign:
             return
         what = f"the directory has files that are not of a demo checkpoint: {foreign[0]}"

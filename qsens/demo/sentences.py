@@ -78,16 +78,16 @@ def distinct(
     """
     if count < 0:
         raise ValueError(f"count is {count}; it must not be negative")
-    found: dict[str, _T] = {}
+    made: dict[str, _T] = {}
     for _ in range(tries * count):
-        if len(found) == count:
+        if len(made) == count:
             break
         item = next(stream)
         if split_of(caption(item)) == split:
-            found.setdefault(caption(item), item)
-    if len(found) < count:
-        raise ValueError(f"count is {count}; the grammar gave only {len(found)} distinct captions")
-    return list(found.values())
+            made.setdefault(caption(item), item)
+    if len(made) < count:
+        raise ValueError(f"count is {count}; the grammar gave only {len(made)} distinct captions")
+    return list(made.values())
 
 
 def split_of(caption: str) -> Split:

@@ -74,11 +74,11 @@ class Candidates:
         Returns:
             By weight format: ``(input, candidate)`` indices.
         """
-        found: dict[int, list[tuple[int, int]]] = {}
+        by_weight: dict[int, list[tuple[int, int]]] = {}
         for index, (weight, entry) in enumerate(self.pairs):
             if self.scored[index] > first_sample:
-                found.setdefault(weight, []).append((entry, index))
-        return found
+                by_weight.setdefault(weight, []).append((entry, index))
+        return by_weight
 
 
 def distinct(requests: Sequence[Request]) -> Candidates:

@@ -118,10 +118,10 @@ class _Products(TorchFunctionMode):
         """Return ``x W^T + b``, ``(..., out)``, float32; the arguments are torch's own."""
         parts = self._parts(input, weight)
         if parts:
-            found = _accumulated(parts, weight).view(*input.shape[:-1], -1)
+            output = _accumulated(parts, weight).view(*input.shape[:-1], -1)
         else:
-            found = F.linear(input.float(), self._widened(weight))
-        return found if bias is None else found.add_(bias)
+            output = F.linear(input.float(), self._widened(weight))
+        return output if bias is None else output.add_(bias)
 
     def _parts(self, x: torch.Tensor, weight: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return what adds up to an input in the type of a weight, ``(rows, in)``; or nothing.
@@ -197,27 +197,27 @@ def split(x: torch.Tensor, count: int = 3) -> Sequence[torch.Tensor]:
         x: Any shape, float32.
         count: How many tensors.
     """
-    found = torch.empty(count, *x.shape, dtype=torch.bfloat16, device=x.device)
+    parts = torch.empty(count, *x.shape, dtype=torch.bfloat16, device=x.device)
     if triton is not None and x.is_cuda:
         with torch.cuda.device(x.device):
             grid = (triton.cdiv(x.numel(), _BLOCK),)
-            _split_kernel[grid](x.contiguous(), found, x.numel(), PARTS=count, BLOCK=_BLOCK)
-        return found.unbind()
+            _split_kernel[grid](x.contiguous(), parts, x.numel(), PARTS=count, BLOCK=_BLOCK)
+        return parts.unbind()
     rest = x
-    for part in found:
+    for part in parts:
         part.copy_(rest)
         rest = rest - part.float()
-    return found.unbind()
+    return parts.unbind()
 
 
 def _accumulated(parts: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
     """Return the sum of ``(rows, in)`` parts times a weight ``(out, in)``, the smallest first."""
     *others, last = parts
     across = weight.t()
-    found = torch.mm(last, across, out_dtype=torch.float32)
+    total = torch.mm(last, across, out_dtype=torch.float32)
     for part in reversed(others):
-        found = torch.addmm(found, part, across, out_dtype=torch.float32)
-    return found
+        total = torch.addmm(total, part, across, out_dtype=torch.float32)
+    return total
 
 
 @contextmanager
@@ -269,6 +269,6 @@ if triton is not None:
         inside = at < count
         rest = tl.load(x + at, mask=inside, other=0.0)
         for part in range(PARTS):
-            found = rest.to(tl.bfloat16)
-            tl.store(parts + part * count + at, found, mask=inside)
-            rest -= found.to(tl.float32)
+            term = rest.to(tl.bfloat16)
+            tl.store(parts + part * count + at, term, mask=inside)
+            rest -= term.to(tl.float32)

@@ -89,8 +89,8 @@ def most_memory() -> int:
     ``getrusage`` would count what its parent had before this program was started.
     """
     status = _read(Path("/proc/self/status"))
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
 
 
 def _read(path: Path) -> str:

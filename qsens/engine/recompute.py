@@ -272,10 +272,10 @@ class RecomputedModel:
 def _hand_on(saved: SavedForward, loss: int) -> None:
     """Give the gradients of one loss, just found at the outputs of layers, to these layers."""
     for call in saved.calls:
-        found, call.output.grad = call.output.grad, None
-        if found is not None:
+        grad_output, call.output.grad = call.output.grad, None
+        if grad_output is not None:
             before = call.grad_output.get(loss)
-            call.grad_output[loss] = found if before is None else before + found
+            call.grad_output[loss] = grad_output if before is None else before + grad_output
 
 
 def _first(result: Any) -> torch.Tensor:

@@ -190,7 +190,7 @@ def format_of(cfg: Mapping[str, Any]) -> Format:
         UserError: The config is not one that is computed here.
     """
     key = repr(cfg)
-    found = _READ_BEFORE.get(key)
-    if found is None:
-        found = _READ_BEFORE[key] = Format.from_cfg(cfg)
-    return found
+    known = _READ_BEFORE.get(key)
+    if known is None:
+        known = _READ_BEFORE[key] = Format.from_cfg(cfg)
+    return known

@@ -87,9 +87,9 @@ def _top(x: Tensor) -> Tensor:
 
 
 def _by_rows(x: Tensor, result: Tensor, fmt: Format, amax: Tensor | None) -> None:
-    found = _rows(x, fmt)
-    assert found is not None
-    rows, columns = found
+    as_rows = _rows(x, fmt)
+    assert as_rows is not None
+    rows, columns = as_rows
     one_scale = rows == 1
     mends = amax is not None
     if one_scale:

@@ -101,7 +101,7 @@ def audit(
                 for layer in wanted[name]
                 if layer in measured.nats[name]
             ]
-            found = Audit(
+            made = Audit(
                 cell=name,
                 pair=cell.pair,
                 granularity=cell.granularity,
@@ -121,8 +121,8 @@ def audit(
                 device=measured.device,
                 measured_kl=measured_kl_version(plan.config.model.dtype),
             )
-            found = found.model_copy(update={"digest": digest_of(found)})
-            write_text(store.audit(cell), dump_document(found))
+            made = made.model_copy(update={"digest": digest_of(made)})
+            write_text(store.audit(cell), dump_document(made))
     if faults:
         raise faults[0]
     audits = []
@@ -162,19 +162,19 @@ def find_audits(store: Store, manifests: Mapping[str, Manifest] | None = None) -
     cells = audited_cells(store.plan)
     if manifests is None:
         manifests = _manifests(store, cells)
-    found = [_stored(store, cell, manifests.get(cell.cell)) for cell in cells]
-    return [audit for audit in found if audit is not None]
+    stored = [_stored(store, cell, manifests.get(cell.cell)) for cell in cells]
+    return [audit for audit in stored if audit is not None]
 
 
 def _manifests(store: Store, cells: Sequence[CellSpec]) -> dict[str, Manifest]:
     """Return the manifests of the cells that have a result, by cell id."""
-    found = {}
+    manifests = {}
     for cell in cells:
         with contextlib.suppress(Damaged):
             manifest = store.result(cell)
             if manifest is not None:
-                found[cell.cell] = manifest
-    return found
+                manifests[cell.cell] = manifest
+    return manifests
 
 
 def _stored(store: Store, cell: CellSpec, manifest: Manifest | None) -> Audit | None:
@@ -189,22 +189,24 @@ def _stored(store: Store, cell: CellSpec, manifest: Manifest | None) -> Audit | 
         cell: The cell.
         manifest: The cell's result, where it is there.
     """
-    found = read_audit(store.audit(cell))
+    stored = read_audit(store.audit(cell))
     now = measured_kl_version(store.plan.config.model.dtype)
-    if found is None or found.cell_digest != cell.digest or found.measured_kl != now:
+    if stored is None or stored.cell_digest != cell.digest or stored.measured_kl != now:
         return None
     if manifest is None:
-        return found
+        return stored
     statistic, scores = _scores(manifest)
-    if found.statistic == statistic:
-        return found
+    if stored.statistic == statistic:
+        return stored
     points = tuple(
         point.model_copy(update={"estimate": value_of(scores[point.layer], statistic)})
-        for point in found.points
+        for point in stored.points
     )
-    judged = judge(points, in_nats=found.method == "fisher")
-    found = found.model_copy(update={"statistic": statistic, "points": points, "judgement": judged})
-    return found.model_copy(update={"digest": digest_of(found)})
+    judged = judge(points, in_nats=stored.method == "fisher")
+    stored = stored.model_copy(
+        update={"statistic": statistic, "points": points, "judgement": judged}
+    )
+    return stored.model_copy(update={"digest": digest_of(stored)})
 
 
 def _scores(manifest: Manifest) -> tuple[Statistic, dict[str, GroupSensitivity]]:

@@ -22,7 +22,7 @@ def cell_scores(
     cell: CellSpec,
     request: Request,
     candidates: Candidates,
-    found: PassScores,
+    pass_scores: PassScores,
     loaded: Loaded,
 ) -> CellScores:
     """Read one cell's scores off a pass.
@@ -32,13 +32,13 @@ def cell_scores(
         cell: The cell.
         request: What it asked of the pass.
         candidates: What the pass computed.
-        found: What it found; of the tower as well where another cell covers it.
+        pass_scores: What the pass found; of the tower as well where another cell covers it.
         loaded: What it ran on.
     """
     groups = groups_of(plan, cell, loaded.model)
     index = candidates.of_cell[cell.cell]
     scored = request.scored
-    per_sample = found.per_sample[:, index, :scored]
+    per_sample = pass_scores.per_sample[:, index, :scored]
     labels = loaded.samples.labels(scored)
     predictions = loaded.samples.predictions(scored)
     nominal = torch.tensor(
@@ -56,12 +56,12 @@ def cell_scores(
     kl_div = plan.config.autoquant.method == "kl_div"
     unreached = "no sample ran through it" if kl_div else "no gradient reached it"
     spread = None
-    if found.draws is not None:
-        drawn = found.draws[:, index, :scored]
+    if pass_scores.draws is not None:
+        drawn = pass_scores.draws[:, index, :scored]
         spread = (drawn.var(dim=-1) / drawn.shape[-1]).sum(dim=1).sqrt()
         spread /= predictions
-    errors = found.relative_errors(index, scored)
-    at = {group.name: position for position, group in enumerate(found.groups)}
+    errors = pass_scores.relative_errors(index, scored)
+    at = {group.name: position for position, group in enumerate(pass_scores.groups)}
     entries = []
     spoilt = _spoilt_weights(loaded.model) if not bool(per_sample.isfinite().all()) else ""
     for group in groups:
@@ -69,9 +69,11 @@ def cell_scores(
             entries.append(GroupScore(group, "disabled", "outside the coverage"))
             continue
         position = at[group.name]
-        if (position, index) in found.failures.refused:
-            entries.append(GroupScore(group, "failed", found.failures.refused[position, index]))
-        elif not found.reached[position]:
+        if (position, index) in pass_scores.failures.refused:
+            entries.append(
+                GroupScore(group, "failed", pass_scores.failures.refused[position, index])
+            )
+        elif not pass_scores.reached[position]:
             entries.append(GroupScore(group, "no_gradient", unreached))
         elif not bool(per_sample[position].isfinite().all()):
             first = int((~per_sample[position].isfinite()).nonzero()[0, 0])
@@ -87,11 +89,11 @@ def cell_scores(
                     sensitivity_per_token=float(per_token[position]),
                     relative_error=None if errors is None else float(errors[position]),
                     standard_error=None if spread is None else float(spread[position]),
-                    experts=_experts(found, group, index, weights),
+                    experts=_experts(pass_scores, group, index, weights),
                 )
             )
     calibration_size = candidates.inputs[candidates.pairs[index][1]].calibration_size
-    calibrated = found.amax[calibration_size] if calibration_size is not None else {}
+    calibrated = pass_scores.amax[calibration_size] if calibration_size is not None else {}
     covered = [group for group in groups if group.covered]
     notices = []
     if any(needs_fallback(cfg) for cfg in (request.weight, request.input) if cfg is not None):
@@ -109,7 +111,7 @@ def cell_scores(
         tensors={
             "per_sample": per_sample[[at[group.name] for group in covered]],
             "label_tokens": torch.tensor(labels, dtype=torch.int64),
-            "loss": found.loss[:scored].contiguous(),
+            "loss": pass_scores.loss[:scored].contiguous(),
             **prefixed(
                 {
                     each: calibrated[each]
@@ -121,9 +123,11 @@ def cell_scores(
             ),
         },
         timings={},
-        padding_share=found.padding_share,
+        padding_share=pass_scores.padding_share,
         notices=tuple(notices),
-        floor=None if found.floor is None else float(found.floor[:scored].sum()) / predictions,
+        floor=None
+        if pass_scores.floor is None
+        else float(pass_scores.floor[:scored].sum()) / predictions,
     )
 
 
@@ -142,19 +146,19 @@ def _spoilt_weights(model: torch.nn.Module) -> str:
 
 
 def _experts(
-    found: PassScores, group: Group, candidate: int, weights: torch.Tensor
+    pass_scores: PassScores, group: Group, candidate: int, weights: torch.Tensor
 ) -> ExpertScores | None:
     """Return the scores of the experts of a mixture.
 
     Args:
-        found: What the pass found.
+        pass_scores: What the pass found.
         group: The group.
         candidate: Index of the candidate.
         weights: What each sample's score counts.
     """
-    if group.name not in found.experts:
+    if group.name not in pass_scores.experts:
         return None
-    table = found.experts[group.name]
+    table = pass_scores.experts[group.name]
     scored = len(weights)
     tokens = table.tokens[:, :scored].sum(dim=1)
     sums = table.per_sample[:, candidate, :scored].double() @ weights

@@ -71,7 +71,7 @@ def compare(one: str, other: str, roots: Roots) -> Comparison:
             where=f"{one} and {other}",
             remedy="Name two sweeps of the same pairs and sizes, or two cells.",
         )
-    found: dict[tuple[int, str], Change] = {}
+    changed: dict[tuple[int, str], Change] = {}
     samples: list[str] = []
     causes: list[Difference] = []
     for index, (a, b) in enumerate(pairs):
@@ -84,9 +84,9 @@ def compare(one: str, other: str, roots: Roots) -> Comparison:
                 tested = changes(
                     normalised(a.result.samples), normalised(b.result.samples), paired=paired
                 )
-                found |= {(index, name): change for name, change in tested.items()}
+                changed |= {(index, name): change for name, change in tested.items()}
         samples.append(noise)
-    beyond = moved(found)
+    beyond = moved(changed)
     methods = {
         cell.result.manifest.scheme.auto_quantize_method
         for pair in pairs
@@ -102,7 +102,7 @@ def compare(one: str, other: str, roots: Roots) -> Comparison:
             _compared(
                 *pair,
                 samples[index],
-                {name: change for (at, name), change in found.items() if at == index},
+                {name: change for (at, name), change in changed.items() if at == index},
                 {name for at, name in beyond if at == index},
             )
             for index, pair in enumerate(pairs)
@@ -114,7 +114,7 @@ def compare(one: str, other: str, roots: Roots) -> Comparison:
 
 
 def _compared(
-    a: _Cell, b: _Cell, samples: str, found: Mapping[str, Change], beyond: set[str]
+    a: _Cell, b: _Cell, samples: str, changed: Mapping[str, Change], beyond: set[str]
 ) -> ComparedCell:
     statistic = compared_by(a.rows, b.rows)
     one, other = scores(a.rows, statistic), scores(b.rows, statistic)
@@ -134,8 +134,8 @@ def _compared(
                 share_after=second.share if second else None,
                 position_before=first.position if first else None,
                 position_after=second.position if second else None,
-                half_width=found[name].half_width if name in found else None,
-                moved=name in beyond if name in found else None,
+                half_width=changed[name].half_width if name in changed else None,
+                moved=name in beyond if name in changed else None,
             )
         )
     groups.sort(key=lambda group: (not group.moved, -_distance(group), group.layer))
@@ -189,7 +189,7 @@ def _sweep(directory: Path) -> _Side:
 
 
 def _cell(path: Path) -> _Side:
-    found = Result.at(path)
-    name = found.manifest.cell or path.stem
-    cell = _Cell(name, rank(found.manifest).rows, found)
+    result = Result.at(path)
+    name = result.manifest.cell or path.stem
+    cell = _Cell(name, rank(result.manifest).rows, result)
     return _Side(name, sweep=False, cells={name: cell})

@@ -109,10 +109,10 @@ def score_fused(
 
 def by_modality(cells: Sequence[CellSpec]) -> list[list[CellSpec]]:
     """Return the cells that read the same samples, each of their own size, together."""
-    found: dict[str, list[CellSpec]] = {}
+    shares: dict[str, list[CellSpec]] = {}
     for cell in cells:
-        found.setdefault(cell.modality, []).append(cell)
-    return list(found.values())
+        shares.setdefault(cell.modality, []).append(cell)
+    return list(shares.values())
 
 
 def _longest(cells: Sequence[CellSpec]) -> CellSpec:
@@ -147,16 +147,16 @@ def _score_pass(
         calibrated=lambda asked: read_calibrated(store, cells, asked.calibration_sizes()),
         progress=progress,
     )
-    candidates, found = done.candidates, done.scores
+    candidates, pass_scores = done.candidates, done.scores
     failed: dict[str, QsensError] = {}
     for cell, request in zip(cells, requests, strict=True):
-        fault = found.failures.fault(candidates.of_cell[cell.cell], cell.cell)
+        fault = pass_scores.failures.fault(candidates.of_cell[cell.cell], cell.cell)
         refused: QsensError | None = _without_labels(plan, cell, samples) or fault
         if refused is not None:
             failed[cell.cell] = refused
             keep_failure(store, cell, refused)
             continue
-        scores = cell_scores(plan, cell, request, candidates, found, loaded)
+        scores = cell_scores(plan, cell, request, candidates, pass_scores, loaded)
         reasons = [entry.reason for entry in scores.groups if entry.status == "failed"]
         if reasons and len(reasons) == sum(entry.group.covered for entry in scores.groups):
             failed[cell.cell] = UserError(
@@ -206,9 +206,9 @@ def both_engines(
             calibration_sizes=candidates.calibration_sizes(),
             batches=batches,
         )
-    found = scorer.score(model, samples, groups, candidates, amax, batches=batches)
+    pass_scores = scorer.score(model, samples, groups, candidates, amax, batches=batches)
     seconds = {"fused": time.monotonic() - started}
-    ours = cell_scores(plan, cell, request, candidates, found, loaded)
+    ours = cell_scores(plan, cell, request, candidates, pass_scores, loaded)
     started = time.monotonic()
     theirs = reference.score_cell(
         model,

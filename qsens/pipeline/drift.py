@@ -41,7 +41,7 @@ def find_drift(
         return None
     before = {cell.cell: cell for cell in earlier.done}
     common = largest_cells(cell for cell in summary.done if cell.cell in before)
-    found: dict[tuple[str, str], Change] = {}
+    changed: dict[tuple[str, str], Change] = {}
     causes: list[Difference] = list(_plan_differences(directory, plan))
     compared: list[str] = []
     refused: list[NotCompared] = []
@@ -65,7 +65,7 @@ def find_drift(
         compared.append(cell.cell)
         all_paired &= paired
         for layer, change in changes(one, other, paired=paired).items():
-            found[cell.cell, layer] = change
+            changed[cell.cell, layer] = change
     refused += _without_partner(summary, earlier, common)
     names = {
         (cell.cell, normalise_name(row.layer)): row.layer for cell in common for row in cell.rows
@@ -75,7 +75,7 @@ def find_drift(
         identical=identical,
         compared=tuple(compared),
         paired=all_paired,
-        tested=len(found),
+        tested=len(changed),
         rate=RATE,
         moved=tuple(
             Moved(
@@ -86,7 +86,7 @@ def find_drift(
                 half_width=change.half_width,
                 p_value=change.p_value,
             )
-            for (cell, layer), change in moved(found).items()
+            for (cell, layer), change in moved(changed).items()
         ),
         differences=distinct(causes),
         not_compared=tuple(refused),
@@ -147,7 +147,7 @@ def normalised(samples: SampleScores) -> SampleScores:
     return SampleScores(names, samples.scores, samples.tokens)
 
 
-def distinct(found: Iterable[Difference]) -> tuple[Difference, ...]:
+def distinct(given: Iterable[Difference]) -> tuple[Difference, ...]:
     """Return each difference once; a setting that plan and manifest both state counts once."""
     aliases = {
         "autoquant.method": "method",
@@ -156,6 +156,6 @@ def distinct(found: Iterable[Difference]) -> tuple[Difference, ...]:
         "autoquant.engine": "engine",
     }
     kept = {
-        (one.cause, aliases.get(one.what, one.what), one.before, one.after): one for one in found
+        (one.cause, aliases.get(one.what, one.what), one.before, one.after): one for one in given
     }
     return tuple(sorted(kept.values(), key=lambda one: (one.cause, one.what)))

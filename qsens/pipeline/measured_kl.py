@@ -90,13 +90,13 @@ def _measured(
         only={(name, cell) for cell, names in wanted.items() for name in names},
         progress=progress,
     )
-    found, of_cell = done.scores, done.candidates.of_cell
-    at = {group.name: position for position, group in enumerate(found.groups)}
+    pass_scores, of_cell = done.scores, done.candidates.of_cell
+    at = {group.name: position for position, group in enumerate(pass_scores.groups)}
     nats: dict[str, dict[str, float]] = {}
     failures: dict[str, dict[str, str]] = {}
     faults: dict[str, Fault] = {}
     for cell in cells:
-        fault = found.failures.fault(of_cell[cell.cell], f"audit of {cell.cell}")
+        fault = pass_scores.failures.fault(of_cell[cell.cell], f"audit of {cell.cell}")
         if fault is not None:
             faults[cell.cell] = fault
             continue
@@ -104,8 +104,8 @@ def _measured(
         tokens = loaded.samples.predictions(cell.scored)
         for name in wanted[cell.cell]:
             candidate = of_cell[cell.cell]
-            value = float(found.per_sample[at[name], candidate].sum()) / tokens
-            reason = found.failures.refused.get((at[name], candidate))
+            value = float(pass_scores.per_sample[at[name], candidate].sum()) / tokens
+            reason = pass_scores.failures.refused.get((at[name], candidate))
             if reason is None and not math.isfinite(value):
                 reason = "its divergence is not finite"
             if reason is None:
@@ -113,8 +113,8 @@ def _measured(
             else:
                 failures[cell.cell][name] = reason
     floor = None
-    if found.floor is not None:
-        floor = float(found.floor.sum()) / loaded.samples.predictions(len(found.floor))
+    if pass_scores.floor is not None:
+        floor = float(pass_scores.floor.sum()) / loaded.samples.predictions(len(pass_scores.floor))
     return MeasuredKL(
         nats, failures, faults, floor, sum(done.seconds.values()), device_name(loaded.device)
     )

@@ -44,12 +44,12 @@ def pack(
         checkpoint: Directory of the checkpoint that was scored; nothing is refused where it is
             gone, and a notice says so.
     """
-    found = {name: tuple(each) for name, each in rows.items()}
+    taken = {name: tuple(each) for name, each in rows.items()}
     covered = {row.layer: row for each in rows.values() for row in each if row.status != "disabled"}
     try:
         shapes = module_shapes(checkpoint, covered.values())
     except UserError as error:
-        return Packing(found, notices=(f"{_UNCHECKED}: {error.where} {error.what}",))
+        return Packing(taken, notices=(f"{_UNCHECKED}: {error.where} {error.what}",))
     notices = []
     lost = [name for row in covered.values() for name in row.members if name not in shapes]
     if lost:
@@ -59,14 +59,14 @@ def pack(
         )
     alone = [name for name, each in shapes.items() if any(len(shape) != 2 for shape in each)]
     if alone:
-        found = {name: _without(each, alone) for name, each in found.items()}
+        taken = {name: _without(each, alone) for name, each in taken.items()}
         notices.append(
             "llm-compressor leaves convolutions as they are, and no bits count them: "
             + ", ".join(alone)
         )
     refused: dict[str, set[str]] = {}
     modules: dict[tuple[str, str], list[str]] = {}
-    for name in found:
+    for name in taken:
         for row in covered.values():
             for member in set(row.members) - set(alone):
                 reasons = {llm_compressor.unfit(pairs[name], s) for s in shapes.get(member, ())}
@@ -77,7 +77,7 @@ def pack(
         LeftOut(format=name, reason=reason, modules=tuple(sorted(members)))
         for (name, reason), members in modules.items()
     )
-    return Packing(found, refused, tuple(left_out), tuple(notices))
+    return Packing(taken, refused, tuple(left_out), tuple(notices))
 
 
 def _without(rows: Sequence[Row], modules: Sequence[str]) -> tuple[Row, ...]:

@@ -175,9 +175,9 @@ def installed_version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         pins = os.environ.get("QSENS_CONSTRAINTS")
-        found = re.search(
+        match = re.search(
             rf"^{re.escape(name)}==(\S+)",
             read_bytes(Path(pins), remedy=_PINS).decode("utf-8", "replace") if pins else "",
             re.MULTILINE | re.IGNORECASE,
         )
-        return found[1] if found else "none"
+        return match[1] if match else "none"

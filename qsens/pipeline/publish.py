@@ -64,19 +64,19 @@ def publish(plan: Plan) -> dict[str, Any]:
     with publishing(store):
         place = place_of(store)
         for cell in plan.cells:
-            found = _result(store, cell)
-            if isinstance(found, str):
-                missing[cell.cell] = found
+            stored = _result(store, cell)
+            if isinstance(stored, str):
+                missing[cell.cell] = stored
             else:
-                results[cell.cell] = found
+                results[cell.cell] = stored
         audits = find_audits(store, {cell: result.manifest for cell, result in results.items()})
         for cell in plan.cells:
             if cell.cell not in results:
                 continue
-            found = results[cell.cell]
-            audited = found.manifest.model_copy(update={"audit": _audit_of(cell, audits)})
-            results[cell.cell] = Result(audited, found.samples)
-            reports[cell.cell] = build_cell(audited, found.samples)
+            stored = results[cell.cell]
+            audited = stored.manifest.model_copy(update={"audit": _audit_of(cell, audits)})
+            results[cell.cell] = Result(audited, stored.samples)
+            reports[cell.cell] = build_cell(audited, stored.samples)
             if may_show(store, cell, place):
                 _publish_cell(store, cell, results[cell.cell], reports[cell.cell], place)
         sweep_dir = store.sweep_dir()
@@ -174,9 +174,9 @@ def report(directory: Path, *, single_file: bool = False) -> dict[str, Any]:
             "notices": list(summary.notices),
         }
     path = find_manifest(directory)
-    found = Result.at(path)
+    result = Result.at(path)
     written = write_cell(
-        build_cell(found.manifest, found.samples),
+        build_cell(result.manifest, result.samples),
         path.parent,
         assets=_assets(path.parent),
         single_file=single_file,
@@ -184,7 +184,7 @@ def report(directory: Path, *, single_file: bool = False) -> dict[str, Any]:
     return {
         "manifest": str(path),
         "reports": [str(file) for file in written],
-        "notices": _unverified({found.manifest.cell or path.stem: found.manifest}),
+        "notices": _unverified({result.manifest.cell or path.stem: result.manifest}),
     }
 
 
@@ -200,16 +200,16 @@ def _result(store: Store, cell: CellSpec) -> Result | str:
 
 def _unverified(manifests: Mapping[str, Manifest]) -> list[str]:
     """Say which results nobody can check: those of the older layout never could be."""
-    found = [
+    unverified = [
         cell
         for cell, manifest in manifests.items()
         if manifest.schema_version and not manifest.verified
     ]
-    if not found:
+    if not unverified:
         return []
     return [
-        f"{len(found)} of {len(manifests)} results were stored before results had checksums: that "
-        f"they are as they were written is not verified; first {found[0]}"
+        f"{len(unverified)} of {len(manifests)} results were stored before results had checksums: "
+        f"that they are as they were written is not verified; first {unverified[0]}"
     ]
 
 

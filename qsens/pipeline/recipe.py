@@ -269,8 +269,8 @@ def _cells(
     done = of_coverage([cell for cell in summary.done if not pairs or cell.pair in pairs], coverage)
     sizes = {cell.size for cell in done}
     wanted = size or max(sizes, key=SIZES.index, default=None)
-    found = [cell for cell in done if cell.size == wanted]
-    if not found:
+    chosen = [cell for cell in done if cell.size == wanted]
+    if not chosen:
         of = f" of {coverage}" if coverage else ""
         known = ", ".join(sorted(sizes, key=SIZES.index)) or "none"
         raise UserError(
@@ -278,7 +278,7 @@ def _cells(
             where=f"sweep {summary.sweep_id}",
             remedy=f"Sizes with results: {known}.",
         )
-    return found
+    return chosen
 
 
 def _listed(left_out: Sequence[LeftOut]) -> str:

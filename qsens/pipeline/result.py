@@ -55,7 +55,7 @@ def build_manifest(
     config, pair = plan.config, cell.precision
     covered = [score for score in scores.groups if score.group.covered]
     bits = pair.effective_bits
-    found = allocate_one(
+    allocated = allocate_one(
         [score.sensitivity for score in covered],
         [score.group.weights for score in covered],
         format_bits=bits,
@@ -63,7 +63,7 @@ def build_manifest(
     )
     quantized = {
         member: chosen
-        for score, chosen in zip(covered, found.quantized, strict=True)
+        for score, chosen in zip(covered, allocated.quantized, strict=True)
         for member in score.group.members
     }
     form = f"{pair.format}(effective-bits: {bits})"
@@ -120,9 +120,9 @@ def build_manifest(
         },
         autoquant_state=AutoquantState(
             keys=["candidate_stats", "best", "constraints"],
-            constraints={"effective_bits": found.effective_bits},
-            score=found.score,
-            is_satisfied=found.satisfied,
+            constraints={"effective_bits": allocated.effective_bits},
+            score=allocated.score,
+            is_satisfied=allocated.satisfied,
         ),
         layer_sensitivity=rows,
         sensitivity_ranking=[
@@ -209,11 +209,11 @@ def _partial(plan: Plan, cell: CellSpec, dataset: Dataset, covered: list[GroupSc
         ("no_gradient", "no gradient"),
         ("failed", "no score"),
     ):
-        found = [score for score in covered if score.status == status]
-        if found:
-            first = found[0]
+        affected = [score for score in covered if score.status == status]
+        if affected:
+            first = affected[0]
             reasons.append(
-                f"{len(found)} of {len(covered)} groups got {words}, first {first.group.name}"
+                f"{len(affected)} of {len(covered)} groups got {words}, first {first.group.name}"
                 + (f": {first.reason}" if first.reason else "")
             )
     return reasons

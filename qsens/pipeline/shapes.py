@@ -39,14 +39,14 @@ def module_shapes(checkpoint: Path, rows: Iterable[Row]) -> dict[str, tuple[Shap
         ) from error
     oriented = {**stored, **covered_shapes(stored, ())}
     named = {_inner(name): name for name in stored}
-    found = {}
+    by_module = {}
     for row in rows:
         weights = {member: _weights_of(member, row, named) for member in row.members}
         elements = sum(math.prod(stored[name]) for names in weights.values() for name in names)
         if all(weights.values()) and elements == weights_of(row):
             for member, names in weights.items():
-                found[member] = tuple(oriented[name] for name in names)
-    return found
+                by_module[member] = tuple(oriented[name] for name in names)
+    return by_module
 
 
 def _weights_of(member: str, row: Row, named: Mapping[str, str]) -> list[str]:

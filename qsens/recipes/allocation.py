@@ -125,14 +125,14 @@ def allocate_one(
     ]
     satisfied = True
     try:
-        found = allocate(decisions, target_bits)
+        chosen = allocate(decisions, target_bits)
     except AnswerIsNo:
-        found = _outcome(decisions, [len(decision.choices) - 1 for decision in decisions])
+        chosen = _outcome(decisions, [len(decision.choices) - 1 for decision in decisions])
         satisfied = False
     return Quantized(
-        quantized=tuple(choice.format is not None for choice in found.choices),
-        effective_bits=found.bits,
-        score=found.damage,
+        quantized=tuple(choice.format is not None for choice in chosen.choices),
+        effective_bits=chosen.bits,
+        score=chosen.damage,
         satisfied=satisfied,
     )
 
@@ -162,7 +162,7 @@ def pareto(decisions: Sequence[DecisionGroup], points: int = 64) -> list[ParetoP
     bits = np.cumsum([used, *spent])[[0, *(end + 1 for end in ends)]] / total
     marks = np.linspace(bits[0], bits[-1], points) if len(bits) > points else bits
     kept = {int(np.abs(bits - mark).argmin()) for mark in marks}
-    found = []
+    curve = []
     done = 0
     for index, end in enumerate([-1, *ends]):
         for _, decision, _, place in steps[done : end + 1]:
@@ -171,8 +171,8 @@ def pareto(decisions: Sequence[DecisionGroup], points: int = 64) -> list[ParetoP
         if index in kept:
             chosen = [ladder[place] for ladder, place in zip(ladders, at, strict=True)]
             cost, damage = (math.fsum(step[part] for step in chosen) for part in (0, 1))
-            found.append(ParetoPoint(bits=cost / total, damage=damage))
-    return found
+            curve.append(ParetoPoint(bits=cost / total, damage=damage))
+    return curve
 
 
 def _outcome(decisions: Sequence[DecisionGroup], chosen: Sequence[int]) -> Allocation:
@@ -300,15 +300,17 @@ def _lowered(
 ) -> list[list[int]]:
     """Return choices within the budget: ``over`` with one unit lowered; the best few."""
     excess = _sum(costs, over) - budget
-    found = []
+    frontiers = []
     for decision, place in enumerate(over):
         end = (
             int(np.searchsorted(costs[decision], costs[decision][place] - excess, side="right")) - 1
         )
         if end >= 0:
-            found.append((float(damages[decision][end] - damages[decision][place]), decision, end))
+            frontiers.append(
+                (float(damages[decision][end] - damages[decision][place]), decision, end)
+            )
     choices = []
-    for _, decision, end in sorted(found)[:8]:
+    for _, decision, end in sorted(frontiers)[:8]:
         choice = list(over)
         choice[decision] = end
         choices.append(choice)

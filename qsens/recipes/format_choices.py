@@ -159,11 +159,11 @@ def _united(
 
 def _fused(members: Mapping[str, tuple[str, ...]]) -> list[set[str]]:
     """Return the groups that hold parts of one fused layer."""
-    found: dict[tuple[str, tuple[str, ...]], set[str]] = {}
+    fused: dict[tuple[str, tuple[str, ...]], set[str]] = {}
     for layer, names in members.items():
         for name in names:
             parent, _, leaf = name.rpartition(".")
             for leaves in FUSED:
                 if leaf in leaves:
-                    found.setdefault((parent, leaves), set()).add(layer)
-    return [layers for layers in found.values() if len(layers) > 1]
+                    fused.setdefault((parent, leaves), set()).add(layer)
+    return [layers for layers in fused.values() if len(layers) > 1]

@@ -65,8 +65,8 @@ def price(
         digests: Digests of the cells, by the same names.
     """
     rows, prices, refused = {}, {}, {}
-    for name, found in formats.items():
-        rows[name], prices[name] = tuple(found), ScoreCorrection(source="estimates")
+    for name, its_rows in formats.items():
+        rows[name], prices[name] = tuple(its_rows), ScoreCorrection(source="estimates")
         audit = audits.get(name)
         if audit is None:
             continue
@@ -75,13 +75,13 @@ def price(
         distrusted = judged.verdict == "do not trust"
         all_measured = audit.mode == "full" and audit.method == "fisher"
         if all_measured and (distrusted or audit.cell_digest == digests[name]):
-            rows[name] = _measured(found, audit)
+            rows[name] = _measured(its_rows, audit)
             prices[name] = ScoreCorrection(source="true divergences", **known)
         elif distrusted:
             del rows[name], prices[name]
             refused[name] = f"its scores are not to be trusted: {judged.reason}"
         elif judged.ratio is not None and _is_off(audit):
-            rows[name] = _divided(found, judged.ratio)
+            rows[name] = _divided(its_rows, judged.ratio)
             prices[name] = ScoreCorrection(
                 source="corrected estimates", ratio=judged.ratio, **known
             )

@@ -116,12 +116,12 @@ def served(page: bytes, directory: str) -> bytes:
         page: The page, as it lies on a disk.
         directory: Address of the directory that the server gives :func:`served_scripts` in.
     """
-    found = _LINK.search(page)
-    if found is None:
+    match = _LINK.search(page)
+    if match is None:
         return page
     report, plotly = _report(), _plotly()
-    before, after = page[: found.start()], page[found.end() :]
-    if found[1].decode() != report.name:
+    before, after = page[: match.start()], page[match.end() :]
+    if match[1].decode() != report.name:
         return before + after.replace(b"<main>", _NOTE, 1)
     element = _element(
         f"{directory}/{report.served_name}",

@@ -159,8 +159,8 @@ def write_cell(
     Returns:
         The Markdown, JSON and HTML file, and the chart of the Markdown where there is one.
     """
-    found = charts.depth_map(report.ranked)
-    picture = depth_svg(found)
+    depths = charts.depth_map(report.ranked)
+    picture = depth_svg(depths)
     context: dict[str, Any] = {
         "report": report,
         "method": report.scheme.auto_quantize_method,
@@ -186,7 +186,7 @@ def write_cell(
             **context,
             low=min(scores, default=0.0),
             high=max(scores, default=0.0),
-            depth_map=found,
+            depth_map=depths,
             rows_in_page=_ROWS_IN_PAGE,
             drawn=drawn,
             scripts=embedded() if single_file else linked(directory, assets or directory / ASSETS),
@@ -348,9 +348,9 @@ def _rest(report: CellReport, *, per_token: bool) -> list[list[Any]]:
 
 def audit_words(audit: Audit) -> str:
     """Return in words how far the scores of a pair can be trusted."""
-    found = audit.judgement
+    judgement = audit.judgement
     groups = look.count(audit.points, "group")
-    return f"{found.verdict}: {found.reason} (true KL divergence of {groups}, {audit.cell})"
+    return f"{judgement.verdict}: {judgement.reason} (true KL divergence of {groups}, {audit.cell})"
 
 
 def checkpoint_name(path: str) -> str:

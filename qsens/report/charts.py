@@ -73,12 +73,12 @@ def depth_map(rows: Sequence[Row]) -> DepthMap | None:
 
 def profile(rows: Sequence[Row]) -> Chart | None:
     """Return the share of the total over depth, a line a kind of module."""
-    found = depth_map(rows)
-    if found is None:
+    depths = depth_map(rows)
+    if depths is None:
         return None
     return {
-        "depths": found.depths,
-        "lines": [{"name": kind, "values": shares} for kind, shares in found.kinds],
+        "depths": depths.depths,
+        "lines": [{"name": kind, "values": shares} for kind, shares in depths.kinds],
     }
 
 
@@ -97,23 +97,23 @@ def first_groups(rows: Sequence[Row], statistic: Statistic) -> Chart | None:
     }
 
 
-def heat(found: Heat | None) -> Chart | None:
+def heat(view: Heat | None) -> Chart | None:
     """Return groups by pairs, the shares of each pair's total."""
-    if found is None or not found.rows:
+    if view is None or not view.rows:
         return None
-    rows = found.rows[:_HEAT_ROWS]
+    rows = view.rows[:_HEAT_ROWS]
     return {
         "names": [look.shown(name) for name, _ in rows],
-        "columns": [look.shown(column_name(cell)) for cell in found.cells],
+        "columns": [look.shown(column_name(cell)) for cell in view.cells],
         "values": [[row.share if row else None for row in cells] for _, cells in rows],
-        "left_out": len(found.rows) - len(rows),
+        "left_out": len(view.rows) - len(rows),
     }
 
 
 def profiles(cells: Sequence[Any]) -> Chart:
     """Return the profile of every pair at its largest size, by the pair's name."""
-    found = {look.shown(column_name(cell)): profile(cell.rows) for cell in largest_cells(cells)}
-    return {name: chart for name, chart in found.items() if chart is not None}
+    by_cell = {look.shown(column_name(cell)): profile(cell.rows) for cell in largest_cells(cells)}
+    return {name: chart for name, chart in by_cell.items() if chart is not None}
 
 
 def sizes(cells: Sequence[Any]) -> Chart:
@@ -122,26 +122,26 @@ def sizes(cells: Sequence[Any]) -> Chart:
     Intervals stand where they are of what is shown: not with ``gradient``, whose intervals are of
     the sum over samples, which sizes are not compared by.
     """
-    found: Chart = {}
+    chart: Chart = {}
     for largest in largest_cells(cells):
         members = [c for c in cells if c.done and series_of(c) == series_of(largest)]
         if len(members) < 2:
             continue
         names = [row.layer for row in largest.rows if row.position is not None][:_FIRST]
         statistic = compared_by(*(cell.rows for cell in members))
-        found[look.shown(column_name(largest))] = {
+        chart[look.shown(column_name(largest))] = {
             "names": [look.shown(name) for name in names],
             "per_token": statistic == "sensitivity_per_token",
             "sizes": [_size(cell, names, statistic) for cell in members],
         }
-    return found
+    return chart
 
 
-def drift(found: Drift | None) -> Chart | None:
+def drift(view: Drift | None) -> Chart | None:
     """Return what moved: from where to where, with the interval of the change."""
-    if found is None or not found.moved:
+    if view is None or not view.moved:
         return None
-    kept = found.moved[:_MOVED]
+    kept = view.moved[:_MOVED]
     return {
         "names": [look.shown(f"{moved.layer} ({moved.cell})", 400) for moved in kept],
         "before": [moved.before for moved in kept],
@@ -193,9 +193,9 @@ def audited(audit: Audit | None) -> Chart | None:
     }
 
 
-def audits(found: Sequence[Audit]) -> Chart:
+def audits(given: Sequence[Audit]) -> Chart:
     """Return the chart of every audit, by the pair's name."""
-    drawn = {look.shown(column_name(audit)): audited(audit) for audit in found}
+    drawn = {look.shown(column_name(audit)): audited(audit) for audit in given}
     return {name: chart for name, chart in drawn.items() if chart is not None}
 
 
@@ -213,10 +213,10 @@ def column_name(cell: Any) -> str:
 
 def _size(cell: Any, names: Sequence[str], statistic: Statistic) -> Chart:
     rows = {normalise_name(row.layer): row for row in cell.rows}
-    found = [rows.get(normalise_name(name)) for name in names]
-    scores = [value_of(row, statistic) if row else None for row in found]
+    matched = [rows.get(normalise_name(name)) for name in names]
+    scores = [value_of(row, statistic) if row else None for row in matched]
     known = cell.stability is not None and cell.stability.statistic == statistic
-    ends = [row.interval if row and known else None for row in found]
+    ends = [row.interval if row and known else None for row in matched]
     return {
         "size": cell.size,
         "scores": [value if value is None or math.isfinite(value) else None for value in scores],

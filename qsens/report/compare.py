@@ -105,18 +105,18 @@ class Comparison(Frozen):
     """Cells that one of the two has a result for."""
 
 
-def write_comparison(found: Comparison, path: Path, *, single_file: bool = False) -> Path:
+def write_comparison(comparison: Comparison, path: Path, *, single_file: bool = False) -> Path:
     """Write a comparison as one page; equal comparisons give equal bytes.
 
     Args:
-        found: The comparison.
+        comparison: The comparison.
         path: The page; its scripts go into ``assets`` beside it.
         single_file: Whether the page holds its scripts instead.
     """
-    rows = [(cell, group) for cell in found.cells for group in cell.groups]
+    rows = [(cell, group) for cell in comparison.cells for group in cell.groups]
     page = render_html(
         "compare.html",
-        found=found,
+        comparison=comparison,
         rows=rows[:_ROWS_IN_PAGE],
         scripts=embedded()
         if single_file

@@ -24,11 +24,11 @@ def unmeasured_words(totals: Totals) -> str | None:
     """Say why no group has a score; none where one has."""
     if totals.scored:
         return None
-    found = [
+    reasons = [
         f"{look.count(number, 'group')} {_UNMEASURED[status]} ({status})"
         for status, number in totals.statuses.items()
     ]
-    return f"No group has a score: {'; '.join(found)}."
+    return f"No group has a score: {'; '.join(reasons)}."
 
 
 def stable_words(stable: bool | None) -> str:
@@ -56,14 +56,16 @@ def statistic_words(statistic: Statistic) -> str:
     return "sensitivity" if statistic == "sensitivity" else "score per token"
 
 
-def settled_words(found: CellStability) -> str:
+def settled_words(stability: CellStability) -> str:
     """Say how sure the first groups of a cell are, and what would settle them."""
-    if found.first_stable:
-        return f"Which {found.first} these are is stable over these {found.samples} samples."
-    text = f"Which {found.first} these are is undecided with {found.samples} samples"
-    if found.samples_needed is None:
+    if stability.first_stable:
+        return (
+            f"Which {stability.first} these are is stable over these {stability.samples} samples."
+        )
+    text = f"Which {stability.first} these are is undecided with {stability.samples} samples"
+    if stability.samples_needed is None:
         return f"{text}, and scores beside the cut are equal."
-    return f"{text}; an estimate: about {look.about(found.samples_needed)} would settle it."
+    return f"{text}; an estimate: about {look.about(stability.samples_needed)} would settle it."
 
 
 def trusted_ratio(judged: Judgement) -> float | None:
@@ -83,9 +85,9 @@ def independent_words(entry: SizesCompared) -> str:
 
 def modality_words(cells: Iterable[SummaryCell]) -> str:
     """Say what the samples of a sweep are, by coverage; rows of different ones differ."""
-    found = dict.fromkeys((cell.coverage, cell.modality) for cell in cells)
-    said = "; ".join(f"{coverage}: {samples_words(modality)}" for coverage, modality in found)
-    if len({modality for _, modality in found}) > 1:
+    modalities = dict.fromkeys((cell.coverage, cell.modality) for cell in cells)
+    said = "; ".join(f"{coverage}: {samples_words(modality)}" for coverage, modality in modalities)
+    if len({modality for _, modality in modalities}) > 1:
         said += ". Scores from different samples are not those of one another"
     return f"{said}."
 

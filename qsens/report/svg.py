@@ -15,34 +15,34 @@ _INK, _SOFT, _NONE = "#18202c", "#566173", "#ffffff"
 _HEAT_ROWS = 40
 
 
-def depth_svg(found: DepthMap | None) -> str | None:
+def depth_svg(view: DepthMap | None) -> str | None:
     """Return the heat map of kinds by depth; none where there is nothing to show."""
-    if found is None:
+    if view is None:
         return None
-    labels = [str(depth) if depth % 5 == 0 else "" for depth in found.depths]
+    labels = [str(depth) if depth % 5 == 0 else "" for depth in view.depths]
     return _heat_map(
         "Share of the total sensitivity by kind of module and depth, log scale",
-        [kind for kind, _ in found.kinds],
+        [kind for kind, _ in view.kinds],
         labels,
-        [shares for _, shares in found.kinds],
-        found.top,
+        [shares for _, shares in view.kinds],
+        view.top,
         cell=(max(8, min(28, 900 // len(labels))), 26),
         left=80,
         upright=True,
     )
 
 
-def heat_svg(found: Heat | None) -> str | None:
+def heat_svg(view: Heat | None) -> str | None:
     """Return the heat map of the first groups by pairs; none where there is nothing to show."""
-    if found is None or not found.rows:
+    if view is None or not view.rows:
         return None
-    rows = found.rows[:_HEAT_ROWS]
+    rows = view.rows[:_HEAT_ROWS]
     return _heat_map(
-        f"Share of each pair's total sensitivity, size {found.size}, log scale",
+        f"Share of each pair's total sensitivity, size {view.size}, log scale",
         [look.shown(name, 64) for name, _ in rows],
-        [look.shown(column_name(cell), 24) for cell in found.cells],
+        [look.shown(column_name(cell), 24) for cell in view.cells],
         [[row.share if row else None for row in cells] for _, cells in rows],
-        found.top,
+        view.top,
         cell=(34, 16),
         left=12 + max(len(look.shown(name, 64)) for name, _ in rows) * 7,
         upright=False,

@@ -418,11 +418,13 @@ def find_manifest(directory: Path) -> Path:
     name = f"Name a directory with one *{MANIFEST_SUFFIX}, or the file itself."
     if not has_directory(directory, remedy=name) and has_file(directory, remedy=name):
         return directory
-    found = sorted(directory.glob(f"*{MANIFEST_SUFFIX}")) or sorted(directory.glob("*.json"))
-    found = [path for path in found if not path.name.startswith(("per-layer-", "summary", "plan"))]
-    if len(found) == 1:
-        return found[0]
-    what = f"holds {len(found)} manifests" if found else "holds no manifest"
+    manifests = sorted(directory.glob(f"*{MANIFEST_SUFFIX}")) or sorted(directory.glob("*.json"))
+    manifests = [
+        path for path in manifests if not path.name.startswith(("per-layer-", "summary", "plan"))
+    ]
+    if len(manifests) == 1:
+        return manifests[0]
+    what = f"holds {len(manifests)} manifests" if manifests else "holds no manifest"
     raise UserError(
         what,
         where=str(directory),

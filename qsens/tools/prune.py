@@ -206,10 +206,10 @@ class _Job:
         """Remove what processes that were killed have left; nothing is written for a day."""
         limit = min(self.before, time.time() - _HALF_WRITTEN_SECONDS)
         roots = [AUDITS, CELLS, CALIBRATIONS, PICTURES, PLANS, VERIFIED, TMP]
-        found = [path for name in roots for path in _entries(self.results / name)]
+        paths = [path for name in roots for path in _entries(self.results / name)]
         for directory in analyses(self.results):
-            found += below(directory)
-        for path in found:
+            paths += below(directory)
+        for path in paths:
             hidden = path.name.startswith(".") and path.name.endswith((".tmp", _REMOVED))
             with contextlib.suppress(OSError):
                 if hidden and (path.suffix == _REMOVED or path.stat().st_mtime < limit):

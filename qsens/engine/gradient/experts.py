@@ -124,8 +124,8 @@ class Mixture:
 
     def outputs(self) -> torch.Tensor:
         """Return what the mixture gives as it is, ``(rows, hidden)``."""
-        found = torch.zeros_like(self._rows.inputs, dtype=self._own.dtype)
-        return found.index_add_(0, self.routing.rows, self._own)
+        output = torch.zeros_like(self._rows.inputs, dtype=self._own.dtype)
+        return output.index_add_(0, self.routing.rows, self._own)
 
     def sums(self, values: torch.Tensor, count: int) -> torch.Tensor:
         """Return sums of values of pairs over the first ``count`` rows.

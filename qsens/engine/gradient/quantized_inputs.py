@@ -89,8 +89,8 @@ class InputQuantizer:
 
     def calibrate(self, amax: Mapping[int, Amax]) -> None:
         """Take the calibrated amax, by calibration size, as they are on the CPU."""
-        self._amax = {count: moved(found, self._device) for count, found in amax.items()}
-        self._ranges = {count: _numbers(found) for count, found in amax.items()}
+        self._amax = {count: moved(own, self._device) for count, own in amax.items()}
+        self._ranges = {count: _numbers(own) for count, own in amax.items()}
 
     def stack(self, name: str, rows: torch.Tensor, layout: BufferLayout) -> QuantizedInputs:
         """Quantize an input in every way that a candidate reads.

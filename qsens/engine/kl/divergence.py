@@ -39,29 +39,29 @@ def divergences(reference: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
         return _launch(reference, changed)
     before = reference.double()
     p = torch.softmax(before, dim=-1)
-    found = []
+    by_copy = []
     for logits in changed.view(-1, *reference.shape):
         perturbation = logits.double() - before
         perturbation -= (p * perturbation).sum(dim=-1, keepdim=True)
-        found.append((p * (perturbation.expm1() - perturbation)).sum(dim=-1).log1p())
-    return torch.stack(found)
+        by_copy.append((p * (perturbation.expm1() - perturbation)).sum(dim=-1).log1p())
+    return torch.stack(by_copy)
 
 
 def _launch(reference: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
     rows, vocabulary = reference.shape
-    found = torch.empty(len(changed), dtype=torch.float32, device=changed.device)
-    arguments: tuple[Any, ...] = (reference, changed, found, rows, vocabulary)
+    results = torch.empty(len(changed), dtype=torch.float32, device=changed.device)
+    arguments: tuple[Any, ...] = (reference, changed, results, rows, vocabulary)
     block = min(_COLUMNS, triton.next_power_of_2(vocabulary))
     with torch.cuda.device(changed.device):
         _kernel[(len(changed),)](*arguments, BLOCK=block, num_warps=8)
-    return found.view(-1, rows).double()
+    return results.view(-1, rows).double()
 
 
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _kernel(  # type: ignore[no-untyped-def]
-        reference, changed, found, rows, vocabulary, BLOCK: tl.constexpr
+        reference, changed, results, rows, vocabulary, BLOCK: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
         before = reference + (row % rows) * vocabulary
@@ -104,4 +104,4 @@ if triton is not None:
         x = tl.sum(excess) / total
         # log(1 + x): for a small x float32 would lose it in the sum.
         small = x * (1 - x * (1 / 2 - x * (1 / 3 - x / 4)))
-        tl.store(found + row, tl.where(x < 0.03, small, tl.log(1 + x)))
+        tl.store(results + row, tl.where(x < 0.03, small, tl.log(1 + x)))

@@ -82,7 +82,7 @@ def diverge(
         boundaries=[*boundaries, *candidates.scored],
         together=min(_BATCH_TOKENS, tokens // _COPIES),
     )
-    found = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
+    nats = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
     losses = torch.zeros(scored, dtype=torch.float64)
     rounds = is_narrow(next(model.parameters()).dtype)
     floor = torch.zeros(scored, dtype=torch.float64) if rounds else None
@@ -107,16 +107,16 @@ def diverge(
         losses[order] = of_batch.losses.cpu()
         if floor is not None and of_batch.floor is not None:
             floor[order] = of_batch.floor.cpu()
-        for perturbation, per_sample in of_batch.found():
-            found[perturbation.group, perturbation.candidate, order] = per_sample
+        for perturbation, per_sample in of_batch.sums():
+            nats[perturbation.group, perturbation.candidate, order] = per_sample
     for group, candidate in forwards.failures.refused:
-        found[group, candidate] = 0
+        nats[group, candidate] = 0
     ran = forwards.ran
     if forwards.head_group is not None:
         ran |= set(covered[forwards.head_group].members)
     return PassScores(
         groups=covered,
-        per_sample=found,
+        per_sample=nats,
         errors=None,
         norms=None,
         reached=tuple(all(name in ran for name in group.members) for group in covered),
@@ -153,7 +153,7 @@ class _Measured:
         together: int,
         rounded: torch.Tensor | None,
     ) -> None:
-        self._copies = forwards
+        self._forwards = forwards
         self._head = forwards.head
         self._samples, longest = batch.input_ids.shape
         where = batch.predicts().flatten().nonzero()[:, 0]
@@ -163,7 +163,7 @@ class _Measured:
         self.losses = self._losses(batch, hidden)
         self.floor = None if rounded is None else self._floor(hidden, rounded)
         self._done: list[Perturbation] = []
-        self._found: list[torch.Tensor] = []
+        self._nats: list[torch.Tensor] = []
         of_head = [
             perturbation
             for perturbation in perturbations
@@ -176,11 +176,11 @@ class _Measured:
             chosen = order[start : start + together]
             self._behind(chosen, forwards.run(chosen).flatten(1, 2)[:, self._where])
 
-    def found(self) -> list[tuple[Perturbation, torch.Tensor]]:
+    def sums(self) -> list[tuple[Perturbation, torch.Tensor]]:
         """Return the divergences of each change, summed over each sample, on the CPU."""
         if not self._done:
             return []
-        return list(zip(self._done, torch.cat(self._found).cpu(), strict=True))
+        return list(zip(self._done, torch.cat(self._nats).cpu(), strict=True))
 
     def _losses(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
         mask = batch.label_mask()
@@ -216,25 +216,25 @@ class _Measured:
             rows = hidden[:, first : first + HEAD_ROWS]
             reference = self._logits(rows[0])
             each = max(1, HEAD_ROWS // rows.shape[1])
-            found = [
+            by_part = [
                 divergences(reference, self._logits(changed.flatten(0, 1)))
                 for changed in torch.split(rows[1:], each)
             ]
-            parts.append(torch.cat(found))
+            parts.append(torch.cat(by_part))
         self._book(perturbations, torch.cat(parts, dim=1))
 
     def _behind_head(self, perturbations: Sequence[Perturbation], hidden: torch.Tensor) -> None:
         """Measure changes of the head, which reads ``(rows, hidden)``."""
-        assert self._copies.head_group is not None
-        name = self._copies.groups[self._copies.head_group].members[0]
-        for alike, weight in self._copies.heads(perturbations):
+        assert self._forwards.head_group is not None
+        name = self._forwards.groups[self._forwards.head_group].members[0]
+        for alike, weight in self._forwards.heads(perturbations):
             parts: dict[Perturbation, list[torch.Tensor]] = {
                 perturbation: [] for perturbation in alike
             }
             for rows in torch.split(hidden, HEAD_ROWS):
                 reference = self._logits(rows)
                 for perturbation in alike:
-                    given = self._copies.given(name, perturbation, rows)
+                    given = self._forwards.given(name, perturbation, rows)
                     if given is not None:
                         changed = self._logits(given, weight)
                         parts[perturbation].append(divergences(reference, changed))
@@ -245,7 +245,7 @@ class _Measured:
     def _book(self, perturbations: Sequence[Perturbation], values: torch.Tensor) -> None:
         """Note ``(perturbations, rows)``, summed over the rows of each sample."""
         self._done += perturbations
-        self._found.append(self._summed(values))
+        self._nats.append(self._summed(values))
 
     def _summed(self, values: torch.Tensor) -> torch.Tensor:
         sums = values.new_zeros(len(values), self._samples)

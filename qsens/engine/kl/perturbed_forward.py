@@ -92,7 +92,7 @@ class PerturbedForward:
             None,
         )
         self._group_of = {name: at for at, group in enumerate(groups) for name in group.members}
-        self._amax = {count: moved(found, self.device) for count, found in amax.items()}
+        self._amax = {count: moved(own, self.device) for count, own in amax.items()}
         # Of the run of the batch alone: of each layer, in order, what it gave and the shapes of
         # what it was given; and how many layers ran before each module, or the layer that it is in.
         self._gave: dict[str, Any] = {}

@@ -138,7 +138,7 @@ class EndToEnd:
         model = copy.deepcopy(self.model)
         batches = self._batches(self.calibration)
         with quiet(), torch.enable_grad():
-            model, found = mtq.auto_quantize(
+            model, search = mtq.auto_quantize(
                 model,
                 constraints={
                     "effective_bits": bits,
@@ -157,7 +157,7 @@ class EndToEnd:
                 checkpoint=str(state) if state is not None else None,
             )
         measured = self._judge(MODELOPT, model, None)
-        return replace(measured, formats=self._chosen(found["best"]["recipe"], pairs))
+        return replace(measured, formats=self._chosen(search["best"]["recipe"], pairs))
 
     def _chosen(
         self, recipes: Mapping[str, QuantRecipe], pairs: Sequence[PairConfig]
@@ -181,13 +181,13 @@ class EndToEnd:
         """
         if not is_narrow(next(self.model.parameters()).dtype):
             return None
-        found = 0.0
+        nats = 0.0
         with torch.no_grad():
             for batch in self._batches(self.held_out):
                 rounded = _logits(self.model, batch)
                 with in_float32(self.model):
-                    found += _divergence(_logits(self.model, batch), rounded, batch)
-        return found / self.held_out.predictions()
+                    nats += _divergence(_logits(self.model, batch), rounded, batch)
+        return nats / self.held_out.predictions()
 
     def _judge(self, name: str, model: nn.Module, predicted: float | None) -> Measured:
         """Measure a quantized model against the unquantized one."""

@@ -93,10 +93,12 @@ def score_cell(
         for name, hparam in named_hparams(model, unique=True)
         if isinstance(hparam, QuantRecipeHparam)
     }
-    found = {name: tuple(hparam.quant_module_names) for name, hparam in hparams.items()}
+    grouped = {name: tuple(hparam.quant_module_names) for name, hparam in hparams.items()}
     expected = {group.name: group.members for group in groups}
-    if found != expected:
-        raise RuntimeError(f"ModelOpt grouped otherwise: {sorted(set(found) ^ set(expected))[:5]}")
+    if grouped != expected:
+        raise RuntimeError(
+            f"ModelOpt grouped otherwise: {sorted(set(grouped) ^ set(expected))[:5]}"
+        )
     calibrated = steps.calibrated or started
     return CellScores(
         groups=tuple(_score(group, hparams[group.name], method) for group in groups),

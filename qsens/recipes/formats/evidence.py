@@ -141,7 +141,7 @@ def choose(
     decisions = build_decision_groups(
         cells, statistic, keep=keep, keep_head=keep_head, refused=refused
     )
-    found = allocate(decisions, target_bits)
+    allocated = allocate(decisions, target_bits)
     rows = {row.layer: row for rows in cells.values() for row in rows}
     choices = [
         Choice(
@@ -154,7 +154,7 @@ def choose(
             weights=decision.weights,
             damage=choice.damage,
         )
-        for decision, choice in zip(decisions, found.choices, strict=True)
+        for decision, choice in zip(decisions, allocated.choices, strict=True)
     ]
     outside = {name for row in rows.values() if row.status == "disabled" for name in row.members}
     used = {choice.format for choice in choices}
@@ -166,8 +166,8 @@ def choose(
         method=method,
         damage_unit=_unit(method, statistic),
         bits_asked=target_bits,
-        bits=found.bits,
-        damage=found.damage,
+        bits=allocated.bits,
+        damage=allocated.damage,
         formats={name: formats[name] for name in cells if name in used},
         prices={name: price for name, price in (prices or {}).items() if name in used},
         choices=tuple(sorted(choices, key=lambda choice: _natural(choice.groups[0]))),
@@ -234,13 +234,13 @@ def correction_words(price: ScoreCorrection) -> str:
 
 def tally(recipe: Recipe) -> list[tuple[str | None, int, int]]:
     """Return each format with its groups and weights; what stays at 16 bits comes last."""
-    found = []
+    rows = []
     for name in (*recipe.formats, None):
         chosen = [choice for choice in recipe.choices if choice.format == name]
         groups = sum(len(choice.groups) for choice in chosen)
         if groups:
-            found.append((name, groups, sum(choice.weights for choice in chosen)))
-    return found
+            rows.append((name, groups, sum(choice.weights for choice in chosen)))
+    return rows
 
 
 def members_of(recipe: Recipe, name: str | None) -> list[str]:

@@ -36,10 +36,10 @@ FILTERS = (
 def filtered(members: Iterable[str]) -> dict[str, int]:
     """Return how many of ``members``, names of modules, each filter matches, where any."""
     names = [f"{member}.weight_quantizer" for member in members]
-    found = {
+    kept = {
         pattern: sum(fnmatch.fnmatchcase(name, pattern) for name in names) for pattern in FILTERS
     }
-    return {pattern: count for pattern, count in found.items() if count}
+    return {pattern: count for pattern, count in kept.items() if count}
 
 
 def notices(members: Iterable[str]) -> list[str]:

@@ -54,10 +54,10 @@ def scheme(pair: PairConfig) -> dict[str, Any]:
             where=f"quant_pair {pair.name} ({pair.format})",
             remedy="Leave the pair out, or export with --to modelopt.",
         )
-    found = {"weights": _weights(pair.weight_quantizer)}
+    written = {"weights": _weights(pair.weight_quantizer)}
     if pair.input_quantizer is not None:
-        found["input_activations"] = _inputs(pair.input_quantizer)
-    return found
+        written["input_activations"] = _inputs(pair.input_quantizer)
+    return written
 
 
 def refusal(pair: PairConfig) -> str | None:
@@ -172,24 +172,24 @@ def _weights(quantizer: QuantizerConfig) -> dict[str, Any]:
 
 def _inputs(quantizer: QuantizerConfig) -> dict[str, Any]:
     if quantizer.has_block_format():
-        found = _blocks_of_a_format(quantizer)
+        written = _blocks_of_a_format(quantizer)
         if quantizer.block_type() == _E8M0:
-            return found | {"dynamic": True}
+            return written | {"dynamic": True}
         # The scale over the block scales is calibrated, the block scales are not.
-        return found | {"dynamic": "local", "observer": _OBSERVER}
-    found = {**_number(quantizer), "symmetric": True}
+        return written | {"dynamic": "local", "observer": _OBSERVER}
+    written = {**_number(quantizer), "symmetric": True}
     sizes = quantizer.sizes()
     if quantizer.type == "static":
         if sizes or quantizer.axis is not None:
             raise ValueError("calibrated with more than one scale for the whole tensor")
-        return found | {"dynamic": False, "strategy": "tensor", "observer": _OBSERVER}
-    found["dynamic"] = True
+        return written | {"dynamic": False, "strategy": "tensor", "observer": _OBSERVER}
+    written["dynamic"] = True
     if quantizer.is_whole_tensor():
-        return found | {"strategy": "tensor"}
+        return written | {"strategy": "tensor"}
     if sizes.keys() != {-1}:
         raise ValueError("scaled along another axis than the last")
     size = sizes[-1]
-    return found | ({"strategy": "group", "group_size": size} if size else {"strategy": "token"})
+    return written | ({"strategy": "group", "group_size": size} if size else {"strategy": "token"})
 
 
 def _number(quantizer: QuantizerConfig) -> dict[str, Any]:
@@ -208,9 +208,9 @@ def _blocks_of_a_format(quantizer: QuantizerConfig) -> dict[str, Any]:
     scale, sizes = quantizer.block_type(), quantizer.sizes()
     bits = quantizer.num_bits
     known = {_E2M1: 4, (2, 3): 6, _E4M3: 8}
-    found: dict[str, Any] = {"type": "float", "symmetric": True}
+    written: dict[str, Any] = {"type": "float", "symmetric": True}
     if scale == _E8M0 and sizes == {-1: 32} and not isinstance(bits, int) and bits in known:
-        return found | {
+        return written | {
             "num_bits": known[bits],
             "strategy": "group",
             "group_size": 32,
@@ -218,7 +218,7 @@ def _blocks_of_a_format(quantizer: QuantizerConfig) -> dict[str, Any]:
             "zp_dtype": "torch.uint8",
         }
     if scale == _E4M3 and sizes == {-1: 16} and bits == _E2M1:
-        return found | {
+        return written | {
             "num_bits": 4,
             "strategy": "tensor_group",
             "group_size": 16,

@@ -171,8 +171,8 @@
   }
   // On a phone a module is its layer's index and its own name.
   function short(name) {
-    const found = /\.(?:layers|blocks|h)\.(\d+)\.(?:[^ ]*\.)?([^. ]+)/.exec(name);
-    return found ? found[1] + " " + found[2] : name;
+    const match = /\.(?:layers|blocks|h)\.(\d+)\.(?:[^ ]*\.)?([^. ]+)/.exec(name);
+    return match ? match[1] + " " + match[2] : name;
   }
   function percentText(value) {
     return value === null ? "no score" : show.pct(value);
@@ -468,9 +468,9 @@
         for (const entry of entries) {
           if (!entry.isIntersecting) continue;
           watcher.unobserve(entry.target);
-          const found = figures.find((one) => one.figure === entry.target);
-          plotly().then(found.redraw, () => {
-            found.figure.querySelector(".plot").textContent = "The chart needs the script " + plotlyPath + " beside this page.";
+          const shown = figures.find((one) => one.figure === entry.target);
+          plotly().then(shown.redraw, () => {
+            shown.figure.querySelector(".plot").textContent = "The chart needs the script " + plotlyPath + " beside this page.";
           });
         }
       },
