@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen = allocate(groups, target)
             seconds = time.perf_counter() - started
             slowest = max(slowest, seconds)
-            row = (f"{target:g}", f"{chosen.bits:.6f}", f"{chosen.damage:.6g}", f"{seconds:.2f}")
+            row = (f"{target:g}", f"{chosen.bits:.6f}", f"{chosen.score:.6g}", f"{seconds:.2f}")
             table.add_row(str(seed), *row)
         started = time.perf_counter()
         points = len(pareto(groups))

@@ -56,9 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the numbers there")
     given = parser.parse_args(arguments)
     measured = _run(given)
+    share = measured["audit"] / measured["pass"]
     print(
         f"pass over {measured['cells']} cells {measured['pass']:.2f} s, audit of "
-        f"{measured['audited']} groups of pairs {measured['audit']:.2f} s: {measured['audit'] / measured['pass']:.0%}"
+        f"{measured['audited']} groups of pairs {measured['audit']:.2f} s: {share:.0%}"
     )
     if given.json:
         given.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

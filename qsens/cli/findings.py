@@ -286,21 +286,24 @@ def _print_audits(audited: dict[str, Any]) -> None:
 
 
 def _print_recipe(written: dict[str, Any]) -> None:
+    from qsens.recipes.formats.evidence import predicted
+
     table = Table(
-        title=f"{written['bits']:.4f} bits a weight, predicted damage {written['damage']:.4g} "
-        f"{written['damage_unit']}",
+        title=f"{written['bits']:.4f} bits a weight. "
+        + predicted(written["damage"], written["damage_unit"]),
         title_justify="left",
     )
-    for column in ("format", "groups", "weights", "damages"):
+    for column in ("format", "groups", "weights", "scores"):
         table.add_column(column)
     for row in written["formats"]:
-        price = written["prices"].get(row["format"])
-        over = f" / {price['ratio']:.3f}" if price and price["ratio"] is not None else ""
+        correction = written["prices"].get(row["format"])
+        ratio = correction["ratio"] if correction else None
+        over = f" / {ratio:.3f}" if ratio is not None else ""
         table.add_row(
             row["format"] or "16 bits",
             str(row["groups"]),
             str(row["weights"]),
-            f"{price['source']}{over}" if price else "",
+            f"{correction['source']}{over}" if correction else "",
         )
     stdout.print(table)
     stdout.print(written["path"])

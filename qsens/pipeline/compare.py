@@ -162,7 +162,7 @@ def _distance(group: ComparedGroup) -> float:
 
 def _find(name: str, roots: Roots) -> _Side:
     path = Path(name)
-    if path.name != SUMMARY and path.exists() and not has_file(path / SUMMARY, remedy=_NAME):
+    if path.name != SUMMARY and not has_file(path / SUMMARY, remedy=_NAME) and path.exists():
         return _cell(find_manifest(path))
     sweep, _, cell = (name, "", "") if path.exists() else name.partition("/")
     directory = find_sweep(sweep, roots.results, remedy=_NAME)

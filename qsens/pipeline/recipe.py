@@ -16,7 +16,7 @@ from qsens.published import find_sweep, read_sweep
 from qsens.recipes.format_choices import UNQUANTIZED_BITS, matches
 from qsens.recipes.formats import llm_compressor, modelopt
 from qsens.recipes.formats.evidence import LeftOut, Recipe, choose, tally
-from qsens.recipes.score_correction import price
+from qsens.recipes.score_correction import correct
 from qsens.schema.manifest import dump_json
 from qsens.schema.summary import Summary, SummaryCell
 from qsens.writing import write_text
@@ -116,7 +116,7 @@ def write_recipe(
             {"format": name, "groups": groups, "weights": weights}
             for name, groups, weights in tally(recipe)
         ],
-        "prices": {name: price.model_dump() for name, price in recipe.prices.items()},
+        "prices": {name: entry.model_dump() for name, entry in recipe.prices.items()},
         "left_out": [entry.model_dump() for entry in recipe.left_out],
         "notices": list(recipe.notices),
         "path": str(out.resolve()) if out is not None else None,
@@ -185,7 +185,7 @@ def recipe_of(
             where=f"sweep {summary.sweep_id}",
             remedy="Export with --to modelopt, or sweep other pairs.",
         )
-    priced = price(
+    corrected = correct(
         {format_name(cell): cell.rows for cell in cells if format_name(cell) in formats},
         {
             format_name(cell): audit
@@ -195,8 +195,8 @@ def recipe_of(
         },
         {format_name(cell): cell.digest for cell in cells},
     )
-    left_out += [LeftOut(format=name, reason=why) for name, why in priced.refused.items()]
-    rows = priced.rows
+    left_out += [LeftOut(format=name, reason=why) for name, why in corrected.refused.items()]
+    rows = corrected.rows
     if not rows:
         raise UserError(
             "none of its pairs can be trusted: " + _listed(left_out),
@@ -225,7 +225,7 @@ def recipe_of(
             packing.rows,
             {name: formats[name] for name in rows},
             bits,
-            prices=priced.prices,
+            prices=corrected.corrections,
             sweep_id=summary.sweep_id,
             model=summary.model,
             checkpoint_digest=summary.checkpoint_digest,

@@ -1,9 +1,10 @@
 """The format of each group at a target of effective bits: an exact 0/1 program.
 
-A multiple-choice knapsack: one option a unit, least total damage, at most so many bits. The convex
-hull of each unit's options gives the optimum of the linear relaxation, which bounds the answer from
-below, and a good integer answer from above; options whose reduced cost exceeds the gap between the
-two cannot be part of a better one. ``scipy.optimize.milp`` decides among the few that are left.
+A multiple-choice knapsack: one format choice a decision group, lowest total score, at most so many
+bits. The convex hull of each group's choices gives the optimum of the linear relaxation, which
+bounds the answer from below, and a good integer answer from above; options whose reduced cost
+exceeds the gap between the two cannot be part of a better one. ``scipy.optimize.milp`` decides
+among the few that are left.
 
 Source: Kellerer, Pferschy, Pisinger, Knapsack Problems (2004), chapter 11.
 """
@@ -28,7 +29,7 @@ from qsens.schema.summary import ParetoPoint
 
 # Sums of whole numbers times few bits: this much is rounding only.
 _ROUNDING = 1e-12
-# A choice as the search sees it: 16-bit cost and damage, and its place in
+# A choice as the search sees it: 16-bit cost and score, and its place in
 # ``DecisionGroup.choices``.
 _Step = tuple[float, float, int]
 
@@ -40,12 +41,12 @@ class Allocation:
     Attributes:
         choices: What each unit becomes, in the order given.
         bits: Bits a weight over all units.
-        damage: Sum of the damages.
+        score: Sum of the scores.
     """
 
     choices: tuple[FormatChoice, ...]
     bits: float
-    damage: float
+    score: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Quantized:
 
 
 def allocate(decisions: Sequence[DecisionGroup], target_bits: float) -> Allocation:
-    """Choose an option for each unit so that the total damage is least and the target is met.
+    """Choose a format for each group so that the total score is lowest and the target is met.
 
     Args:
         decisions: What may become what.
@@ -98,7 +99,7 @@ def allocate_one(
     format_bits: float,
     target_bits: float,
 ) -> Quantized:
-    """Choose the groups to quantize in one format so that the total score is least.
+    """Choose the groups to quantize in one format so that the total score is lowest.
 
     Args:
         scores: Score of each group in the format; none where it is unknown: such a group stays
@@ -132,16 +133,16 @@ def allocate_one(
     return Quantized(
         quantized=tuple(choice.format is not None for choice in chosen.choices),
         effective_bits=chosen.bits,
-        score=chosen.damage,
+        score=chosen.score,
         satisfied=satisfied,
     )
 
 
 def pareto(decisions: Sequence[DecisionGroup], points: int = 64) -> list[ParetoPoint]:
-    """Return the least damage against bits, from the cheapest to the least damage of all.
+    """Return the lowest score against bits, from the cheapest to the lowest score of all.
 
-    Every point is one that `allocate` reaches exactly: no choice has less damage at its bits.
-    Between two of them, the least damage lies on or above their chord.
+    Every point is one that `allocate` reaches exactly: no choice has a lower score at its bits.
+    Between two of them, the lowest score lies on or above their chord.
 
     Args:
         decisions: What may become what.
@@ -170,8 +171,8 @@ def pareto(decisions: Sequence[DecisionGroup], points: int = 64) -> list[ParetoP
         done = end + 1
         if index in kept:
             chosen = [ladder[place] for ladder, place in zip(ladders, at, strict=True)]
-            cost, damage = (math.fsum(step[part] for step in chosen) for part in (0, 1))
-            curve.append(ParetoPoint(bits=cost / total, damage=damage))
+            cost, score = (math.fsum(step[part] for step in chosen) for part in (0, 1))
+            curve.append(ParetoPoint(bits=cost / total, damage=score))
     return curve
 
 
@@ -186,14 +187,14 @@ def _outcome(decisions: Sequence[DecisionGroup], chosen: Sequence[int]) -> Alloc
     return Allocation(
         choices=choices,
         bits=used / total if total else UNQUANTIZED_BITS,
-        damage=math.fsum(choice.damage for choice in choices),
+        score=math.fsum(choice.score for choice in choices),
     )
 
 
 def _ladder(decision: DecisionGroup) -> list[_Step]:
-    """Return the options that no other beats in both, cheapest first: damage falls all the way."""
+    """Return the options that no other beats in both, cheapest first: score falls all the way."""
     steps = sorted(
-        (decision.weights * choice.bits, choice.damage, index)
+        (decision.weights * choice.bits, choice.score, index)
         for index, choice in enumerate(decision.choices)
     )
     ladder: list[_Step] = []
@@ -204,12 +205,12 @@ def _ladder(decision: DecisionGroup) -> list[_Step]:
 
 
 def _hull(ladder: Sequence[_Step]) -> list[int]:
-    """Return the places of the lower convex hull of a ladder: damage over cost."""
+    """Return the places of the lower convex hull of a ladder: score over cost."""
     hull: list[int] = []
-    for index, (cost, damage, _) in enumerate(ladder):
+    for index, (cost, score, _) in enumerate(ladder):
         while len(hull) > 1:
-            (cost_a, damage_a, _), (cost_b, damage_b, _) = (ladder[place] for place in hull[-2:])
-            if (damage_a - damage_b) * (cost - cost_b) > (damage_b - damage) * (cost_b - cost_a):
+            (cost_a, score_a, _), (cost_b, score_b, _) = (ladder[place] for place in hull[-2:])
+            if (score_a - score_b) * (cost - cost_b) > (score_b - score) * (cost_b - cost_a):
                 break
             hull.pop()
         hull.append(index)
@@ -219,7 +220,7 @@ def _hull(ladder: Sequence[_Step]) -> list[int]:
 def _steps(
     ladders: Sequence[Sequence[_Step]], hulls: Sequence[Sequence[int]]
 ) -> list[tuple[float, int, int, int]]:
-    """Return the steps up all hulls, the one that saves most damage a bit first.
+    """Return the steps up all hulls, the one that lowers the score most a bit first.
 
     Returns:
         Saving a bit, unit, places before and after.
@@ -237,17 +238,17 @@ def _saving(steps: Sequence[tuple[float, int, int, int]], index: int) -> float |
 
 
 def _solve(ladders: Sequence[Sequence[_Step]], budget: float) -> list[int]:
-    """Return the place of each unit on its ladder, at the least damage within ``budget``."""
+    """Return the place of each group on its ladder, at the lowest score within ``budget``."""
     costs = [np.array([step[0] for step in ladder]) for ladder in ladders]
-    damages = [np.array([step[1] for step in ladder]) for ladder in ladders]
+    scores = [np.array([step[1] for step in ladder]) for ladder in ladders]
     at = [0] * len(ladders)
     left = budget - math.fsum(float(cost[0]) for cost in costs)
     steps = _steps(ladders, [_hull(ladder) for ladder in ladders])
-    price, stopped = 0.0, None
+    multiplier, stopped = 0.0, None
     for saving, decision, start, end in steps:
         cost = float(costs[decision][end] - costs[decision][start])
         if cost > left:
-            price, stopped = saving, (decision, end)
+            multiplier, stopped = saving, (decision, end)
             break
         at[decision] = end
         left -= cost
@@ -255,26 +256,26 @@ def _solve(ladders: Sequence[Sequence[_Step]], budget: float) -> list[int]:
         return at
     # What the relaxation could still save with what is left of the budget bounds the gap.
     reduced = [
-        damage - damage[place] + price * (cost - cost[place])
-        for damage, cost, place in zip(damages, costs, at, strict=True)
+        score - score[place] + multiplier * (cost - cost[place])
+        for score, cost, place in zip(scores, costs, at, strict=True)
     ]
-    best = _filled(costs, damages, at, left)
+    best = _filled(costs, scores, at, left)
     over = list(at)
     over[stopped[0]] = stopped[1]
-    for other in _lowered(costs, damages, over, budget):
-        filled = _filled(costs, damages, other, budget - _sum(costs, other))
-        if _sum(damages, filled) < _sum(damages, best):
+    for other in _lowered(costs, scores, over, budget):
+        filled = _filled(costs, scores, other, budget - _sum(costs, other))
+        if _sum(scores, filled) < _sum(scores, best):
             best = filled
-    gap = _sum(damages, best) - (_sum(damages, at) - price * left)
-    scale = max(float(np.abs(damage).max()) for damage in damages)
+    gap = _sum(scores, best) - (_sum(scores, at) - multiplier * left)
+    scale = max(float(np.abs(score).max()) for score in scores)
     open_ = [np.flatnonzero(values <= gap + _ROUNDING * scale) for values in reduced]
     if gap <= 0 or all(len(places) < 2 for places in open_):
         return best
-    return _decided(costs, damages, at, open_, best, budget, gap)
+    return _decided(costs, scores, at, open_, best, budget, gap)
 
 
 def _filled(
-    costs: Sequence[np.ndarray], damages: Sequence[np.ndarray], start: Sequence[int], left: float
+    costs: Sequence[np.ndarray], scores: Sequence[np.ndarray], start: Sequence[int], left: float
 ) -> list[int]:
     """Spend what is left of the budget, step by step, each time on what saves most."""
     at = list(start)
@@ -285,7 +286,7 @@ def _filled(
             # The ladder is sorted: the furthest place that fits saves most.
             end = int(np.searchsorted(ladder, ladder[place] + left, side="right")) - 1
             if end > place:
-                saved = float(damages[decision][place] - damages[decision][end])
+                saved = float(scores[decision][place] - scores[decision][end])
                 if best is None or saved > best[0]:
                     best = (saved, decision, end)
         if best is None:
@@ -296,7 +297,7 @@ def _filled(
 
 
 def _lowered(
-    costs: Sequence[np.ndarray], damages: Sequence[np.ndarray], over: Sequence[int], budget: float
+    costs: Sequence[np.ndarray], scores: Sequence[np.ndarray], over: Sequence[int], budget: float
 ) -> list[list[int]]:
     """Return choices within the budget: ``over`` with one unit lowered; the best few."""
     excess = _sum(costs, over) - budget
@@ -307,7 +308,7 @@ def _lowered(
         )
         if end >= 0:
             frontiers.append(
-                (float(damages[decision][end] - damages[decision][place]), decision, end)
+                (float(scores[decision][end] - scores[decision][place]), decision, end)
             )
     choices = []
     for _, decision, end in sorted(frontiers)[:8]:
@@ -319,7 +320,7 @@ def _lowered(
 
 def _decided(
     costs: Sequence[np.ndarray],
-    damages: Sequence[np.ndarray],
+    scores: Sequence[np.ndarray],
     at: Sequence[int],
     open_: Sequence[np.ndarray],
     best: list[int],
@@ -337,9 +338,9 @@ def _decided(
     )
     cost = np.concatenate([costs[decision][open_[decision]] for decision in decisions])
     # Against the relaxation's choice and in units of the gap: the solver's tolerances are absolute.
-    damage = np.concatenate(
+    score = np.concatenate(
         [
-            damages[decision][open_[decision]] - damages[decision][at[decision]]
+            scores[decision][open_[decision]] - scores[decision][at[decision]]
             for decision in decisions
         ]
     )
@@ -351,7 +352,7 @@ def _decided(
     while True:
         with _silenced():
             solution = milp(
-                damage / gap * 1e3,
+                score / gap * 1e3,
                 constraints=LinearConstraint(
                     vstack(rows),
                     lb=[*[1.0] * len(decisions), *[-np.inf] * (len(limits) - len(decisions))],
@@ -373,7 +374,7 @@ def _decided(
             picked[mine[index]] = 1.0
             chosen[decision] = int(open_[decision][index])
         if _sum(costs, chosen) <= budget:
-            return chosen if _sum(damages, chosen) < _sum(damages, best) else best
+            return chosen if _sum(scores, chosen) < _sum(scores, best) else best
         # Over the budget by less than the solver's tolerance: anything but this.
         rows.append(csr_array(picked[None, :]))
         limits.append(len(decisions) - 1.0)

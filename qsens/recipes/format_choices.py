@@ -21,12 +21,12 @@ class FormatChoice:
     Attributes:
         format: Name of the format; none leaves the unit at 16 bits.
         bits: Bits a weight, block scales included.
-        damage: What it does to the model, in the unit of the scores.
+        score: What it does to the model, in the unit of the scores.
     """
 
     format: str | None
     bits: float
-    damage: float
+    score: float
 
 
 UNQUANTIZED = FormatChoice(None, UNQUANTIZED_BITS, 0.0)
@@ -58,13 +58,13 @@ def build_decision_groups(
 ) -> list[DecisionGroup]:
     """Return the units of a sweep, in the order of the first format's rows.
 
-    A format without a score for a group is no option there: an unknown damage is not 0. Disabled
+    A format without a score for a group is no option there: an unknown score is not 0. Disabled
     groups are left out. Members of fused layers (q, k, v; gate, up) are united where the rows hold
     them apart.
 
     Args:
         formats: The rows of one cell for each format, by the format's name.
-        statistic: The score that is the damage, see `statistic_of`.
+        statistic: The score that is the score, see `statistic_of`.
         keep: Patterns (fnmatch) of groups or members that stay at 16 bits.
         keep_head: Whether the head stays at 16 bits, as one that is tied to the embedding does.
         together: Names of groups that share one format.
@@ -88,11 +88,11 @@ def build_decision_groups(
                 raise ValueError(f"{row.layer} has {weights[row.layer]} weights, and {count}")
             members.setdefault(row.layer, row.members)
             known = choices.setdefault(row.layer, {})
-            damage = value_of(row, statistic)
+            score = value_of(row, statistic)
             if row.layer in (refused or {}).get(name, ()):
                 continue
-            if damage is not None and row.num_bits is not None:
-                known[name] = FormatChoice(name, row.num_bits, damage)
+            if score is not None and row.num_bits is not None:
+                known[name] = FormatChoice(name, row.num_bits, score)
     kept = {layer for layer in weights if matches(layer, members[layer], patterns)}
     if keep_head:
         kept |= {layer for layer in weights if kind_of(layer) == "head"}
@@ -111,7 +111,7 @@ def build_decision_groups(
                         FormatChoice(
                             name,
                             choices[layers[0]][name].bits,
-                            sum(choices[layer][name].damage for layer in layers),
+                            sum(choices[layer][name].score for layer in layers),
                         )
                         for name in shared
                     ),

@@ -36,16 +36,16 @@ class CorrectedScores:
 
     Attributes:
         rows: The rows of each format, with the damage as their sensitivity per token.
-        prices: How that was found, by format.
+        corrections: How that was found, by format.
         refused: Why a format is no option.
     """
 
     rows: dict[str, tuple[Row, ...]]
-    prices: dict[str, ScoreCorrection]
+    corrections: dict[str, ScoreCorrection]
     refused: dict[str, str]
 
 
-def price(
+def correct(
     formats: Mapping[str, Sequence[Row]],
     audits: Mapping[str, Audit],
     digests: Mapping[str, str],
@@ -64,9 +64,9 @@ def price(
         audits: The audits that there are, by the same names.
         digests: Digests of the cells, by the same names.
     """
-    rows, prices, refused = {}, {}, {}
+    rows, corrections, refused = {}, {}, {}
     for name, its_rows in formats.items():
-        rows[name], prices[name] = tuple(its_rows), ScoreCorrection(source="estimates")
+        rows[name], corrections[name] = tuple(its_rows), ScoreCorrection(source="estimates")
         audit = audits.get(name)
         if audit is None:
             continue
@@ -76,18 +76,18 @@ def price(
         all_measured = audit.mode == "full" and audit.method == "fisher"
         if all_measured and (distrusted or audit.cell_digest == digests[name]):
             rows[name] = _measured(its_rows, audit)
-            prices[name] = ScoreCorrection(source="true divergences", **known)
+            corrections[name] = ScoreCorrection(source="true divergences", **known)
         elif distrusted:
-            del rows[name], prices[name]
+            del rows[name], corrections[name]
             refused[name] = f"its scores are not to be trusted: {judged.reason}"
         elif judged.ratio is not None and _is_off(audit):
             rows[name] = _divided(its_rows, judged.ratio)
-            prices[name] = ScoreCorrection(
+            corrections[name] = ScoreCorrection(
                 source="corrected estimates", ratio=judged.ratio, **known
             )
         else:
-            prices[name] = ScoreCorrection(source="estimates", **known)
-    return CorrectedScores(rows, prices, refused)
+            corrections[name] = ScoreCorrection(source="estimates", **known)
+    return CorrectedScores(rows, corrections, refused)
 
 
 def _is_off(audit: Audit) -> bool:

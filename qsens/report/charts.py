@@ -151,7 +151,7 @@ def drift(view: Drift | None) -> Chart | None:
 
 
 def pareto(points: Sequence[ParetoPoint], target: float | None) -> Chart | None:
-    """Return the curve of damage over effective bits, and the recipe at the sweep's target.
+    """Return the curve of predicted score over bits, and the recipe at the sweep's target.
 
     Args:
         points: The curve, by rising bits.

@@ -13,7 +13,7 @@ from qsens.documents import dump_document
 from qsens.grid import Cell, CellSpec, Plan
 from qsens.recipes.allocation import pareto
 from qsens.recipes.format_choices import build_decision_groups
-from qsens.recipes.score_correction import price
+from qsens.recipes.score_correction import correct
 from qsens.report import charts
 from qsens.report import format as look
 from qsens.report.assets import embedded, linked, page_data
@@ -178,15 +178,15 @@ def _pareto(plan: Plan, cells: Sequence[SummaryCell], audits: Sequence[Audit]) -
     done = of_coverage([cell for cell in cells if cell.done])
     size = max((cell.size for cell in done), key=SIZES.index, default=None)
     largest = {"-".join(series_of(cell)): cell for cell in done if cell.size == size}
-    priced = price(
+    corrected = correct(
         {name: cell.rows for name, cell in largest.items()},
         {"-".join(series_of(audit)): audit for audit in audits},
         {name: cell.digest for name, cell in largest.items()},
     )
-    rows = (row for each in priced.rows.values() for row in each)
+    rows = (row for each in corrected.rows.values() for row in each)
     statistic = statistic_of(plan.config.autoquant.method, rows)
     keep_head = plan.checkpoint.tied_head is not False
-    return pareto(build_decision_groups(priced.rows, statistic, keep_head=keep_head))
+    return pareto(build_decision_groups(corrected.rows, statistic, keep_head=keep_head))
 
 
 def _in_order(plan: Plan) -> list[CellSpec]:

@@ -71,12 +71,12 @@ class Difference(Frozen):
 
 
 class ParetoPoint(Frozen):
-    """The least damage at so many bits."""
+    """The lowest predicted score at so many bits."""
 
     bits: float
     """Effective bits a weight."""
     damage: float
-    """Sum of the damages, in the unit of the scores."""
+    """Sum of the groups' scores, in their unit."""
 
 
 class CellStability(Frozen):
@@ -284,8 +284,9 @@ class Summary(Frozen):
     previous: str | None
     """Id of the sweep before this one; none where this is the first."""
     pareto: tuple[ParetoPoint, ...] = ()
-    """The least damage at so many bits over all pairs at the largest size, from the cheapest to 16
-    bits; a head tied to the embedding stays at 16. Damages are in the statistic of the method."""
+    """The lowest predicted score at so many bits over all pairs at the largest size, from the
+    cheapest to 16 bits; a head tied to the embedding stays at 16. Scores are in the statistic of
+    the method."""
     complete: bool
     """Whether every cell has a result and none of them is partial."""
     cells: tuple[SummaryCell, ...]

@@ -108,7 +108,7 @@ def test_many_formats_equal_brute_force(instance: tuple[list[DecisionGroup], flo
     used, damage = np.zeros(1), np.zeros(1)
     for decision in decisions:
         bits = np.array([choice.bits * decision.weights for choice in decision.choices])
-        hurt = np.array([choice.damage for choice in decision.choices])
+        hurt = np.array([choice.score for choice in decision.choices])
         used = np.add.outer(used, bits).ravel()
         damage = np.add.outer(damage, hurt).ravel()
     total = sum(decision.weights for decision in decisions)
@@ -123,12 +123,12 @@ def test_many_formats_equal_brute_force(instance: tuple[list[DecisionGroup], flo
         return
     found = allocate(decisions, target)
     assert found.bits <= target
-    assert found.damage == pytest.approx(damage[within].min(), rel=1e-9, abs=1e-18)
+    assert found.score == pytest.approx(damage[within].min(), rel=1e-9, abs=1e-18)
     assert all(
         choice in decision.choices
         for choice, decision in zip(found.choices, decisions, strict=True)
     )
-    assert found.damage == pytest.approx(math.fsum(choice.damage for choice in found.choices))
+    assert found.score == pytest.approx(math.fsum(choice.score for choice in found.choices))
 
 
 @given(instances())
@@ -140,11 +140,11 @@ def test_no_choice_lies_below_the_curve(instance: tuple[list[DecisionGroup], flo
     assert bits == sorted(set(bits))
     assert curve[-1].damage == 0
     for point in curve:
-        assert allocate(decisions, point.bits).damage == pytest.approx(point.damage, rel=1e-9)
+        assert allocate(decisions, point.bits).score == pytest.approx(point.damage, rel=1e-9)
     if target >= bits[0]:
         below = allocate(decisions, target)
         chord = np.interp(below.bits, bits, [point.damage for point in curve])
-        assert below.damage >= chord * (1 - 1e-9)
+        assert below.score >= chord * (1 - 1e-9)
 
 
 def test_two_formats_by_hand() -> None:
@@ -162,7 +162,7 @@ def test_two_formats_by_hand() -> None:
     found = allocate(decisions, 20 / 3)
     # 4 bits cost x 9, y 3, z 7; 8 bits cost x and z 1 each.
     assert [choice.format for choice in found.choices] == ["w8", "w4", "w8"]
-    assert found.damage == 5.0
+    assert found.score == 5.0
     assert found.bits == 20 / 3
 
 

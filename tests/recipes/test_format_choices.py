@@ -80,22 +80,22 @@ def test_parts_of_a_fused_layer_are_one_unit() -> None:
 def test_groups_that_must_go_together() -> None:
     rows = [row("a", 8.0, 1.0), row("b", 8.0, 2.0), row("c", 8.0, 4.0)]
     decisions = build_decision_groups({"w8": rows}, together=[{"a", "c", "not there"}])
-    assert [(decision.groups, decision.choices[-1].damage) for decision in decisions] == [
+    assert [(decision.groups, decision.choices[-1].score) for decision in decisions] == [
         (("a", "c"), 5.0),
         (("b",), 2.0),
     ]
     assert len(build_decision_groups({"w8": rows}, together=[{"a", "b"}, {"b", "c"}])) == 1
 
 
-def test_the_damage_is_the_statistic_that_is_asked_for() -> None:
+def test_the_score_is_the_statistic_that_is_asked_for() -> None:
     formats = {
         "w8": [row("a", 8.0, 1.0, sensitivity_per_token=0.25)],
         "w4": [row("a", 4.5, 7.0, sensitivity_per_token=0.5)],
     }
     (decision,) = build_decision_groups(formats, "sensitivity")
-    assert [choice.damage for choice in decision.choices] == [0.0, 1.0, 7.0]
+    assert [choice.score for choice in decision.choices] == [0.0, 1.0, 7.0]
     (decision,) = build_decision_groups(formats, "sensitivity_per_token")
-    assert [choice.damage for choice in decision.choices] == [0.0, 0.25, 0.5]
+    assert [choice.score for choice in decision.choices] == [0.0, 0.25, 0.5]
 
 
 def test_weights_that_differ_are_no_one_sweep() -> None:

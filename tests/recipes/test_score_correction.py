@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qsens.recipes.format_choices import build_decision_groups
-from qsens.recipes.score_correction import CorrectedScores, price
+from qsens.recipes.score_correction import CorrectedScores, correct
 from qsens.schema.manifest import Audit, Judgement, Point, Verdict
 from qsens.schema.summary import Row
 
@@ -73,18 +73,18 @@ def points(*truths: float) -> tuple[Point, ...]:
     )
 
 
-def priced(found: Audit | None, digest: str = "medium") -> CorrectedScores:
-    return price({"a": rows(0.4, None, 0.1)}, {"a": found} if found else {}, {"a": digest})
+def corrected(found: Audit | None, digest: str = "medium") -> CorrectedScores:
+    return correct({"a": rows(0.4, None, 0.1)}, {"a": found} if found else {}, {"a": digest})
 
 
-def damages(found: CorrectedScores) -> list[float | None]:
+def scores(found: CorrectedScores) -> list[float | None]:
     return [row.sensitivity_per_token for row in found.rows["a"]]
 
 
 def test_without_an_audit_scores_stay_as_they_are() -> None:
-    found = priced(None)
-    assert damages(found) == [0.4, None, 0.1]
-    assert found.prices["a"].model_dump() == {
+    found = corrected(None)
+    assert scores(found) == [0.4, None, 0.1]
+    assert found.corrections["a"].model_dump() == {
         "source": "estimates",
         "verdict": None,
         "ratio": None,
@@ -94,10 +94,10 @@ def test_without_an_audit_scores_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("verdict", ["trust", "rank only"])
 def test_estimates_are_divided_by_their_ratio(verdict: Verdict) -> None:
-    found = priced(audit(verdict, 0.8))
+    found = corrected(audit(verdict, 0.8))
     # Estimates are 0.8 of the truth: 0.4 stands for 0.5, 0.1 for 0.125.
-    assert damages(found) == [pytest.approx(0.5), None, pytest.approx(0.125)]
-    assert found.prices["a"].model_dump() == {
+    assert scores(found) == [pytest.approx(0.5), None, pytest.approx(0.125)]
+    assert found.corrections["a"].model_dump() == {
         "source": "corrected estimates",
         "verdict": verdict,
         "ratio": 0.8,
@@ -108,41 +108,41 @@ def test_estimates_are_divided_by_their_ratio(verdict: Verdict) -> None:
 def test_but_not_where_that_may_be_chance() -> None:
     # Estimates are 1. Of 6 groups 5 above the truth have a chance of 14/64, and 6 one of 2/64.
     five = audit("trust", 1.1, points=points(0.9, 0.9, 0.9, 0.9, 0.9, 1.1))
-    assert damages(priced(five)) == [0.4, None, 0.1]
-    assert priced(five).prices["a"].model_dump(exclude={"audit"}) == {
+    assert scores(corrected(five)) == [0.4, None, 0.1]
+    assert corrected(five).corrections["a"].model_dump(exclude={"audit"}) == {
         "source": "estimates",
         "verdict": "trust",
         "ratio": None,
     }
     # Where a group has no divergence at all, there is no ratio.
     six = audit("trust", 1.1, points=points(0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.0))
-    assert priced(six).prices["a"].ratio == 1.1
+    assert corrected(six).corrections["a"].ratio == 1.1
 
 
 def test_a_proxy_has_no_ratio() -> None:
-    found = priced(audit("rank only", None, method="gradient"))
-    assert damages(found) == [0.4, None, 0.1]
-    assert found.prices["a"].verdict == "rank only"
+    found = corrected(audit("rank only", None, method="gradient"))
+    assert scores(found) == [0.4, None, 0.1]
+    assert found.corrections["a"].verdict == "rank only"
 
 
 def test_what_is_not_to_be_trusted_is_no_option() -> None:
-    found = priced(audit("do not trust", 0.3))
-    assert found.rows == found.prices == {}
+    found = corrected(audit("do not trust", 0.3))
+    assert found.rows == found.corrections == {}
     assert found.refused == {"a": "its scores are not to be trusted: why"}
     # A proxy is no estimate of what was measured, even of all groups.
     proxy = audit("do not trust", None, method="gradient", mode="full", points=points(1, 2, 3))
-    assert "a" in priced(proxy).refused
+    assert "a" in corrected(proxy).refused
 
 
 def test_or_is_priced_by_its_measured_truth() -> None:
     # The second group has no score, so no format; the third one's truth could not be measured.
-    found = priced(audit("do not trust", 0.3, mode="full", points=points(2.0, 3.0)))
-    assert damages(found) == [2.0, None, None]
-    assert found.prices["a"].source == "true divergences"
-    assert found.prices["a"].ratio is None
-    # An unknown damage is no option, and the others keep their unit.
+    found = corrected(audit("do not trust", 0.3, mode="full", points=points(2.0, 3.0)))
+    assert scores(found) == [2.0, None, None]
+    assert found.corrections["a"].source == "true divergences"
+    assert found.corrections["a"].ratio is None
+    # An unknown score is no option, and the others keep their unit.
     decisions = build_decision_groups(found.rows, "sensitivity_per_token")
-    assert [[choice.damage for choice in decision.choices] for decision in decisions] == [
+    assert [[choice.score for choice in decision.choices] for decision in decisions] == [
         [0, 2.0],
         [0],
         [0],
@@ -151,6 +151,6 @@ def test_or_is_priced_by_its_measured_truth() -> None:
 
 def test_truths_of_the_very_cell_are_better_than_its_estimates() -> None:
     full = audit("trust", 0.8, mode="full", points=points(2.0, 3.0, 0.5, *[1.25] * 6))
-    assert damages(priced(full, digest="small")) == [2.0, None, 0.5]
+    assert scores(corrected(full, digest="small")) == [2.0, None, 0.5]
     # Of another size, with fewer samples, they are not.
-    assert damages(priced(full)) == [pytest.approx(0.5), None, pytest.approx(0.125)]
+    assert scores(corrected(full)) == [pytest.approx(0.5), None, pytest.approx(0.125)]

@@ -41,7 +41,7 @@ class Choice(Frozen):
     weights: int
     """Weight elements."""
     damage: float
-    """What the sweep found that the format does, these groups taken alone."""
+    """Predicted KL of these groups alone in the format; with ``gradient`` ModelOpt's score."""
 
 
 class LeftOut(Frozen):
@@ -78,17 +78,17 @@ class Recipe(Frozen):
     method: Method
     """The score: ``gradient``, ``fisher``, ``kl_div``."""
     damage_unit: DamageUnit
-    """Unit of every damage."""
+    """Unit of every ``damage``: nats a token are predicted KL, a gradient score is none."""
     bits_asked: float
     """Target, in bits a weight over all groups here; what stays unquantized counts 16."""
     bits: float
     """Bits a weight that the recipe comes to."""
     damage: float
-    """Sum of the damages of the groups: a prediction, each group taken alone."""
+    """Sum over the groups: a prediction, each group taken alone."""
     formats: dict[str, PairConfig]
     """The formats used, by name, as qsens defines them."""
     prices: dict[str, ScoreCorrection] = {}
-    """How the damages of these formats were found."""
+    """How the scores of these formats were corrected."""
     choices: tuple[Choice, ...]
     """What each group becomes, in model order."""
     outside: tuple[str, ...]
@@ -116,7 +116,7 @@ def choose(
     left_out: Sequence[LeftOut] = (),
     notices: Sequence[str] = (),
 ) -> Recipe:
-    """Choose a format for every group so that the total damage is least at ``target_bits``.
+    """Choose a format for every group so that the total score is lowest at ``target_bits``.
 
     Args:
         cells: The rows of the sweep, by the format's name.
@@ -127,7 +127,7 @@ def choose(
         checkpoint_digest: Digest of the checkpoint.
         size: Calibration size of the rows.
         method: The score.
-        prices: How the damages of the rows were found, by the same names.
+        prices: How the scores of the rows were corrected, by the same names.
         keep: Patterns (fnmatch) of groups or members that stay at 16 bits.
         keep_head: Whether the head stays at 16 bits.
         refused: Names of groups that a format is no option for, by the format's name.
@@ -152,7 +152,7 @@ def choose(
             format=choice.format,
             bits=choice.bits,
             weights=decision.weights,
-            damage=choice.damage,
+            damage=choice.score,
         )
         for decision, choice in zip(decisions, allocated.choices, strict=True)
     ]
@@ -167,7 +167,7 @@ def choose(
         damage_unit=_unit(method, statistic),
         bits_asked=target_bits,
         bits=allocated.bits,
-        damage=allocated.damage,
+        damage=allocated.score,
         formats={name: formats[name] for name in cells if name in used},
         prices={name: price for name, price in (prices or {}).items() if name in used},
         choices=tuple(sorted(choices, key=lambda choice: _natural(choice.groups[0]))),
@@ -191,7 +191,7 @@ def choose(
 
 
 def _unit(method: Method, statistic: Statistic) -> DamageUnit:
-    """Return the unit of damages; ModelOpt's own ``kl_div`` does not say its tokens."""
+    """Return the unit of the scores; ModelOpt's own ``kl_div`` does not say its tokens."""
     if method == "gradient":
         return "gradient score"
     return "nats a token" if statistic == "sensitivity_per_token" else "score of the method"
@@ -208,28 +208,35 @@ def header(recipe: Recipe, tool: str) -> str:
         f"{recipe.bits:.4f} bits a weight ({recipe.bits_asked:g} asked), for {tool}.",
         f"Model {recipe.model}, checkpoint {recipe.checkpoint_digest[:12]}, "
         f"sweep {recipe.sweep_id}, size {recipe.size}.",
-        f"Predicted damage: {recipe.damage:.6g} {recipe.damage_unit} (method {recipe.method}), "
-        "a sum over groups, each taken alone.",
+        f"{predicted(recipe.damage, recipe.damage_unit)} (method {recipe.method}), a sum over "
+        "groups, each taken alone.",
     ]
     for name, groups, weights in tally(recipe):
         lines.append(f"{name or '16 bits'}: {weights} weights, {groups} of the groups")
-    lines += [f"{name}: {correction_words(price)}" for name, price in recipe.prices.items()]
+    lines += [f"{name}: {correction_words(entry)}" for name, entry in recipe.prices.items()]
     lines += [f"Left out: {entry.words}" for entry in recipe.left_out]
     lines += [f"Note: {notice}" for notice in recipe.notices]
     # What a name brings along must stay within the comment.
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)
 
 
-def correction_words(price: ScoreCorrection) -> str:
-    """Say how the damages of a format were found."""
-    if price.source == "true divergences":
-        return "damages are true divergences, measured in every group"
-    if price.verdict is None:
-        return "damages are scores that were not audited"
-    audited = f"audited with the verdict {price.verdict}"
-    if price.ratio is None:
-        return f"damages are scores, {audited}"
-    return f"damages are scores over {price.ratio:.3f}, their ratio to the truth, {audited}"
+def predicted(total: float, unit: DamageUnit) -> str:
+    """Say what a recipe is predicted to cost; only nats a token are a KL divergence."""
+    if unit == "nats a token":
+        return f"Predicted KL {total:.6g} nats a token"
+    return f"Predicted {unit} {total:.6g}, which is no KL"
+
+
+def correction_words(correction: ScoreCorrection) -> str:
+    """Say how the scores of a format were corrected."""
+    if correction.source == "true divergences":
+        return "measured KL of every group"
+    if correction.verdict is None:
+        return "scores that were not audited"
+    audited = f"audited with the verdict {correction.verdict}"
+    if correction.ratio is None:
+        return f"scores, {audited}"
+    return f"scores over {correction.ratio:.3f}, their ratio to the measured KL, {audited}"
 
 
 def tally(recipe: Recipe) -> list[tuple[str | None, int, int]]:

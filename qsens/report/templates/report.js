@@ -335,7 +335,7 @@
         {
           type: "scatter",
           mode: "lines+markers",
-          name: "least estimated damage",
+          name: "lowest predicted score",
           x: chart.bits,
           y: chart.damage,
           line: { color: COLOURS[0], shape: "hv" },
@@ -358,7 +358,7 @@
         layout: {
           height: 380,
           xaxis: { title: { text: "effective bits a weight" } },
-          yaxis: { title: { text: "estimated damage (sum of scores)" }, rangemode: "tozero", exponentformat: "e" },
+          yaxis: { title: { text: "predicted score (sum over groups)" }, rangemode: "tozero", exponentformat: "e" },
         },
       };
     },
