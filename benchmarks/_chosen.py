@@ -28,7 +28,7 @@ from qsens.pipeline.recipe import recipe_of
 from qsens.pipeline.sweep import run_sweep
 from qsens.published import read_summary
 from qsens.recipes.formats import modelopt
-from qsens.recipes.formats.evidence import Recipe
+from qsens.schema.recipe import Recipe
 from qsens.schema.summary import Summary
 from qsens.store import SUMMARY, Store
 

@@ -20,7 +20,7 @@ from qsens.config import AutoquantConfig
 from qsens.engine.amax import Amax
 from qsens.engine.candidates import Candidates
 from qsens.engine.scoring_pass import ScoringPass, calibrate, run_pass
-from qsens.schema.manifest import Point
+from qsens.schema.audit import Point
 
 _REPEATS = 3
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import binom, spearmanr
 
-from qsens.documents import read_document
-from qsens.errors import Damaged
 from qsens.names import kind_of
-from qsens.schema.manifest import AUDIT_VERSION, Audit, Judgement, Point, Verdict
+from qsens.schema.audit import Judgement, Point, Verdict
 from qsens.schema.summary import Row
 
 # Groups that are always audited: those that hurt most.
@@ -32,33 +26,6 @@ _CHANCE = 0.05
 Z90 = 1.6449  # of a normal distribution: 5 % lie above
 # Fewer groups tell nothing about ranks.
 _LEAST = 5
-
-
-def read_audit(path: Path) -> Audit | None:
-    """Read an audit; none where there is none, or it is not what was written.
-
-    Raises:
-        UserError: A newer qsens wrote it.
-    """
-    try:
-        return read_document(
-            Audit,
-            path,
-            what="audit",
-            version=AUDIT_VERSION,
-            name="Audit again with `qsens audit`.",
-            again="Audit again with `qsens audit`.",
-        )
-    except Damaged:
-        return None
-
-
-def digest_of(audit: Audit) -> str:
-    """Return the SHA-256 over what an audit measured, on which scores: not when, nor how fast."""
-    measured: dict[str, Any] = audit.model_dump(
-        mode="json", include={"cell_digest", "method", "samples", "points", "failures"}
-    )
-    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
 def choose_groups(rows: Sequence[Row], count: int, known: Collection[str] = ()) -> list[str]:

@@ -211,7 +211,7 @@ def _say_recipe(written: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(written)
         return
-    from qsens.recipes.formats.evidence import LeftOut
+    from qsens.schema.recipe import LeftOut
 
     say_notices(written["notices"])
     for entry in written["left_out"]:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qsens.analysis.audit import choose_groups, digest_of, judge, read_audit
+from qsens.analysis.audit import choose_groups, judge
 from qsens.analysis.ranking import rank
 from qsens.analysis.statistic import statistic_of, value_of
 from qsens.config.models import SIZES
@@ -18,7 +18,8 @@ from qsens.names import group_name, kind_of
 from qsens.pipeline.shared_checkpoint import Progress, SharedCheckpoint
 from qsens.reading import has_file
 from qsens.results import AGAIN
-from qsens.schema.manifest import Audit, GroupSensitivity, Manifest, Point
+from qsens.schema.audit import Audit, Point, digest_of, read_audit
+from qsens.schema.manifest import GroupSensitivity, Manifest
 from qsens.schema.summary import Statistic
 from qsens.store import Store
 from qsens.writing import write_text

@@ -20,7 +20,7 @@ from qsens.pipeline.stored import Result
 from qsens.published import find_sweep, read_sweep
 from qsens.reading import has_file
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
-from qsens.schema.manifest import find_manifest
+from qsens.results import find_manifest
 from qsens.schema.summary import Difference, Row
 from qsens.store import CELLS, MANIFEST, SUMMARY
 

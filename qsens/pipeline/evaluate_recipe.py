@@ -14,7 +14,7 @@ from qsens.errors import UserError
 from qsens.grid import CellSpec, Plan
 from qsens.recipes.format_choices import matches
 from qsens.recipes.formats import modelopt
-from qsens.recipes.formats.evidence import Recipe
+from qsens.schema.recipe import Recipe
 
 if TYPE_CHECKING:
     from qsens.engine.modelopt.end_to_end import EndToEnd

@@ -10,7 +10,7 @@ from qsens.config import PairConfig
 from qsens.errors import UserError
 from qsens.pipeline.shapes import module_shapes
 from qsens.recipes.formats import llm_compressor
-from qsens.recipes.formats.evidence import LeftOut
+from qsens.schema.recipe import LeftOut
 from qsens.schema.summary import Row
 
 _UNCHECKED = "whether llm-compressor takes every module in its format was not checked"

@@ -29,8 +29,9 @@ from qsens.report.cell import CellReport, build_cell, write_cell
 from qsens.report.model_index import write_model_index
 from qsens.report.sweep import build_summary, write_sweep
 from qsens.report.views import protected
-from qsens.results import AGAIN
-from qsens.schema.manifest import Audit, Manifest, find_manifest
+from qsens.results import AGAIN, find_manifest
+from qsens.schema.audit import Audit
+from qsens.schema.manifest import Manifest
 from qsens.schema.summary import Drift, Summary
 from qsens.store import ANALYSIS, ASSETS, PAGE, PLAN, SUMMARY, SWEEPS, Store, publishing
 from qsens.writing import copy_file, write_text

@@ -15,9 +15,10 @@ from qsens.pipeline.packing import Packing, pack
 from qsens.published import find_sweep, read_sweep
 from qsens.recipes.format_choices import UNQUANTIZED_BITS, matches
 from qsens.recipes.formats import llm_compressor, modelopt
-from qsens.recipes.formats.evidence import LeftOut, Recipe, choose, tally
+from qsens.recipes.formats.evidence import choose, tally
 from qsens.recipes.score_correction import correct
 from qsens.schema.manifest import dump_json
+from qsens.schema.recipe import LeftOut, Recipe
 from qsens.schema.summary import Summary, SummaryCell
 from qsens.writing import write_text
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from qsens.analysis.samples import SampleScores, read_samples
 from qsens.errors import Damaged
 from qsens.published import Shown
-from qsens.results import MANIFEST, STATE, check_state, read_result
-from qsens.schema.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest, read_manifest
+from qsens.results import MANIFEST, STATE, check_state, read_manifest, read_result
+from qsens.schema.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest
 
 
 @dataclass(frozen=True)

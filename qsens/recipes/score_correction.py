@@ -4,30 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from scipy.stats import binomtest
 
-from qsens.config.models import Frozen
-from qsens.schema.manifest import Audit, Verdict
+from qsens.schema.audit import Audit
+from qsens.schema.recipe import ScoreCorrection
 from qsens.schema.summary import Row
 
 _CHANCE = 0.05
-Source = Literal["estimates", "corrected estimates", "true divergences"]
-
-
-class ScoreCorrection(Frozen):
-    """How the damages of a format were found."""
-
-    source: Source
-    """``estimates``: the scores as they are; ``corrected estimates``: divided by ``ratio``;
-    ``true divergences``: what an audit of all groups measured."""
-    verdict: Verdict | None = None
-    """What the audit of the pair says; null where there is none."""
-    ratio: float | None = None
-    """Median of estimate over truth by that audit; null where it corrects nothing."""
-    audit: str | None = None
-    """Digest of the audit."""
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,17 @@ from qsens.report.assets import embedded, linked, page_data
 from qsens.report.prose import samples_words
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import depth_svg
+from qsens.schema.audit import Audit
 from qsens.schema.manifest import (
-    Audit,
     Dataset,
     Manifest,
     Model,
     Quantization,
     Scheme,
-    Section,
     Versions,
     dump_json,
 )
+from qsens.schema.section import Section
 from qsens.schema.summary import CellStability, Row, Statistic
 from qsens.store import ASSETS
 from qsens.writing import write_text

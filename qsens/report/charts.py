@@ -17,7 +17,7 @@ from qsens.grid import unusual
 from qsens.names import Kind
 from qsens.report import format as look
 from qsens.report.views import Heat
-from qsens.schema.manifest import Audit
+from qsens.schema.audit import Audit
 from qsens.schema.summary import Drift, ParetoPoint, Row, Statistic
 
 KINDS: tuple[Kind, ...] = ("qkv", "o", "gate_up", "down", "experts", "other", "vision")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from qsens.analysis.experts import Expert
 from qsens.analysis.ranking import Totals
 from qsens.report import format as look
-from qsens.schema.manifest import Judgement
+from qsens.schema.audit import Judgement
 from qsens.schema.summary import CellStability, Drift, SizesCompared, Statistic, SummaryCell
 
 _LISTED = 8

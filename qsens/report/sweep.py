@@ -22,7 +22,7 @@ from qsens.report.prose import statistic_words
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import heat_svg
 from qsens.report.views import heat_table, pair_lines, protected, stable_in
-from qsens.schema.manifest import Audit
+from qsens.schema.audit import Audit
 from qsens.schema.summary import (
     Drift,
     MissingCell,

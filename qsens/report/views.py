@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qsens.analysis.ranking import MeanShare, mean_shares, normalise_name
 from qsens.analysis.series import largest_cells, series_of
 from qsens.config.models import SIZES, Size
-from qsens.schema.manifest import Audit
+from qsens.schema.audit import Audit
 from qsens.schema.summary import Row, Summary, SummaryCell
 
 

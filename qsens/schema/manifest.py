@@ -8,39 +8,21 @@ there is unknown.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field
 
-from qsens.config.models import Coverage, Modality, Size
 from qsens.documents import dump_document as dump_document
 from qsens.documents import dump_json as dump_json
-from qsens.documents import read_document, refuse_newer
-from qsens.errors import UserError
-from qsens.lenient import read_leniently
-from qsens.names import FUSED, Kind, depth_of, group_name, kind_of
-from qsens.reading import has_directory, has_file
+from qsens.names import Kind
+from qsens.schema.audit import Audit
+from qsens.schema.section import Section
 
 SCHEMA_VERSION = 2
-AUDIT_VERSION = 2
 MANIFEST_SUFFIX = "_quant_manifest.json"
 STATE_SUFFIX = "_autoquant_state.safetensors"
 
 Status = Literal["scored", "disabled", "no_gradient", "non_finite", "failed"]
-Verdict = Literal["trust", "rank only", "do not trust"]
-
-
-class Section(BaseModel):
-    """Base of the manifest's sections: immutable; unknown keys are kept, for newer writers.
-
-    What is null, or ``unknown``, is not recorded: results of the older layout lack much.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
 
 
 class Scheme(Section):
@@ -238,96 +220,6 @@ class RankedGroup(Section):
     """The score of the format searched."""
 
 
-class Point(Section):
-    """One group of an audit: what the score says, and what is true."""
-
-    layer: str
-    """ModelOpt's name of the group."""
-    kind: Kind
-    """What the group is in a decoder layer."""
-    estimate: float
-    """Its score, in the audit's statistic; nats a token with ``fisher``, a proxy with
-    ``gradient``."""
-    standard_error: float | None
-    """Of the estimate, from its draws; null where it has none."""
-    truth: float
-    """KL divergence of the model with this group quantized alone, nats a token."""
-
-
-class Judgement(Section):
-    """What a few true measurements say about a score."""
-
-    verdict: Verdict
-    """``trust``: the numbers; ``rank only``: their order; ``do not trust``: neither."""
-    reason: str
-    """Why, in words."""
-    rho: float | None
-    """Spearman's rank correlation of estimate and truth; null where one of them is constant."""
-    ratio: float | None
-    """Median of estimate over truth; null for a proxy, which has none."""
-    ratio_10: float | None
-    """Its 10 % quantile over the groups."""
-    ratio_90: float | None
-    """Its 90 % quantile over the groups."""
-    covered: float | None
-    """Share of drawn groups whose truth lies in the estimate's 90 % interval; null without."""
-
-
-class Audit(Section):
-    """A score against the true divergence of some groups; its file, and a block of manifests."""
-
-    schema_version: int = AUDIT_VERSION
-    """Version of this schema."""
-    digest: str | None = None
-    """SHA-256 over what was measured, on which scores; null in audits older than this key."""
-    cell: str
-    """Id of the cell that was audited."""
-    pair: str
-    """Precision pair; the verdict holds for it at every size."""
-    granularity: str
-    """Granularity."""
-    coverage: Coverage = "lm_only"
-    """Part of the model that may be quantized."""
-    modality: Modality = "text"
-    """What a sample is."""
-    size: Size
-    """Calibration size of that cell."""
-    cell_digest: str
-    """Digest of all that changes its scores."""
-    method: str
-    """The score that was audited."""
-    mode: Literal["sample", "full"]
-    """Whether some groups were measured or all."""
-    samples: int
-    """Samples that estimates and truths are over."""
-    statistic: Literal["sensitivity", "sensitivity_per_token"] = "sensitivity_per_token"
-    """Which score the estimates are: the one that places groups. Audits older than this key have
-    the score per token, with ``gradient`` as well."""
-    points: tuple[Point, ...]
-    """The groups measured, most sensitive first."""
-    judgement: Judgement
-    """What they say."""
-    failures: dict[str, str] = {}
-    """Groups whose truth could not be measured, with the reason."""
-    floor: float | None = None
-    """KL divergence of the model in its own data type from itself in float32, nats a token: what
-    rounding costs a whole model, no property of a format; null where it rounds nothing."""
-    seconds: float
-    """What the measurement took, for all pairs that were audited with this one."""
-    device: str
-    """The device, in words."""
-    measured_kl: int = 1
-    """Version of what measured the divergences; audits older than this key are of the first."""
-    checksum: str | None = None
-    """SHA-256 over the canonical JSON of all other keys; null in audits older than this key."""
-
-    @field_validator("schema_version")
-    @classmethod
-    def _is_known(cls, version: int) -> int:
-        refuse_newer("audit", version, AUDIT_VERSION)
-        return version
-
-
 class Manifest(Section):
     """The machine-readable result of one cell."""
 
@@ -383,92 +275,3 @@ class Manifest(Section):
     def verified(self) -> bool:
         """Return whether reading has found its content to be what was written."""
         return self.checksum is not None
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read a manifest of this or of the older layout; older rows get status and bits.
-
-    Raises:
-        Damaged: The file is no manifest, or not as it was written.
-        UserError: A newer qsens wrote it.
-    """
-    manifest = read_document(
-        Manifest,
-        path,
-        what="manifest",
-        version=SCHEMA_VERSION,
-        name="Name a whole manifest.",
-        again=f"Name a manifest that ends in {MANIFEST_SUFFIX}, or publish its sweep again.",
-        prepare=_of_today,
-    )
-    if manifest.schema_version > 0:
-        return manifest
-    rows = {
-        key: _complete(key, row, manifest.layers) for key, row in manifest.layer_sensitivity.items()
-    }
-    return manifest.model_copy(update={"layer_sensitivity": rows})
-
-
-def find_manifest(directory: Path) -> Path:
-    """Return the one manifest in ``directory``.
-
-    Raises:
-        UserError: There is none, or more than one.
-    """
-    name = f"Name a directory with one *{MANIFEST_SUFFIX}, or the file itself."
-    if not has_directory(directory, remedy=name) and has_file(directory, remedy=name):
-        return directory
-    manifests = sorted(directory.glob(f"*{MANIFEST_SUFFIX}")) or sorted(directory.glob("*.json"))
-    manifests = [
-        path for path in manifests if not path.name.startswith(("per-layer-", "summary", "plan"))
-    ]
-    if len(manifests) == 1:
-        return manifests[0]
-    what = f"holds {len(manifests)} manifests" if manifests else "holds no manifest"
-    raise UserError(
-        what,
-        where=str(directory),
-        remedy=name,
-    )
-
-
-def _of_today(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a manifest of the older layout as one of today; what it lacks is unknown."""
-    if data.get("schema_version", 0) > 0:
-        return data
-    rows = data.get("layer_sensitivity")
-    if isinstance(rows, dict):
-        unknown = dict.fromkeys(("costs", "importance", "rank"))
-        rows = {key: unknown | row if isinstance(row, dict) else row for key, row in rows.items()}
-    # The rows are read strictly: a message names what is wrong with them.
-    strictly = {"layer_sensitivity": rows} if "layer_sensitivity" in data else {}
-    return read_leniently(Manifest, data) | strictly
-
-
-def _complete(key: str, row: GroupSensitivity, layers: Mapping[str, Layer]) -> GroupSensitivity:
-    """Give a row of the older layout what the newer one states."""
-    name = group_name(key)
-    parent, _, leaf = name.rpartition(".")
-    fused = next((leaves for leaves in FUSED if leaf in leaves), (leaf,))
-    members = [f"{parent}.{sibling}" for sibling in fused if f"{parent}.{sibling}" in layers]
-    unquantized = row.formats[0].startswith("NONE")
-    score = row.scores[0]
-    status: Status = "scored"
-    if unquantized:
-        status = "disabled"
-    elif score is None or not math.isfinite(score):
-        status = "non_finite"
-    elif score == 0:
-        status = "no_gradient"
-    bits = re.search(r"effective-bits: ([0-9]{1,3}(?:\.[0-9]+)?)\)", row.formats[0])
-    return row.model_copy(
-        update={
-            "members": row.members or members or [name],
-            "kind": kind_of(name),
-            "depth": depth_of(name),
-            "status": status,
-            "num_bits": float(bits.group(1)) if bits else None,
-            "sensitivity": score if status == "scored" else None,
-            "size_cost": row.costs[0] if row.costs else None,
-        }
-    )

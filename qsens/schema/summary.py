@@ -8,7 +8,8 @@ from typing import Literal
 
 from qsens.config.models import Coverage, Frozen, Modality, Size
 from qsens.names import Kind
-from qsens.schema.manifest import Audit, Status
+from qsens.schema.audit import Audit
+from qsens.schema.manifest import Status
 
 SUMMARY_VERSION = 2
 Statistic = Literal["sensitivity", "sensitivity_per_token"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qsens.analysis.audit import choose_groups, digest_of, judge
-from qsens.schema.manifest import Audit, Point
+from qsens.analysis.audit import choose_groups, judge
+from qsens.schema.audit import Audit, Point, digest_of
 from qsens.schema.summary import Row
 
 

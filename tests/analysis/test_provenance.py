@@ -6,7 +6,7 @@ import pytest
 
 from qsens.analysis.provenance import differences, inputs, settings
 from qsens.config import load_sweep
-from qsens.schema.manifest import read_manifest
+from qsens.results import read_manifest
 from qsens.schema.summary import Difference
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"

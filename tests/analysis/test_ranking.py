@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from qsens.analysis.ranking import by_depth, by_kind, mean_shares, normalise_name, rank
-from qsens.schema.manifest import Manifest, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.manifest import Manifest
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
 

@@ -26,7 +26,8 @@ from qsens.grid import Plan
 from qsens.names import GROUP_SUFFIX
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.sweep import run_sweep
-from qsens.schema.manifest import GroupSensitivity, Manifest, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.manifest import GroupSensitivity, Manifest
 from qsens.store import Store
 
 Tensors = dict[str, torch.Tensor]

@@ -42,7 +42,7 @@ from qsens.pipeline.publish import publish, report
 from qsens.pipeline.recipe import write_recipe
 from qsens.published import shown_sweeps
 from qsens.reading import read_json
-from qsens.schema.manifest import Audit, Point
+from qsens.schema.audit import Audit, Point
 from qsens.store import Store
 from qsens.tools.coco import draw, read_annotations
 from qsens.tools.prune import prune

@@ -17,7 +17,8 @@ from qsens.config import Roots
 from qsens.grid import Plan
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.sweep import run_sweep
-from qsens.schema.manifest import Manifest, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.manifest import Manifest
 from tests.engine import pictures
 
 REPO = Path(__file__).resolve().parents[2]

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qsens.analysis.audit import digest_of, judge
+from qsens.analysis.audit import judge
 from qsens.documents import dump_document, dump_json
 from qsens.pipeline.audit import find_audits
-from qsens.schema.manifest import Audit, Point, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.audit import Audit, Point, digest_of
 from qsens.store import Store
 from tests.pipeline import results
 

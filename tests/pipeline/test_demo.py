@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qsens.schema.manifest import Manifest, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.manifest import Manifest
 
 if TYPE_CHECKING:
     from qsens.demo.checkpoint import DemoResult

@@ -15,7 +15,7 @@ from qsens.grid import Plan
 from qsens.pipeline.cell import score
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
-from qsens.schema.manifest import read_manifest
+from qsens.results import read_manifest
 from qsens.store import Store
 from tests.checkpoint.hostile import plan_of, write_captions
 from tests.checkpoint.tiny_families import CAPTIONS, configuration, save

@@ -28,7 +28,8 @@ from qsens.pipeline.preflight import check_formats, covered_shapes
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
 from qsens.pipeline.verify import verify
-from qsens.schema.manifest import Manifest, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.manifest import Manifest
 from tests.engine import mixtures, pictures
 from tests.pipeline import seeing
 

@@ -18,7 +18,8 @@ from qsens.grid import Plan
 from qsens.pipeline.audit import audit, find_audits
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.sweep import run_sweep
-from qsens.schema.manifest import Manifest, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.manifest import Manifest
 from qsens.store import Store
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from qsens.engine.scores import CellScores, GroupScore
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.result import build_manifest
 from qsens.pipeline.sweep import run_sweep
-from qsens.schema.manifest import Manifest, Status, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.manifest import Manifest, Status
 from tests.pipeline import results
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from qsens.pipeline.cell import calibrate, score
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
 from qsens.pipeline.verify import verify
-from qsens.schema.manifest import Manifest, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.manifest import Manifest
 from qsens.store import Store
 from qsens.tools.prune import prune
 from tests.checkpoint import tiny_families

@@ -29,7 +29,7 @@ from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.stored import Result
 from qsens.pipeline.sweep import run_sweep
 from qsens.published import read_summary
-from qsens.schema.manifest import read_manifest
+from qsens.results import read_manifest
 from qsens.store import Store
 from tests.checkpoint import tiny_families
 from tests.pipeline import results
@@ -166,7 +166,7 @@ def test_what_a_newer_version_wrote_is_refused(kind: str, whole: Plan, tmp_path:
         path = store.published(whole.cells[0])["manifest"]
         read: Callable[[Path], Any] = read_manifest
     elif kind == "audit":
-        from qsens.analysis.audit import read_audit
+        from qsens.schema.audit import read_audit
 
         path, read = tmp_path / "audit.json", read_audit
         path.write_text('{"schema_version": 1}')

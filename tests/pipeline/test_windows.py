@@ -19,7 +19,8 @@ from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.pipeline.cell import calibrate, score
 from qsens.pipeline.verify import verify
-from qsens.schema.manifest import Manifest, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.manifest import Manifest
 from tests.engine import pictures
 from tests.pipeline.seeing import SIZES, Place, rows, scores
 

@@ -8,7 +8,7 @@ import pytest
 
 from qsens.recipes.format_choices import build_decision_groups
 from qsens.recipes.score_correction import CorrectedScores, correct
-from qsens.schema.manifest import Audit, Judgement, Point, Verdict
+from qsens.schema.audit import Audit, Judgement, Point, Verdict
 from qsens.schema.summary import Row
 
 

@@ -17,7 +17,8 @@ from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepCon
 from qsens.grid import Plan, make_plan
 from qsens.identity import CheckpointIdentity, SamplesIdentity
 from qsens.report import CellReport, build_cell
-from qsens.schema.manifest import Audit, Manifest, Point
+from qsens.schema.audit import Audit, Point
+from qsens.schema.manifest import Manifest
 
 QUANTIZER = {"num_bits": 8, "axis": 0}
 

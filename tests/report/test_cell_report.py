@@ -11,7 +11,8 @@ import pytest
 from qsens.analysis.samples import SampleScores
 from qsens.report import build_cell, write_cell
 from qsens.report.charts import depth_map
-from qsens.schema.manifest import Manifest, read_manifest
+from qsens.results import read_manifest
+from qsens.schema.manifest import Manifest
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
 HOSTILE = {

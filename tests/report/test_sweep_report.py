@@ -15,7 +15,7 @@ from qsens.config import DatasetConfig
 from qsens.report import build_summary, charts, write_sweep
 from qsens.report.charts import pareto
 from qsens.report.views import heat_table, protected
-from qsens.schema.manifest import read_manifest
+from qsens.results import read_manifest
 from qsens.schema.summary import ParetoPoint, Summary
 from tests.report.conftest import reports
 

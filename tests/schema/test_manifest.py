@@ -17,7 +17,7 @@ from qsens.errors import Damaged
 from qsens.pipeline.publish import report
 from qsens.report import build_cell
 from qsens.report.cell import facts
-from qsens.schema.manifest import read_manifest
+from qsens.results import read_manifest
 
 REFERENCE = Path(__file__).parents[3] / "shared" / "reference-manifests"
 NAME = "old_quant_manifest.json"

@@ -4,99 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal
 
 from qsens.analysis.statistic import statistic_of
 from qsens.config import PairConfig
-from qsens.config.models import Frozen, Size
-from qsens.names import Kind
+from qsens.config.models import Size
 from qsens.recipes.allocation import allocate
 from qsens.recipes.format_choices import build_decision_groups
 from qsens.recipes.formats import filters
-from qsens.recipes.score_correction import ScoreCorrection
+from qsens.schema.recipe import Choice, DamageUnit, LeftOut, Method, Recipe, ScoreCorrection
 from qsens.schema.summary import Row, Statistic
-
-RECIPE_VERSION = 1
-# Modules that a line of words names.
-_LISTED = 20
-Method = Literal["gradient", "fisher", "kl_div"]
-DamageUnit = Literal["nats a token", "gradient score", "score of the method"]
-
-
-class Choice(Frozen):
-    """What one group becomes, or groups that are decided together."""
-
-    groups: tuple[str, ...]
-    """ModelOpt's names of the groups; one, as a rule."""
-    members: tuple[str, ...]
-    """Names of their modules."""
-    kind: Kind
-    """What the first group is in a decoder layer."""
-    depth: int | None
-    """Index of its layer, from 0."""
-    format: str | None
-    """Name of the format, a key of ``formats``; null leaves the modules at 16 bits."""
-    bits: float
-    """Bits a weight costs, block scales included."""
-    weights: int
-    """Weight elements."""
-    damage: float
-    """Predicted KL of these groups alone in the format; with ``gradient`` ModelOpt's score."""
-
-
-class LeftOut(Frozen):
-    """A format of the sweep that was no option."""
-
-    format: str
-    """Its name."""
-    reason: str
-    """Why."""
-    modules: tuple[str, ...] = ()
-    """The modules that it was no option for; empty where it was none for any."""
-
-    @property
-    def words(self) -> str:
-        """Return all of it in one line."""
-        shown = ", ".join(self.modules[:_LISTED])
-        more = f", and {len(self.modules) - _LISTED} more" if len(self.modules) > _LISTED else ""
-        return f"{self.format}: {self.reason}" + (f": {shown}{more}" if shown else "")
-
-
-class Recipe(Frozen):
-    """A format for every group that may be quantized."""
-
-    schema_version: int = RECIPE_VERSION
-    """Version of this schema."""
-    sweep_id: str
-    """The sweep that it was chosen from."""
-    model: str
-    """Directory of the model's results under ``models/``."""
-    checkpoint_digest: str
-    """SHA-256 over the contents of the checkpoint's configuration and weight files."""
-    size: Size
-    """Calibration size of the scores."""
-    method: Method
-    """The score: ``gradient``, ``fisher``, ``kl_div``."""
-    damage_unit: DamageUnit
-    """Unit of every ``damage``: nats a token are predicted KL, a gradient score is none."""
-    bits_asked: float
-    """Target, in bits a weight over all groups here; what stays unquantized counts 16."""
-    bits: float
-    """Bits a weight that the recipe comes to."""
-    damage: float
-    """Sum over the groups: a prediction, each group taken alone."""
-    formats: dict[str, PairConfig]
-    """The formats used, by name, as qsens defines them."""
-    prices: dict[str, ScoreCorrection] = {}
-    """How the scores of these formats were corrected."""
-    choices: tuple[Choice, ...]
-    """What each group becomes, in model order."""
-    outside: tuple[str, ...]
-    """Modules outside the coverage: they stay as they are, and no bits count them."""
-    left_out: tuple[LeftOut, ...] = ()
-    """Formats of the sweep that were no option."""
-    notices: tuple[str, ...] = ()
-    """What a reader should know."""
 
 
 def choose(

@@ -10,7 +10,8 @@ import yaml
 from qsens.config import PairConfig
 from qsens.config.pairs import QuantizerConfig
 from qsens.errors import UserError
-from qsens.recipes.formats.evidence import Recipe, experts_of, header, members_of
+from qsens.recipes.formats.evidence import experts_of, header, members_of
+from qsens.schema.recipe import Recipe
 
 _E2M1, _E4M3, _E8M0 = (2, 1), (4, 3), (8, 0)
 # The observer that keeps the maximum over all samples, as calibration here does.

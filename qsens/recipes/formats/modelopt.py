@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from qsens.recipes.formats.evidence import Recipe, experts_of, header, members_of
+from qsens.recipes.formats.evidence import experts_of, header, members_of
+from qsens.schema.recipe import Recipe
 
 
 def config(recipe: Recipe) -> dict[str, Any]:

@@ -184,7 +184,7 @@ def run_sweep(
     from qsens.config import Roots
     from qsens.pipeline.plan import plan_sweep
     from qsens.pipeline.sweep import run_sweep as sweep
-    from qsens.schema.manifest import read_manifest
+    from qsens.results import read_manifest
 
     roots = Roots.from_environment()
     roots = Roots(root=roots.root, results=tmp_path, configs=roots.configs)

@@ -10,7 +10,8 @@ import yaml
 
 from qsens.config import PairConfig, choices, load_sweep
 from qsens.recipes.formats import modelopt
-from qsens.recipes.formats.evidence import Recipe, choose
+from qsens.recipes.formats.evidence import choose
+from qsens.schema.recipe import Recipe
 from qsens.schema.summary import Row
 
 PAIRS: dict[str, PairConfig] = {
