@@ -13,9 +13,10 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, Field
 
-from qsens.checksums import digest_of as digest_of
+from qsens.checksums import digest_of
 from qsens.config import PairConfig, Roots, SweepConfig
-from qsens.config.models import Coverage, Frozen, Modality, Size
+from qsens.config.base import Frozen
+from qsens.config.models import Coverage, Modality, Size
 from qsens.config.pairs import DEFAULT_GRANULARITY
 from qsens.documents import read_document
 from qsens.errors import Damaged, UserError

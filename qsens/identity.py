@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qsens.config import ModelConfig, PairConfig, SweepConfig
-from qsens.config.models import AutoquantConfig, Coverage, Frozen, Modality, Size
+from qsens.config.base import Frozen
+from qsens.config.models import AutoquantConfig, Coverage, Modality, Size
 from qsens.config.pairs import QuantizerConfig
 
 # Raised whenever a method gives other numbers for the same input: by the weights' data type.

@@ -24,9 +24,7 @@ from qsens.errors import Damaged
 from qsens.grid import Cell, CellSpec, Plan
 from qsens.locks import held, lock_at
 from qsens.reading import has_file
-from qsens.results import AGAIN, read_result
-from qsens.results import MANIFEST as MANIFEST
-from qsens.results import STATE as STATE
+from qsens.results import AGAIN, MANIFEST, STATE, read_result
 from qsens.schema.manifest import MANIFEST_SUFFIX, STATE_SUFFIX, Manifest
 from qsens.writing import make_directory, write_directory, writing
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from qsens.config import Roots, SweepConfig, choices, load_sweep
-from qsens.config.models import Frozen
+from qsens.config.base import Frozen
 from qsens.config.overrides import LONGEST
 from qsens.config.reference import meanings
 from qsens.errors import UserError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qsens.config.models import Frozen
+from qsens.config.base import Frozen
 from qsens.names import group_name
 from qsens.schema.manifest import Manifest
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from qsens.analysis.stability import Spread
 from qsens.analysis.statistic import statistic_of, value_of
-from qsens.config.models import Frozen
+from qsens.config.base import Frozen
 from qsens.names import Kind, group_name, kind_of
 from qsens.schema.manifest import GroupSensitivity, Manifest, Status
 from qsens.schema.summary import Row, Statistic, total_per_token

@@ -14,10 +14,9 @@ from typing import Any
 
 from qsens.checkpoint.headers import AGAIN, Tensor, read_tensors
 from qsens.checkpoint.tied import has_tied_head, is_said_to_be_tied
-from qsens.checksums import CHECKSUM, digest_opened, is_sealed, sealed
+from qsens.checksums import CHECKSUM, digest_of, digest_opened, is_sealed, sealed
 from qsens.documents import dump_json
 from qsens.errors import UserError
-from qsens.grid import digest_of
 from qsens.identity import CheckpointIdentity
 from qsens.reading import MOST_BYTES, files_in, has_directory, has_file, open_file, read_json, shown
 from qsens.store import set_aside

@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from qsens.config.base import Frozen as Frozen
-from qsens.config.base import Name as Name
+from qsens.config.base import Frozen, Name
 from qsens.config.pairs import GranularityConfig, PairConfig
 
 Size = Literal["small", "medium", "large"]

@@ -20,11 +20,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qsens.checkpoint.files import PROCESSOR, read_config
 from qsens.checkpoint.structure import FAMILIES, family_of
+from qsens.checksums import digest_of
 from qsens.config import DatasetConfig, ModelConfig
 from qsens.config.models import Size
 from qsens.data.records import Record
 from qsens.errors import UserError
-from qsens.grid import Plan, digest_of
+from qsens.grid import Plan
 from qsens.identity import PicturesIdentity, Skipped
 from qsens.reading import has_file, read_bytes, read_json, shown
 from qsens.store import PICTURES

@@ -20,9 +20,9 @@ from qsens.pipeline.stored import Result
 from qsens.published import find_sweep, read_sweep
 from qsens.reading import has_file
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison
-from qsens.results import find_manifest
+from qsens.results import MANIFEST, find_manifest
 from qsens.schema.summary import Difference, Row
-from qsens.store import CELLS, MANIFEST, SUMMARY
+from qsens.store import CELLS, SUMMARY
 
 _NAME = "Name a sweep's or a cell's directory, a sweep's id, or SWEEP/CELL."
 

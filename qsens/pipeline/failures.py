@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 
-from qsens.config.models import Frozen
+from qsens.config.base import Frozen
 from qsens.documents import dump_document, read_document
 from qsens.errors import (
     AnswerIsNo,

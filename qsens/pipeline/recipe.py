@@ -9,6 +9,7 @@ from typing import Any, Literal
 from qsens.analysis.series import of_coverage, series_of
 from qsens.config import Roots
 from qsens.config.models import SIZES, Coverage, Size
+from qsens.documents import dump_json
 from qsens.errors import AnswerIsNo, UserError
 from qsens.grid import Plan
 from qsens.pipeline.packing import Packing, pack
@@ -17,7 +18,6 @@ from qsens.recipes.format_choices import UNQUANTIZED_BITS, matches
 from qsens.recipes.formats import llm_compressor, modelopt
 from qsens.recipes.formats.evidence import choose, tally
 from qsens.recipes.score_correction import correct
-from qsens.schema.manifest import dump_json
 from qsens.schema.recipe import LeftOut, Recipe
 from qsens.schema.summary import Summary, SummaryCell
 from qsens.writing import write_text

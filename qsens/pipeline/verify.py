@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from qsens.analysis.agreement import agreement
+from qsens.documents import dump_json
 from qsens.grid import Plan
 from qsens.pipeline.shared_checkpoint import Progress
-from qsens.schema.manifest import dump_json
 from qsens.store import VERIFIED, Store
 from qsens.writing import write_text
 

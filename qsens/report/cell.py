@@ -11,7 +11,8 @@ from qsens.analysis.experts import Mixture, mixtures
 from qsens.analysis.ranking import Part, Totals, by_depth, by_kind, finite, rank
 from qsens.analysis.samples import SampleScores
 from qsens.analysis.stability import LEVEL, RESAMPLES, Spread, settled, spread
-from qsens.config.models import Frozen
+from qsens.config.base import Frozen
+from qsens.documents import dump_json
 from qsens.lenient import UNKNOWN
 from qsens.names import Kind
 from qsens.report import charts
@@ -21,15 +22,7 @@ from qsens.report.prose import samples_words
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import depth_svg
 from qsens.schema.audit import Audit
-from qsens.schema.manifest import (
-    Dataset,
-    Manifest,
-    Model,
-    Quantization,
-    Scheme,
-    Versions,
-    dump_json,
-)
+from qsens.schema.manifest import Dataset, Manifest, Model, Quantization, Scheme, Versions
 from qsens.schema.section import Section
 from qsens.schema.summary import CellStability, Row, Statistic
 from qsens.store import ASSETS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from qsens.config.models import Frozen
+from qsens.config.base import Frozen
 from qsens.report import format as look
 from qsens.report.assets import embedded, linked, page_data
 from qsens.report.render import render_html

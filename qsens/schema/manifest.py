@@ -12,8 +12,6 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from qsens.documents import dump_document as dump_document
-from qsens.documents import dump_json as dump_json
 from qsens.names import Kind
 from qsens.schema.audit import Audit
 from qsens.schema.section import Section

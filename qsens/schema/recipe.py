@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from qsens.config import PairConfig
-from qsens.config.models import Frozen, Size
+from qsens.config.base import Frozen
+from qsens.config.models import Size
 from qsens.names import Kind
 from qsens.schema.audit import Verdict
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Literal
 
-from qsens.config.models import Coverage, Frozen, Modality, Size
+from qsens.config.base import Frozen
+from qsens.config.models import Coverage, Modality, Size
 from qsens.names import Kind
 from qsens.schema.audit import Audit
 from qsens.schema.manifest import Status

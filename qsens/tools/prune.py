@@ -25,12 +25,12 @@ from qsens.locks import lock_at, try_lock
 from qsens.published import Place, Published, Shown, shown_cells
 from qsens.reading import below, entries_in, has_directory
 from qsens.report.model_index import write_model_index
+from qsens.results import MANIFEST
 from qsens.store import (
     ASIDE,
     AUDITS,
     CALIBRATIONS,
     CELLS,
-    MANIFEST,
     PICTURES,
     PLAN,
     PLANS,

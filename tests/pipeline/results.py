@@ -12,9 +12,10 @@ from safetensors.numpy import save
 
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepConfig
 from qsens.config.models import AutoquantConfig
+from qsens.documents import dump_json
 from qsens.grid import Cell, Plan, make_plan
 from qsens.identity import CheckpointIdentity, SamplesIdentity
-from qsens.schema.manifest import Manifest, dump_json
+from qsens.schema.manifest import Manifest
 from qsens.store import Store
 
 LAYERS = [f"model.layers.{depth}.mlp.down_proj" for depth in range(12)]
