@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
@@ -37,59 +38,9 @@ _CAPTIONS = (
 # Ids at the end of a large vocabulary are special tokens: images, turns.
 _SPECIAL_IDS = 1024
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-vl-4b": {
-        "text_config": {
-            "hidden_size": 2560,
-            "intermediate_size": 9728,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 5e6,
-                "mrope_section": [24, 20, 20],
-            },
-        },
-        "vision_config": {
-            "depth": 24,
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_heads": 16,
-            "patch_size": 16,
-            "out_hidden_size": 2560,
-            "deepstack_visual_indexes": [5, 11, 17],
-        },
-    },
-    "qwen3-vl-tiny": {
-        "text_config": {
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 16,
-            "vocab_size": 512,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 5e6,
-                "mrope_section": [4, 2, 2],
-            },
-        },
-        "vision_config": {
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "deepstack_visual_indexes": [0],
-        },
-    },
-}
+SHAPES: dict[str, dict[str, Any]] = yaml.safe_load(
+    (ROOT / "benchmarks" / "shapes.yaml").read_text(encoding="utf-8")
+)
 """Models that can be built without a checkpoint, with random weights."""
 
 

@@ -1,4 +1,4 @@
-"""Equality with what ModelOpt's own kernels gave on a GPU; see ``benchmarks/make_golden.py``."""
+"""Equality with what ModelOpt's own kernels gave on a GPU; see ``make_golden.py``."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Needs a CUDA card of compute capability 8.9 or later, ``nvidia-modelopt``, a CUDA compiler (ModelOpt
 builds its extensions at first use, a minute each) and Triton. From the root of the repository:
 
-    python benchmarks/make_golden.py
+    python tests/numerics/make_golden.py
 
 Each quantizer config in `FORMATS` is run by ModelOpt's ``TensorQuantizer`` in float32, bfloat16 and
 float16 on the tensors of `make_tensors`. The file holds, by key:
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INF = float("inf")
 BROKEN_ROWS = [8, 15, 18, 22]
@@ -226,7 +226,7 @@ def main() -> int:
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "tests/numerics/golden.safetensors")
+    parser.add_argument("--out", type=Path, default=HERE / "golden.safetensors")
     parser.add_argument("--seed", type=int, default=20261125)
     args = parser.parse_args()
     if not torch.cuda.is_available():
