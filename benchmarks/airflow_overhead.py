@@ -81,7 +81,8 @@ def _measure(root: Path, given: argparse.Namespace) -> int:
     with airflow:
         for turn in range(given.runs + 1):
             for name, runs in seconds.items():
-                (root / "nothing").touch() if name == "nothing" else _remove(root / "nothing")
+                mark = root / "nothing"
+                mark.touch() if name == "nothing" else mark.unlink(missing_ok=True)
                 started = time.monotonic()
                 run_id = airflow.client.trigger(
                     {
@@ -110,10 +111,6 @@ def _measure(root: Path, given: argparse.Namespace) -> int:
         )
     )
     return 0
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
 
 
 def _interpreter(root: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from random import Random
 from typing import Final, Literal, NamedTuple, TypeVar
 
@@ -105,12 +104,6 @@ def shipped() -> dict[str, str]:
         f"captions_{size}.txt": "".join(f"{line}\n" for line in lines[:count])
         for size, count in SIZES.items()
     }
-
-
-def write_shipped(directory: Path) -> None:
-    """Write the shipped calibration files into an existing directory."""
-    for name, text in shipped().items():
-        (directory / name).write_bytes(text.encode())
 
 
 class _Phrase(NamedTuple):
