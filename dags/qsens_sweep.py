@@ -56,7 +56,7 @@ settings = DagSettings.from_environment()
     params=dag_params(settings.preset),
     default_args={
         "retries": settings.dag.retries,
-        "retry_delay": timedelta(minutes=1),
+        "retry_delay": timedelta(seconds=settings.dag.retry_delay_seconds),
         "execution_timeout": settings.execution_timeout(),
     },
     tags=["qsens", "quantization"],

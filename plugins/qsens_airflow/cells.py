@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Any, ClassVar
 
 from airflow.sdk import Context
 
-from qsens.grid import Plan
-from qsens.pipeline.cell import is_there
+from qsens.errors import QsensError
+from qsens.grid import Plan, read_plan
+from qsens.pipeline.cell import Step, is_there, outcome_there
 from qsens_airflow.gpu import GpuOperator
 
 
@@ -21,7 +23,7 @@ class CellOperator(GpuOperator):
     """
 
     template_fields: Sequence[str] = ("cell", "plan")
-    verb: ClassVar[Literal["calibrate", "score"]]
+    verb: ClassVar[Step]
 
     def __init__(self, *, cell: str, plan: str, **kwargs: Any) -> None:
         super().__init__(plan=plan, **kwargs)
@@ -33,12 +35,23 @@ class CellOperator(GpuOperator):
         return " · ".join(self.cell.split("-"))
 
     def execute(self, context: Context) -> dict[str, Any]:
-        """Make sure that the cell's result of this step is there."""
+        """Make sure that the cell's result of this step is there; start nothing where it is."""
+        there = self._there()
+        if there is not None:
+            self.log.info("%s: %s already", self.title, there["status"])
+            return there
         return self.run_on_device(context, self.verb, "--cell", self.cell)
 
     def nothing_to_compute(self, plan: Plan) -> bool:
         """Return whether the cell's result of this step is there."""
-        return is_there(plan, plan.cell(self.cell), self.verb)
+        return is_there(plan, self.cell, self.verb)
+
+    def _there(self) -> dict[str, Any] | None:
+        """Return what the verb would answer, if it has nothing to compute."""
+        try:
+            return outcome_there(read_plan(Path(self.plan)), self.cell, self.verb)
+        except QsensError:  # the child says it
+            return None
 
 
 class CalibrateOperator(CellOperator):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -98,7 +99,7 @@ class Components:
             )
         try:
             self._write_password()
-            self._migrate()
+            self.migrate()
             self._start(
                 "api-server", "api-server", "--host", "127.0.0.1", "--port", str(self._port)
             )
@@ -221,8 +222,14 @@ class Components:
                 tail = "\n".join(_lines(self._log(name))[-30:])
                 raise RuntimeError(f"{name} ended with code {process.returncode}:\n{tail}")
 
-    def _migrate(self) -> None:
-        """Make the database, or bring an older one up to date."""
+    def migrate(self) -> None:
+        """Make the database, or bring an older one up to date; not twice for one Airflow."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        mark, installed = self.home / "migrated", version("apache-airflow")
+        with contextlib.suppress(OSError):
+            if (self.home / "airflow.db").stat().st_size and mark.read_text() == installed:
+                return
+        mark.unlink(missing_ok=True)
         command = [sys.executable, "-m", "airflow", "db", "migrate"]
         with self._log("db-migrate").open("wb") as log:
             subprocess.run(
@@ -233,6 +240,7 @@ class Components:
                 cwd=self.home,
                 check=True,
             )
+        mark.write_text(installed)
 
     def _healthy(self) -> bool:
         try:

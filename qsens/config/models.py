@@ -203,6 +203,8 @@ class DagConfig(Frozen):
     """Airflow pool that ``calibrate`` and ``score`` take a slot of."""
     retries: int = Field(default=2, ge=0, le=20)
     """Tries after the first for what may pass by itself."""
+    retry_delay_seconds: int = Field(default=60, ge=0, le=86400)
+    """Time before another try, in seconds."""
     execution_timeout_minutes: int = Field(default=360, ge=1)
     """Time limit of one GPU task, in minutes: that of a whole lane."""
     lanes: Annotated[int, Field(ge=1, le=64)] | None = None

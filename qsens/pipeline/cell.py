@@ -21,6 +21,8 @@ from qsens.pipeline.failures import failure_to_tell, keep_failure, mark_told, te
 from qsens.pipeline.shared_checkpoint import Progress, SharedCheckpoint
 from qsens.store import Store
 
+Step = Literal["calibrate", "score"]
+
 
 def calibrate(
     plan: Plan, cell_id: str, *, progress: Progress | None = None, wait: bool = False
@@ -45,9 +47,9 @@ def calibrate(
     """
     store, cell = Store(plan), plan.cell(cell_id)
     started = time.monotonic()
-    status = _calibration_status(store, cell)
-    if status is not None:
-        return _outcome(store, cell, status)
+    there = outcome_there(plan, cell_id, "calibrate")
+    if there is not None:
+        return there
     digest = cell.calibration
     lock, where = store.calibration_lock(digest), f"calibration of {cell.cell}"
     with ExitStack() as locks:
@@ -98,8 +100,9 @@ def score(
     """
     store, cell = Store(plan), plan.cell(cell_id)
     started = time.monotonic()
-    if store.is_done(cell):
-        return _outcome(store, cell, "done")
+    there = outcome_there(plan, cell_id, "score")
+    if there is not None:
+        return there
     with ExitStack() as locks:
         locks.enter_context(held(store.lock(cell), where=cell.cell, wait=wait))
         if store.is_done(cell):
@@ -128,12 +131,21 @@ def score(
     return _outcome(store, cell, "done", computed=True, started=started)
 
 
-def is_there(plan: Plan, cell: CellSpec, step: Literal["calibrate", "score"]) -> bool:
-    """Return whether ``step`` has nothing to compute for ``cell``."""
-    store = Store(plan)
+def outcome_there(plan: Plan, cell_id: str, step: Step) -> dict[str, Any] | None:
+    """Return what ``step`` answers where there is nothing to compute; none where there is."""
+    store, cell = Store(plan), plan.cell(cell_id)
     if step == "calibrate":
-        return _calibration_status(store, cell) is not None
-    return store.is_done(cell) or failure_to_tell(store, cell) is not None
+        status = _calibration_status(store, cell)
+    else:
+        status = "done" if store.is_done(cell) else None
+    return None if status is None else _outcome(store, cell, status)
+
+
+def is_there(plan: Plan, cell_id: str, step: Step) -> bool:
+    """Return whether ``step`` has nothing to compute; a failure that is to be told is there."""
+    if outcome_there(plan, cell_id, step) is not None:
+        return True
+    return step == "score" and failure_to_tell(Store(plan), plan.cell(cell_id)) is not None
 
 
 def _calibration_status(store: Store, cell: CellSpec) -> str | None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from qsens_airflow.local import Components
 from qsens_airflow.rest import TaskState
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,18 @@ class Run:
     def task(self, name: str) -> TaskState:
         (found,) = [task for task in self.tasks if task.name == name]
         return found
+
+
+def components(home: Path, *, environment: Mapping[str, str], slots: int = 2) -> Components:
+    """Return an Airflow of this checkout; its database is made once for all tests and kept."""
+    cache = ROOT / ".cache" / f"airflow-{version('apache-airflow')}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache.with_suffix(".lock")):
+        Components(cache, root=ROOT, environment={}).migrate()
+    home.mkdir(parents=True, exist_ok=True)
+    for name in ("airflow.db", "migrated"):
+        shutil.copy2(cache / name, home / name)
+    return Components(home, root=ROOT, environment=environment, slots=slots)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ def test_settings_come_from_the_preset_and_the_environment(
 ) -> None:
     assert (dag.schedule, dag.catchup, dag.max_active_runs) == ("0 2 * * *", False, 4)
     assert dag.get_task("cell.score").execution_timeout == timedelta(hours=6)
+    assert dag.get_task("cell.score").retry_delay == timedelta(minutes=1)
     assert dag.params["preset"] == "nightly"
 
     own = tmp_path / "sweep" / "weekly.yaml"
@@ -122,7 +123,7 @@ def test_settings_come_from_the_preset_and_the_environment(
     own.write_text(
         "defaults: {model: tiny_qwen3_vl, dataset: demo, quant_pair: wfp8_afp8}\n"
         "dag: {schedule: '0 5 * * 0', max_active_runs: 1, pool: gpus, retries: 7,\n"
-        "      execution_timeout_minutes: 30}\n"
+        "      retry_delay_seconds: 3, execution_timeout_minutes: 30}\n"
     )
     weekly = load(QSENS_CONFIG_DIR=str(tmp_path), QSENS_PRESET="weekly", QSENS_QUEUE="gpu").dags[
         "qsens_sweep"
@@ -133,6 +134,7 @@ def test_settings_come_from_the_preset_and_the_environment(
         task = weekly.get_task(name)
         assert (task.pool, task.queue, task.retries) == ("gpus", "gpu", 7)
         assert task.execution_timeout == timedelta(minutes=30)
+        assert task.retry_delay == timedelta(seconds=3)
     for name in ("cell.calibrate", "cell.score"):
         task = weekly.get_task(name)
         assert task.map_index_template == "{{ task.title }}"

@@ -21,9 +21,8 @@ from qsens.config import Roots
 from qsens.grid import read_plan
 from qsens.pipeline.plan import plan_sweep
 from qsens.store import Store
-from qsens_airflow.local import Components
 from qsens_airflow.plans import plan_of_run
-from tests.airflow.house import House, Run
+from tests.airflow.house import House, Run, components
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +31,7 @@ PRESET = """
 defaults: {model: tiny_qwen3_vl, dataset: demo, quant_pair: [wfp8_afp16, wint8_afp16]}
 dataset: {size: [large]}
 autoquant: {method: fisher, draws: 8, score_size: 512, memory_budget_gb: 0.2}
-dag: {schedule: null, pool: gpu, retries: 1}
+dag: {schedule: null, pool: gpu, retries: 1, retry_delay_seconds: 2}
 """
 PAIRS = ["wfp8_afp16", "wint8_afp16"]
 # Asking costs Airflow's processes as much as they have for the runs.
@@ -56,7 +55,7 @@ def house(demo_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "OMP_NUM_THREADS": "1",
     }
     home = root / ".airflow"
-    with Components(home, root=ROOT, environment=environment, slots=4) as airflow:
+    with components(home, environment=environment, slots=4) as airflow:
         yield House(airflow, root, preset="faults", seconds=900)
 
 

@@ -17,6 +17,7 @@ from airflow.sdk import DAG, TaskInstanceState
 from qsens.config import Roots
 from qsens.grid import Plan
 from qsens.pipeline.plan import plan_sweep
+from qsens.store import Store
 from qsens_airflow import base, lease
 from qsens_airflow.cells import ScoreOperator
 from tests.airflow.test_operators import run
@@ -210,12 +211,19 @@ def test_a_task_gives_its_slot_back_where_no_device_is_free(
 
 
 @pytest.mark.usefixtures("airflow_database", "own_signals")
-def test_a_result_that_is_there_waits_for_no_device(tmp_path: Path, plan: Plan) -> None:
+def test_a_result_that_is_there_waits_for_no_device_and_starts_no_child(
+    tmp_path: Path, plan: Plan
+) -> None:
     results.result(plan, plan.cells[0], seed=0)
     held = [lease.take(["0", "1"]), lease.take(["0", "1"])]
     assert all(held)
     assert run(score(tmp_path)).state == TaskInstanceState.SUCCESS
-    assert devices(tmp_path) == ["0,1"]
+    assert not (tmp_path / "devices").exists()
     for one in held:
         assert one is not None
         one.release()
+    # One that is not what was written is computed again, by a child with a device.
+    manifest = Store(plan).manifest(plan.cells[0])
+    manifest.write_bytes(manifest.read_bytes().replace(b"scored", b"Scored", 1))
+    assert run(score(tmp_path)).state == TaskInstanceState.SUCCESS
+    assert devices(tmp_path) in (["0"], ["1"])

@@ -22,7 +22,8 @@ from aiosmtpd.controller import Controller
 from qsens_airflow.local import Components
 from qsens_airflow.notices import Notice, notice_of
 from qsens_airflow.processes import free_port
-from tests.airflow.test_run import BROKEN, ROOT
+from tests.airflow.house import components
+from tests.airflow.test_run import BROKEN
 
 PRESET = """
 defaults: {model: tiny_qwen3_vl, dataset: demo, quant_pair: wfp8_afp8}
@@ -146,7 +147,7 @@ def house(
         "AIRFLOW_CONN_HTTP_DEFAULT": json.dumps(http),
         "OMP_NUM_THREADS": "1",
     }
-    with Components(root / ".airflow", root=ROOT, environment=environment) as airflow:
+    with components(root / ".airflow", environment=environment) as airflow:
         yield House(airflow, root, servers)
 
 

@@ -18,6 +18,7 @@ from qsens.store import Store
 from qsens.writing import write_text
 from qsens_airflow.local import Components
 from qsens_airflow.plans import plan_of_run
+from tests.airflow.house import components
 from tests.browser import Watched, chromium
 from tests.pipeline import results
 
@@ -59,7 +60,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         "QSENS_SCHEDULE": "none",
         "OMP_NUM_THREADS": "1",
     }
-    with Components(root / ".airflow", root=ROOT, environment=environment) as airflow:
+    with components(root / ".airflow", environment=environment) as airflow:
         password = json.loads(airflow.password_file.read_text(encoding="utf-8"))[airflow.user]
         answer = httpx.post(
             f"{airflow.url}/auth/token", json={"username": airflow.user, "password": password}

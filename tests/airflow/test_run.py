@@ -14,9 +14,8 @@ import pytest
 
 from qsens.grid import read_plan
 from qsens.store import Store
-from qsens_airflow.local import Components
 from qsens_airflow.rest import TaskState
-from tests.airflow.house import House, Run
+from tests.airflow.house import House, Run, components
 
 ROOT = Path(__file__).resolve().parents[2]
 # Floats that neither the numerics nor ModelOpt know: this pair fails when it is scored.
@@ -45,7 +44,7 @@ def house(demo_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
         "QSENS_SCHEDULE": "none",
         "OMP_NUM_THREADS": "1",
     }
-    with Components(root / ".airflow", root=ROOT, environment=environment) as airflow:
+    with components(root / ".airflow", environment=environment) as airflow:
         yield House(airflow, root)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from qsens.analysis.samples import SampleScores
 from qsens.config.models import SIZES
 from qsens.report import build_cell, build_summary, write_cell, write_model_index, write_sweep
+from qsens.report import format as look
+from qsens.report.cell import CellReport
 from qsens.report.compare import ComparedCell, ComparedGroup, Comparison, write_comparison
 from qsens.schema.manifest import Manifest
 from qsens.schema.summary import Difference, Drift, Moved
@@ -243,9 +246,8 @@ def test_94_layers_of_128_experts_stay_small_and_quick(browser: Any, tmp_path: P
         )
     ]
     manifest, samples = scored(names, 0, "wint8_afp16-small")
-    cell = write_cell(
-        build_cell(manifest, samples), tmp_path / "weight", assets=tmp_path / "assets"
-    )[2]
+    report = build_cell(manifest, samples)
+    cell = write_cell(report, tmp_path / "weight", assets=tmp_path / "assets")[2]
     plan = Make.plan()
     manifests = {entry.cell: manifest for entry in plan.cells}
     assert [entry.size for entry in plan.cells][:2] == list(SIZES[:2])
@@ -265,3 +267,30 @@ def test_94_layers_of_128_experts_stay_small_and_quick(browser: Any, tmp_path: P
         found.first.wait_for()
         assert watched.errors == []
         watched.context.close()
+    assert_the_script_writes_numbers_as_python_does(browser, cell, report)
+
+
+def assert_the_script_writes_numbers_as_python_does(
+    browser: Any, page: Path, report: CellReport
+) -> None:
+    watched = Watched(browser)
+    watched.page.goto(page.as_uri())
+    # The last rows, and some between: of the first ones the page holds the elements.
+    for row in (report.rows[400], report.rows[5000], report.rows[-1]):
+        name = row.layer.removeprefix("model.language_model.")
+        watched.page.locator(".tools input").last.fill(name)
+        rows = watched.page.locator("table[data-rest=groups] tbody tr")
+        made = rows.filter(has_text=re.compile(rf"{re.escape(name)}(?!\d)"))
+        made.first.wait_for()
+        texts = [text.strip() for text in made.first.locator("td").all_inner_texts()]
+        assert texts[0] == str(row.position)
+        assert texts[3:10] == [
+            look.bits(row.num_bits),
+            look.scientific(row.sensitivity),
+            look.scientific(row.sensitivity_per_token),
+            look.span(row.interval),
+            look.percent(row.share),
+            look.places(row.positions),
+            look.mebibytes(row.size_cost),
+        ]
+    watched.context.close()

@@ -79,7 +79,7 @@ class Stack:
             name: value or secrets.token_hex(16) for name, value in example().items()
         } | {
             "AIRFLOW_FERNET_KEY": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
-            "QSENS_PRESET": "demo-text",
+            "QSENS_PRESET": "stack",
             "QSENS_SCHEDULE": "none",
             "AIRFLOW_UID": str(os.getuid()),
         }
@@ -102,6 +102,10 @@ class Stack:
             path.mkdir()
         # As in the image: else the first process writes one, with keys in it, and all read it.
         (self.directory / "airflow" / "airflow.cfg").touch()
+        preset = self.project / "configs" / "sweep" / "stack.yaml"
+        preset.parent.mkdir(parents=True)
+        shipped = (ROOT / "configs" / "sweep" / "demo-text.yaml").read_text(encoding="utf-8")
+        preset.write_text(f"{shipped}dag: {{retry_delay_seconds: 5}}\n", encoding="utf-8")
         model = self.project / "models" / "tiny_qwen3_vl" / "checkpoints" / "tiny-qwen3-vl"
         shutil.copytree(self.checkpoint, model)
         for name in ABSENT:
