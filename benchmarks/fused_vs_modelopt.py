@@ -13,7 +13,7 @@ not counted; ModelOpt's CUDA extensions are built before that.
 ``--baseline`` says what ModelOpt is fed: ``longest``, eight consecutive captions padded to the
 longest of them; ``padded512``, padded to 512 tokens; ``reference``, captions of one length each,
 without padding, which is what ``autoquant.engine=modelopt`` runs. Padding enters ModelOpt's
-calibrated maxima, so only ``reference`` gives scores that must be equal to ours; it also scores
+calibrated amax, so only ``reference`` gives scores that must be equal to ours; it also scores
 the same batches with the fused engine and reports how far both are apart.
 
 A machine that is held for minutes only can measure in pieces: ``--cells`` picks some, and

@@ -78,7 +78,7 @@ def qsens_sweep() -> None:
             cell=cell,
             plan=plan,
             map_index_template="{{ task.title }}",
-            doc_md="Makes sure that the cell's calibration maxima are there.",
+            doc_md="Makes sure that the cell's calibrated amax are there.",
             **settings.gpu_task(),
         )
         score = ScoreOperator(

@@ -79,7 +79,7 @@ class Store:
         return self.result_dir(cell) / STATE
 
     def calibration(self, digest: str) -> Path:
-        """Return where the calibrated maxima of that digest live."""
+        """Return where the calibrated amax of that digest live."""
         return self.plan.results / CALIBRATIONS / f"{digest}.safetensors"
 
     def failure(self, cell: Cell) -> Path:
@@ -113,7 +113,7 @@ class Store:
             return False
 
     def is_calibrated(self, digest: str) -> bool:
-        """Return whether the calibrated maxima of that digest are there, as they were written."""
+        """Return whether the calibrated amax of that digest are there, as they were written."""
         path = self.calibration(digest)
         return has_file(path, remedy=AGAIN) and check_tensors(path, digest) is None
 
@@ -153,11 +153,11 @@ class Store:
         return False
 
     def set_aside_calibration(self, digest: str) -> None:
-        """Set calibrated maxima aside where they are damaged, their lock held."""
+        """Set calibrated amax aside where they are damaged, their lock held."""
         path = self.calibration(digest)
         reason = check_tensors(path, digest) if has_file(path, remedy=AGAIN) else None
         if reason is not None:
-            self.set_aside(path, "calibrated maxima", f"are damaged: {reason}")
+            self.set_aside(path, "calibrated amax", f"are damaged: {reason}")
 
     def set_aside(self, path: Path, what: str, reason: str) -> None:
         """Move a damaged file or directory away, so that it counts as not there, and say so."""
@@ -219,7 +219,7 @@ class Store:
         return lock_at(self.plan.results / CELLS / f"{cell.digest}.lock")
 
     def calibration_lock(self, digest: str) -> FileLock:
-        """Return the lock of the calibrated maxima of that digest."""
+        """Return the lock of the calibrated amax of that digest."""
         return lock_at(self.plan.results / CALIBRATIONS / f"{digest}.lock")
 
 

@@ -55,7 +55,7 @@ class CellOperator(GpuOperator):
 
 
 class CalibrateOperator(CellOperator):
-    """Make sure that the calibration maxima of one cell are there."""
+    """Make sure that the calibrated amax of one cell are there."""
 
     verb = "calibrate"
 

@@ -60,7 +60,7 @@ class Format:
     Attributes:
         element: The grid that scaled values are rounded to.
         sharing: Which values share a scale.
-        dynamic: The maxima come from the very tensor that is quantized, never from calibration.
+        dynamic: The amax come from the very tensor that is quantized, never from calibration.
         kept: Under `Sharing.DIMS`, the dimensions that keep their index; all others share. None
             when ``shared`` says it the other way round.
         shared: Under `Sharing.DIMS`, the dimensions that share; all others keep their index.

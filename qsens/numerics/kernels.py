@@ -53,7 +53,7 @@ def quantize(x: Tensor, fmt: Format, amax: Tensor | None, out: Tensor | None = N
     Args:
         x: float32, bfloat16 or float16, contiguous, on a GPU.
         fmt: The format.
-        amax: Calibrated maxima, as for `qsens.numerics.fake_quantize`; measured when None.
+        amax: Calibrated amax, as for `qsens.numerics.fake_quantize`; measured when None.
         out: Receives the result, contiguous; a new tensor does when None.
     """
     result = torch.empty_like(x) if out is None else out

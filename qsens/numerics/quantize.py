@@ -79,7 +79,7 @@ def fake_quantize(
         cfg: A ModelOpt quantizer's config as a plain mapping: ``num_bits``, ``axis``,
             ``block_sizes``, ``type``, ``narrow_range``. ``enable``, ``effective_bits`` and
             ``backend`` change nothing.
-        amax: Calibrated maxima, at least 0, in any float dtype; shaped as `compute_amax` returns
+        amax: Calibrated amax, at least 0, in any float dtype; shaped as `compute_amax` returns
             them, or any shape with as many values. A single value serves the whole tensor; of
             several for NVFP4, the largest counts. Measured on ``x`` when not given.
         out: Receives the result: contiguous, with shape, dtype and device of ``x``.
@@ -136,7 +136,7 @@ def _quantize(x: Tensor, fmt: Format, amax: Tensor | None) -> Tensor:
 
 
 def _measure(x: Tensor, fmt: Format) -> Tensor:
-    """Return maxima that broadcast to ``x``, or to its blocks, with as many dimensions."""
+    """Return amax that broadcast to ``x``, or to its blocks, with as many dimensions."""
     if fmt.sharing is Sharing.BLOCKS:
         return abs_max(to_blocks(x, fmt.size), (-1,))
     if fmt.sharing is Sharing.NVFP4:
@@ -148,7 +148,7 @@ def _measure(x: Tensor, fmt: Format) -> Tensor:
 
 
 def _fit(amax: Tensor, x: Tensor, fmt: Format) -> Tensor:
-    """Give calibrated maxima the shape that `_measure` returns."""
+    """Give calibrated amax the shape that `_measure` returns."""
     shape: tuple[int, ...]
     if fmt.sharing is Sharing.BLOCKS:
         rows = x.numel() // x.shape[-1]

@@ -21,7 +21,7 @@ def abs_max(x: Tensor, dims: Sequence[int] | None = None) -> Tensor:
         dims: The dimensions to reduce, kept with size 1; all of them, to a scalar, when None.
 
     Returns:
-        The maxima in the dtype of ``x``. A NaN makes its maximum NaN.
+        The amax in the dtype of ``x``. A NaN makes its maximum NaN.
     """
     if dims is None:
         low, high = torch.aminmax(x)
