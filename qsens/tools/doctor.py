@@ -7,6 +7,7 @@ import importlib.util
 import platform
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qsens.pipeline.plan import installed_version, picture_reader
 from qsens.pipeline.preflight import existing
 from qsens.reading import below
 from qsens.store import CELLS, CHECKPOINTS, MODELS, TMP, publishing_lock
+from qsens.writing import writing
 
 _GIB = 1 << 30
 _LOW_DISK = 5 * _GIB
@@ -31,7 +33,7 @@ def examine() -> dict[str, Any]:
     problems: list[str] = []
     there = existing(roots.results)
     usage = shutil.disk_usage(there)
-    problems += _unwritable(there)
+    problems += _unwritable(roots.results, there)
     if usage.free < _LOW_DISK:
         problems.append(f"{usage.free / _GIB:.1f} GiB are free below {roots.results}")
     if not (3, 11) <= sys.version_info[:2] < (3, 15):
@@ -63,12 +65,16 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _unwritable(results: Path) -> list[str]:
-    """Say why nothing can be written to a directory, if so; whoever writes there locks it."""
+def _unwritable(results: Path, there: Path) -> list[str]:
+    """Say why nothing can be written to the results root, or to what is there above it, if so."""
     try:
-        lock = publishing_lock(results)
-        if try_lock(lock):
-            lock.release()
+        if there == results:  # whoever writes there locks it
+            lock = publishing_lock(results)
+            if try_lock(lock):
+                lock.release()
+        else:
+            with writing(there), tempfile.TemporaryFile(dir=there):
+                pass
     except QsensError as error:
         return [f"{error.where}: {error.what}"]
     return []

@@ -140,8 +140,10 @@ def test_doctor_says_what_is_wrong_with_results(
     with disks.read_only(results_root):
         assert any("cannot be written to: " in problem for problem in examine()["problems"])
     assert not any("cannot be written to" in problem for problem in examine()["problems"])
+    above = sorted(path.name for path in tmp_path.iterdir())
     monkeypatch.setenv("QSENS_RESULTS", str(tmp_path / "nothing" / "there"))
     assert examine()["results_used_gib"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == above
 
 
 LOCKING = ("calibrate", "score", "sweep", "publish", "prune", "fetch-model")
