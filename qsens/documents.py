@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
 from qsens.checksums import CHECKSUM, is_sealed, sealed
 from qsens.errors import Damaged, UserError
@@ -107,8 +108,14 @@ def refuse_newer(what: str, version: int, newest: int, *, where: str = "") -> No
 
 
 def dump_json(value: Any) -> str:
-    """Return JSON as qsens writes it: keys in their given order, full precision, no NaN."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """Return JSON as qsens writes it: keys in their given order, full precision, no NaN.
+
+    Raises:
+        ValueError: There is a NaN or an infinity in it.
+        TypeError: There is something in it that JSON has no form for.
+    """
+    json.dumps(value, allow_nan=False)  # refuses what the faster writer below would let through
+    return to_json(value, indent=2).decode() + "\n"
 
 
 def dump_document(document: BaseModel | dict[str, Any]) -> str:
