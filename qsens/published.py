@@ -23,7 +23,7 @@ from qsens.writing import write_text
 
 # What a cell's directory shows: an older sweep, published again, must not replace it.
 SHOWN = ".sweep"
-_NAME = f"Name a sweep's directory, its {SUMMARY}, or a sweep id."
+_NAME = f"Name a sweep's directory, its {SUMMARY}, or a sweep id"
 # Bytes of that file at most.
 _MOST_SHOWN = 1024
 
@@ -226,7 +226,7 @@ def find_sweep(name: str, results: Path, *, remedy: str | None = None) -> Path:
     path = Path(name)
     if path.name == SUMMARY and path.is_file():
         return path.parent.resolve()
-    if has_file(path / SUMMARY, remedy=_NAME):
+    if has_file(path / SUMMARY, remedy=f"{_NAME}."):
         return path.resolve()
     directories = []
     if path.name == name and name not in ("", ".", ".."):
@@ -236,6 +236,6 @@ def find_sweep(name: str, results: Path, *, remedy: str | None = None) -> Path:
         raise UserError(
             f"is the id of {len(directories)} sweeps" if directories else "is no published sweep",
             where=name,
-            remedy=remedy or f"{_NAME[:-1]} below {results}.",
+            remedy=remedy or f"{_NAME} below {results}.",
         )
     return directories[0]

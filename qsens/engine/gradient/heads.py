@@ -104,8 +104,9 @@ class LabelHead:
     def __call__(self, head: Head, saved_forwards: Sequence[SavedForward]) -> HeadScores:
         """See :class:`HeadScorer`."""
         linear = head.linear
-        masks = [next_tokens(saved.batch) >= 0 for saved in saved_forwards]
-        window = _Window(head, saved_forwards, masks, "labels")
+        labels = [next_tokens(saved.batch) for saved in saved_forwards]
+        masks = [each >= 0 for each in labels]
+        window = _Window(head, saved_forwards, labels, masks, "labels")
         rows, statistics = window.rows, window.statistics
         back = torch.empty_like(rows)
         for turn, weights in enumerate(head.turns(window.layout)):
@@ -144,7 +145,8 @@ class DrawnHead:
         linear = head.linear
         batches = [saved.batch for saved in saved_forwards]
         masks = [batch.predicts() for batch in batches]
-        window = _Window(head, saved_forwards, masks, "predictions")
+        labels = [next_tokens(batch) for batch in batches]
+        window = _Window(head, saved_forwards, labels, masks, "predictions")
         rows, statistics = window.rows, window.statistics
         quantiles = torch.cat(
             [
@@ -245,6 +247,7 @@ class _Window:
     Args:
         head: The head.
         saved_forwards: Batches of the window.
+        labels: Label of every position, by batch.
         masks: Where it counts, by batch.
         unit: The same in words, see :meth:`qsens.data.samples.Batch.lengths`.
 
@@ -261,14 +264,15 @@ class _Window:
         self,
         head: Head,
         saved_forwards: Sequence[SavedForward],
+        labels: Sequence[torch.Tensor],
         masks: Sequence[torch.Tensor],
         unit: Unit,
     ) -> None:
         self._head, self._saved, self._masks = head, saved_forwards, masks
         batches = [saved.batch for saved in saved_forwards]
-        pairs = list(zip(saved_forwards, masks, strict=True))
+        pairs = zip(saved_forwards, masks, strict=True)
         self.rows = _cat([saved.hidden.detach()[mask] for saved, mask in pairs])
-        self.labels = _cat([next_tokens(saved.batch)[mask] for saved, mask in pairs])
+        self.labels = _cat([each[mask] for each, mask in zip(labels, masks, strict=True)])
         device = self.rows.device
         self.layout = layout_of(batches, head.candidates, device, unit)
         self.losses = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
