@@ -1,10 +1,14 @@
 """Experts of a mixture that share two weights, and which tokens each of them gets. Needs torch.
 
-A module of ``E`` experts holds ``gate_up_proj`` ``(E, 2 * inner, hidden)`` and ``down_proj``
-``(E, hidden, inner)``. An expert gives ``down(act(gate(x)) * up(x))``, and a token the sum of what
-its experts give, each times the router's weight. As in ModelOpt, every expert's weights have
-quantizers of their own, while all experts share one quantizer of what the module reads and one of
-what stands between their two products.
+A module of ``E`` experts holds ``gate_up_proj`` ``(E, 2 * inner, hidden)``, or ``up_proj``
+``(E, inner, hidden)`` where nothing is gated, and ``down_proj`` ``(E, hidden, inner)``; or all of
+them with their last two dimensions swapped, and perhaps a bias for each. An expert gives
+``down(act(gate(x)) * up(x))``, and a token the sum of what its experts give, each times the
+router's weight. How a layout differs stands in flags of the class (``has_gate``,
+``is_transposed``, ``has_bias``, ``_apply_gate``), which transformers'
+``use_experts_implementation`` sets. As in ModelOpt, every expert's weights have quantizers of their
+own, while all experts share one quantizer of what the module reads and one of what stands between
+their two products.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FIRST, SECOND = "gate_up_proj", "down_proj"
+_FIRST = ("gate_up_proj", "up_proj")
+_SECOND = "down_proj"
 
 
 @dataclass(frozen=True)
@@ -44,48 +49,75 @@ class Routing:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Return whether a module is what ModelOpt quantizes as gated experts with shared weights."""
-    weights = [getattr(module, name, None) for name in (FIRST, SECOND)]
-    return hasattr(module, "num_experts") and all(
+    """Return whether a module is experts in the layout that transformers' own products take."""
+    weights = [getattr(module, name, None) for name in weight_names(module)]
+    return hasattr(module, "is_concatenated") and all(
         isinstance(weight, torch.Tensor) and weight.ndim == 3 for weight in weights
     )
 
 
+def weight_names(module: nn.Module) -> tuple[str, str]:
+    """Return what the two weights of experts are called."""
+    gated = getattr(module, "has_gate", True)
+    return _FIRST[0 if gated else 1], _SECOND
+
+
 def expert_weights(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the two weights of all experts, ``(experts, out, in)``."""
-    return module.get_parameter(FIRST), module.get_parameter(SECOND)
+    first, second = (module.get_parameter(name) for name in weight_names(module))
+    if module.is_transposed:
+        return first.transpose(1, 2), second.transpose(1, 2)
+    return first, second
+
+
+def expert_biases(module: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the two biases of all experts, ``(experts, out)``; none where there are none."""
+    if not module.has_bias:
+        return None, None
+    first, second = (module.get_parameter(f"{name}_bias") for name in weight_names(module))
+    return first, second
 
 
 def input_names(name: str, module: nn.Module) -> tuple[str, ...]:
     """Return the names of the inputs of a module that a quantizer reads: one, or experts' two."""
-    return (f"{name}.{FIRST}", f"{name}.{SECOND}") if is_experts(module) else (name,)
+    if not is_experts(module):
+        return (name,)
+    first, second = weight_names(module)
+    return f"{name}.{first}", f"{name}.{second}"
 
 
 def route(chosen: torch.Tensor, gates: torch.Tensor, experts: int) -> Routing:
     """Return which rows go to each expert.
 
     Args:
-        chosen: The experts of each row, ``(rows, experts of a row)``, int64.
+        chosen: The experts of each row, ``(rows, experts of a row)``, int64; what is no index of
+            an expert goes to none.
         gates: The router's weights of them, same shape.
         experts: How many there are.
     """
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts)
+    counts = torch.bincount(flat, minlength=experts)[:experts]
     starts = (0, *counts.cumsum(0).tolist())
+    order = order[: starts[-1]]
     return Routing(order // chosen.shape[1], gates.flatten()[order][:, None], starts)
 
 
-def between(module: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def between(
+    module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return what stands between the products of one expert, ``(rows, inner)``.
 
     Args:
         module: The experts.
         x: Its rows, ``(rows, hidden)``.
-        weight: Its first weight, ``(2 * inner, hidden)``.
+        weight: Its first weight, ``(2 * inner, hidden)``, or ``(inner, hidden)`` without a gate.
+        bias: Its first bias, ``(2 * inner,)`` or ``(inner,)``.
     """
-    gate, up = F.linear(x, weight).chunk(2, dim=-1)
-    hidden: torch.Tensor = module.act_fn(gate) * up
+    product = F.linear(x, weight, bias)
+    hidden: torch.Tensor = (
+        module._apply_gate(product) if module.has_gate else module.act_fn(product)
+    )
     return hidden
 
 
@@ -133,12 +165,14 @@ def expert_inputs(
     """
     first, second = input_names(name, module)
     yield first, args[0].view(*shape, -1)
+    args = [part.flatten(0, -2) for part in args]
     hidden, chosen, gates = args if real is None else (part[real] for part in args)
     weight, _ = expert_weights(module)
+    bias, _ = expert_biases(module)
     routing = route(chosen, gates, len(weight))
     for expert in routing.busy():
         rows = hidden[routing.rows[routing.share(expert)]]
-        yield second, between(module, rows, weight[expert])
+        yield second, between(module, rows, weight[expert], of_expert(bias, expert))
 
 
 def contributions(module: nn.Module, x: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -156,10 +190,17 @@ def _added(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield what each expert's pairs of a row and an expert add, with where these pairs lie."""
     first, second = expert_weights(module)
+    biases = expert_biases(module)
     for expert in routing.busy():
         share = routing.share(expert)
-        hidden = inner(between(module, x[routing.rows[share]], weights(first[expert])))
-        yield share, F.linear(hidden, weights(second[expert])) * routing.gates[share]
+        entering, leaving = (of_expert(bias, expert) for bias in biases)
+        hidden = inner(between(module, x[routing.rows[share]], weights(first[expert]), entering))
+        yield share, F.linear(hidden, weights(second[expert]), leaving) * routing.gates[share]
+
+
+def of_expert(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
+    """Return the bias of one expert; none where there is none."""
+    return None if bias is None else bias[expert]
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:

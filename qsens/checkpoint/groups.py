@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qsens.checkpoint.experts import expert_weights, is_experts
-from qsens.checkpoint.loading import is_quantizable
+from qsens.checkpoint.modules import is_quantizable, weight_of
 from qsens.names import Kind, depth_of, kind_of
 
 # Modules of one parent that share a format, since runtimes fuse them: the parent, what they are
@@ -91,11 +91,16 @@ def find_groups(
     return groups
 
 
+def tower_of(groups: Iterable[Group]) -> frozenset[str]:
+    """Return the names of the modules that read pictures."""
+    return frozenset(name for group in groups if group.kind == "vision" for name in group.members)
+
+
 def count_weights(module: nn.Module) -> int:
     """Return the elements of a module's weights that a format applies to."""
     if is_experts(module):
         return sum(weight.numel() for weight in expert_weights(module))
-    return module.get_parameter("weight").numel()
+    return weight_of(module).numel()
 
 
 def shared_key(name: str) -> str:

@@ -17,16 +17,21 @@ from transformers import (
 
 from qsens.checkpoint.experts import is_experts
 from qsens.checkpoint.files import find_weights, read_config
+from qsens.checkpoint.modules import is_quantizable
 from qsens.checkpoint.quantized import refuse_quantized
 from qsens.checkpoint.refusals import refusals
-from qsens.checkpoint.structure import find_head, head_of, remember_head, resolve_components
+from qsens.checkpoint.structure import (
+    Traits,
+    find_head,
+    head_of,
+    remember_traits,
+    resolve_components,
+)
 from qsens.checkpoint.templates import read_chat_template
 from qsens.config import ModelConfig
 from qsens.errors import UserError
 from qsens.reading import shown
 
-# What ModelOpt makes quantized modules of.
-QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ATTENTION = "_attn_implementation"
 _INSTALL = (
     "Install a newer transformers, or what it asks for; set model.trust_remote_code=true if the "
@@ -63,11 +68,6 @@ def disable_cudnn_attention() -> None:
     masked whole.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def is_quantizable(module: nn.Module) -> bool:
-    """Return whether ModelOpt quantizes a module: a linear one, a convolution, or experts."""
-    return isinstance(module, QUANTIZABLE) or is_experts(module)
 
 
 def device_name(device: torch.device) -> str:
@@ -129,7 +129,7 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
         # As ModelOpt has it: other ways to multiply round otherwise.
         model.set_experts_implementation("eager")
     names = [name for name, module in model.named_modules() if is_quantizable(module)]
-    remember_head(model, find_head(names, resolve_components(config)))
+    remember_traits(model, Traits(head=find_head(names, resolve_components(config))))
     model.requires_grad_(False)
     module: nn.Module = model.to(device).eval()
     return module

@@ -1,22 +1,102 @@
-"""Modules of a loaded model: its layers, the weight of a module. Needs torch."""
+"""Modules of a loaded model: its layers, which of them a format applies to. Needs torch."""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from qsens.checkpoint.experts import is_experts
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Return whether a format applies to a module: a linear one, a convolution, or experts.
+
+    Not to a convolution of single channels or of windows that are no patches, nor to a class that
+    does something else with its weight than the class that it is made from, such as a router.
+    """
+    return is_linear(module) or is_convolution(module) or is_experts(module)
+
+
+def left_alone(model: nn.Module) -> list[str]:
+    """Return the names of modules with a matrix, as ModelOpt counts them, that no format fits."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and not is_quantizable(module)
+    ]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether a module gives ``x W^T + b``."""
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward or _gives_product(type(module))  # type: ignore[arg-type]
+    return isinstance(module, Conv1D)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Return whether a module is a convolution that is linear in patches, such as an embedding's.
+
+    Each output reads all channels of one patch, and each patch is read once.
+    """
+    return (
+        isinstance(module, _CONVOLUTIONS)
+        and any(type(module).forward is kind.forward for kind in _CONVOLUTIONS)
+        and module.groups == 1
+        and module.stride == module.kernel_size
+        and module.padding in ("valid", (0,) * len(module.kernel_size))
+    )
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
     """Return a linear module's or a convolution's weight, ``(out, ...)``."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
-    return weight
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """Return a linear module's or a convolution's bias, ``(out,)``; none where there is none."""
+    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+    return bias
+
+
+def apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return what a module gives with another weight, which is shaped as :func:`weight_of` is."""
+    if is_linear(module):
+        return F.linear(x, weight, bias_of(module))
+    output: torch.Tensor = module._conv_forward(x, weight, bias_of(module))  # type: ignore[operator]
+    return output
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that transformers can recompute, by name: decoder and vision layers."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer)
-    }
+    """Return the layers that transformers can recompute, by name: decoder and vision layers.
+
+    Of one within another, the outer.
+    """
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            parts = name.split(".")
+            if not any(".".join(parts[:end]) in layers for end in range(1, len(parts))):
+                layers[name] = module
+    return layers
+
+
+@functools.cache
+def _gives_product(kind: Any) -> bool:
+    """Return whether a class with a forward pass of its own gives the product all the same."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            module = kind(5, 3)
+            x = torch.randn(2, 5)
+            return torch.allclose(module(x), F.linear(x, module.weight, module.bias))
+        except Exception:  # it takes other arguments, or gives something else
+            return False

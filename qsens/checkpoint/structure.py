@@ -37,6 +37,22 @@ class Components:
 
 
 @dataclass(frozen=True)
+class Traits:
+    """How a model runs, as far as a pass has to know.
+
+    Attributes:
+        head: Name of the module that makes logits; none where the model itself says which it is.
+        pads: Whether padding on the right leaves every real token as it is without a mask.
+        chained: Whether a gradient reaches a layer through what it reads from the layer before
+            alone.
+    """
+
+    head: str | None = None
+    pads: bool = True
+    chained: bool = True
+
+
+@dataclass(frozen=True)
 class Family:
     """Checkpoints whose modules are named alike.
 
@@ -88,8 +104,8 @@ FAMILIES = (
 # How configurations of mixtures of experts name the number of experts.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SHOWN = 8
-# Names of the heads of loaded models, which nothing is written on.
-_HEADS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+# Traits of loaded models, which nothing is written on.
+_TRAITS: WeakKeyDictionary[Any, Traits] = WeakKeyDictionary()
 
 
 def family_of(model_type: str) -> Family | None:
@@ -175,15 +191,20 @@ def find_head(names: Iterable[str], config: ModelConfig) -> str:
 def head_of(model: Any) -> Any:
     """Return the module that makes logits of hidden states.
 
-    It is the one that :func:`remember_head` has noted, else what the model itself says it is.
+    It is the one that its traits name, else what the model itself says it is.
     """
-    name = _HEADS.get(model)
+    name = traits_of(model).head
     return model.get_output_embeddings() if name is None else model.get_submodule(name)
 
 
-def remember_head(model: Any, name: str) -> None:
-    """Keep the head's name for as long as the model lives; a copy of it is another model."""
-    _HEADS[model] = name
+def traits_of(model: Any) -> Traits:
+    """Return the traits that :func:`remember_traits` has noted of a model, else those of most."""
+    return _TRAITS.get(model, Traits())
+
+
+def remember_traits(model: Any, traits: Traits) -> None:
+    """Keep a model's traits for as long as it lives; a copy of it is another model."""
+    _TRAITS[model] = traits
 
 
 def _refuse_experts(described: Mapping[str, Any], kind: str, path: Path) -> None:

@@ -288,6 +288,7 @@ def padded_batches(
     boundaries: Iterable[int],
     together: int = BATCH_TOKENS,
     max_tokens: int | None = None,
+    pads: bool = True,
 ) -> list[Batch]:
     """Return batches of the first ``upto`` samples, of similar length, padded on the right.
 
@@ -301,11 +302,12 @@ def padded_batches(
         boundaries: Sample counts that no batch crosses.
         together: Tokens that a batch is filled up to, padding included; see :func:`batch_tokens`.
         max_tokens: Tokens of a batch at most, padding included; one sample always goes through.
+        pads: Whether samples of different lengths may share a batch.
     """
     batches = []
     for start, stop in segments(upto, boundaries):
         order = sorted(range(start, stop), key=lambda index: (len(samples.ids[index]), index))
-        for alike in _fill(samples, order, together):
+        for alike in _fill(samples, order, together, pads=pads):
             longest = len(samples.ids[alike[-1]])
             rows = len(alike)
             if max_tokens is not None:
@@ -324,11 +326,13 @@ def batch_tokens(device: torch.device) -> int:
     return BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS // 16
 
 
-def _fill(samples: Samples, order: Sequence[int], together: int) -> list[list[int]]:
+def _fill(samples: Samples, order: Sequence[int], together: int, *, pads: bool) -> list[list[int]]:
     """Cut samples in ascending length so that a padded batch stays near ``together`` tokens."""
     batches: list[list[int]] = [[]]
     for index in order:
-        if batches[-1] and (len(batches[-1]) + 1) * len(samples.ids[index]) > together:
+        length, batch = len(samples.ids[index]), batches[-1]
+        full = (len(batch) + 1) * length > together
+        if batch and (full or not (pads or len(samples.ids[batch[0]]) == length)):
             batches.append([])
         batches[-1].append(index)
     return [batch for batch in batches if batch]

@@ -11,6 +11,20 @@ import torch
 
 from qsens.data.samples import Batch, Unit
 
+
+@dataclass(frozen=True)
+class Call:
+    """A run of a module within a layer, or outside the layers within the model.
+
+    Attributes:
+        name: Name of the module.
+        index: How many times it had run before.
+    """
+
+    name: str
+    index: int
+
+
 UNITS: tuple[Unit, ...] = ("tokens", "patches", "visual")
 
 
@@ -66,26 +80,31 @@ class SavedForward:
     hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     calls: list[SavedLayer] = field(default_factory=list)
 
-    def rows(self, tensor: torch.Tensor, into: torch.Tensor) -> None:
-        """Write the rows of ``(samples, longest, channels)`` or ``(rows, channels)``."""
+    def rows(self, tensor: torch.Tensor, unit: Unit, into: torch.Tensor) -> None:
+        """Write the rows of a tensor whose last dimension are channels."""
         flat = tensor.flatten(0, -2)
-        if self.real is None or tensor.ndim == 2:
+        if self.real is None or unit != "tokens":
             into.copy_(flat)
         else:
             torch.index_select(flat, 0, self.real, out=into)
 
-    def unit(self, tensor: torch.Tensor) -> Unit:
+    def unit(self, tensor: torch.Tensor, *, in_tower: bool) -> Unit:
         """Return what the rows of a module's output are.
+
+        Args:
+            tensor: The output, its last dimension channels.
+            in_tower: Whether the module reads pictures.
 
         Raises:
             RuntimeError: They are neither tokens nor those of the pictures.
         """
-        if tensor.ndim > 2:
+        count = tensor.shape[:-1].numel()
+        if not in_tower and count == self.batch.input_ids.numel():
             return "tokens"
         for unit in ("patches", "visual"):
-            if self.counts[unit] == len(tensor):
+            if in_tower and self.counts[unit] == count:
                 return unit
-        raise RuntimeError(f"{len(tensor)} rows that belong to no sample")
+        raise RuntimeError(f"{count} rows that belong to no sample")
 
 
 class ActivationBuffer:
@@ -103,7 +122,7 @@ class ActivationBuffer:
         self.totals = totals
         self.losses = losses
         self.loss = 0
-        self.rows: dict[str, ModuleActivations] = {}
+        self.rows: dict[Call, ModuleActivations] = {}
 
     @contextmanager
     def batch(self, saved: SavedForward, starts: Mapping[Unit, int]) -> Iterator[None]:
@@ -116,30 +135,27 @@ class ActivationBuffer:
         self._filled: set[int] = set()
         self._missing = set(self.rows)
         yield
-        for name in self._missing:  # no gradient of this batch reached it
-            rows = self.rows[name]
+        for call in self._missing:  # no gradient of this batch reached it
+            rows = self.rows[call]
             for tensor in (rows.inputs, rows.outputs, *rows.grad_output, *rows.routing):
                 tensor[self._at[rows.unit]] = 0
 
     def take(
         self,
-        name: str,
+        call: Call,
         inputs: torch.Tensor,
         outputs: torch.Tensor,
         grad_output: torch.Tensor,
         routing: Sequence[torch.Tensor] = (),
+        *,
+        in_tower: bool = False,
     ) -> None:
-        """Take what one module read, gave, and got as a gradient; of experts their routing too."""
-        if routing:  # experts see padded batches flat
-            shape = self._saved.batch.input_ids.shape
-            inputs, outputs, grad_output, *routing = (
-                tensor.reshape(*shape, -1) for tensor in (inputs, outputs, grad_output, *routing)
-            )
-        rows = self.rows.get(name)
+        """Take what a module read, gave, and got in a call; of experts their routing too."""
+        rows = self.rows.get(call)
         if rows is None:
             # q, k and v read one tensor: its rows are taken once and are one object.
             shared = self._by_address.get(inputs.data_ptr())
-            unit = self._saved.unit(outputs)
+            unit = self._saved.unit(outputs, in_tower=in_tower)
             rows = ModuleActivations(
                 unit,
                 self._new(unit, inputs) if shared is None else shared,
@@ -147,19 +163,19 @@ class ActivationBuffer:
                 self._new(unit, grad_output, self.losses),
                 tuple(self._new(unit, tensor) for tensor in routing),
             )
-            self.rows[name] = rows
-            self._missing.add(name)
+            self.rows[call] = rows
+            self._missing.add(call)
             self._by_address[inputs.data_ptr()] = rows.inputs
         at = self._at[rows.unit]
-        if name in self._missing:
-            self._missing.remove(name)
+        if call in self._missing:
+            self._missing.remove(call)
             if id(rows.inputs) not in self._filled:
                 self._filled.add(id(rows.inputs))
-                self._saved.rows(inputs, rows.inputs[at])
-            self._saved.rows(outputs, rows.outputs[at])
+                self._saved.rows(inputs, rows.unit, rows.inputs[at])
+            self._saved.rows(outputs, rows.unit, rows.outputs[at])
             for tensor, into in zip(routing, rows.routing, strict=True):
-                self._saved.rows(tensor, into[at])
-        self._saved.rows(grad_output, rows.grad_output[self.loss, at])
+                self._saved.rows(tensor, rows.unit, into[at])
+        self._saved.rows(grad_output, rows.unit, rows.grad_output[self.loss, at])
 
     def _new(self, unit: Unit, like: torch.Tensor, *more: int) -> torch.Tensor:
         # Earlier batches that did not reach the module count as zeros.

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from qsens.checkpoint.experts import input_names
-from qsens.checkpoint.groups import Group
+from qsens.checkpoint.groups import Group, tower_of
+from qsens.checkpoint.structure import traits_of
 from qsens.data.samples import Batch, Samples, batch_tokens, padded_batches
 from qsens.engine.recompute import RecomputedModel
 from qsens.engine.scores import Progress, silent
@@ -106,7 +107,7 @@ def calibrate(
         if group.covered
         for name in group.members
     }
-    run = RecomputedModel(model, modules)
+    run = RecomputedModel(model, modules, tower_of(groups))
     inputs = [each for name, module in modules.items() for each in input_names(name, module)]
     running = RunningAmax(inputs, calibration_sizes, run.device)
     end = max(calibration_sizes)
@@ -114,7 +115,12 @@ def calibrate(
         cuts = [*boundaries, *calibration_sizes]
         together = batch_tokens(run.device)
         batches = padded_batches(
-            samples, end, boundaries=cuts, together=together, max_tokens=max_tokens
+            samples,
+            end,
+            boundaries=cuts,
+            together=together,
+            max_tokens=max_tokens,
+            pads=traits_of(model).pads,
         )
     batches = [batch for batch in batches if batch.first < end]
     with run.watched(running.take):
@@ -122,7 +128,7 @@ def calibrate(
             running.begin(batch)
             hidden = run.hidden(batch)
             for name, module in modules.items():
-                if module is run.head:
+                if module is run.head.module:
                     running.take(name, hidden)
             progress("calibrate", index + 1, len(batches))
     return running.calibration_sizes()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from qsens.checkpoint.structure import traits_of
 from qsens.data.samples import Batch, Samples, batch_tokens, padded_batches
 from qsens.engine.candidates import Candidates
 from qsens.engine.memory import Budget
@@ -31,7 +32,14 @@ def plan_batches(
     """
     cuts = [*boundaries, *candidates.scored, *candidates.calibration_sizes()]
     together = batch_tokens(next(model.parameters()).device)
-    return padded_batches(samples, upto, boundaries=cuts, together=together, max_tokens=limit)
+    return padded_batches(
+        samples,
+        upto,
+        boundaries=cuts,
+        together=together,
+        max_tokens=limit,
+        pads=traits_of(model).pads,
+    )
 
 
 def windows(batches: Sequence[Batch], max_tokens: int | None) -> Iterator[list[Batch]]:

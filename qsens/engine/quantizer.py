@@ -52,6 +52,7 @@ def quantize_weight(weight: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tenso
         weight: ``(out, ...)``, two dimensions or more, any float dtype.
         cfg: A ModelOpt quantizer's ``cfg``.
     """
+    weight = weight.contiguous()  # some layouts hold it transposed
     if weight.numel() <= WEIGHT_CHUNK or not supports(cfg):
         return quantize(weight, cfg)
     dims = [dim for dim in format_of(cfg).separable_dims(weight.ndim) if weight.shape[dim] > 1]

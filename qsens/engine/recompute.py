@@ -15,7 +15,8 @@ model is repeated here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,16 +25,21 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from qsens.checkpoint.experts import expert_inputs, is_experts
-from qsens.checkpoint.modules import layers_of, weight_of
+from qsens.checkpoint.modules import is_convolution, layers_of
+from qsens.checkpoint.structure import traits_of
 from qsens.data.samples import Batch, Unit
 from qsens.engine.activations import (
     UNITS,
     ActivationBuffer,
+    Call,
     ModuleActivations,
     SavedForward,
     SavedLayer,
 )
-from qsens.engine.head import head_input, plain_head, without_head
+from qsens.engine.head import Head, head_input, without_head
+
+# What layers call what they read, where it is not their first argument.
+_HIDDEN = "hidden_states"
 
 Tap = Callable[[str, torch.Tensor], None]
 """Called with the name of a module's input and the input itself.
@@ -48,20 +54,24 @@ class RecomputedModel:
     Args:
         model: A Hugging Face model with an output embedding that is a linear module.
         modules: The modules to hand out, by name; the head may be among them and is left out.
-
-    Attributes:
-        sliding: Convolutions whose windows are not whole patches: their outputs are no rows.
+        tower: Names of those that read pictures.
 
     Raises:
         UserError: What the model does after its head is more than a linear module.
     """
 
-    def __init__(self, model: Any, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, model: Any, modules: Mapping[str, nn.Module], tower: Collection[str] = ()
+    ) -> None:
         self.model = model
         self.device: torch.device = next(model.parameters()).device
-        self.head = plain_head(model)
-        self.modules = {name: module for name, module in modules.items() if module is not self.head}
-        self._layers = layers_of(model)
+        self.head = Head.of(model)
+        self.modules = {
+            name: module for name, module in modules.items() if module is not self.head.module
+        }
+        self._tower = frozenset(tower)
+        # Where more than one layer's output reaches a layer, all are recorded as one.
+        self._layers = layers_of(model) if traits_of(model).chained else {}
         self._outside = {
             name
             for name in self.modules
@@ -72,13 +82,13 @@ class RecomputedModel:
             for layer in self._layers
             if not any(name.startswith(f"{layer}.") for name in self.modules)
         }
-        self.sliding: set[str] = set()
         self._saved: SavedForward | None = None
         self._batch: Batch | None = None
         self._collector = ActivationBuffer({}, 1)
         self._keeps = False
         self._looking = False
         self._inside = False
+        self._runs: Counter[str] = Counter()
 
     @contextmanager
     def watched(self, tap: Tap) -> Iterator[None]:
@@ -122,7 +132,7 @@ class RecomputedModel:
     def _without_head(self, handles: Sequence[RemovableHandle]) -> Iterator[None]:
         """Keep the head out while the context lasts; then take the hooks away as well."""
         try:
-            with without_head(self.head):
+            with without_head(self.head.module):
                 yield
         finally:
             for handle in handles:
@@ -149,6 +159,7 @@ class RecomputedModel:
         counts = {unit: sum(batch.lengths(unit)) for unit in UNITS}
         saved = SavedForward(moved, None if real is None else real.to(self.device), counts)
         self._saved = saved
+        self._runs.clear()
         with torch.enable_grad():
             saved.hidden = self.hidden(moved)
         self._saved = None
@@ -156,7 +167,7 @@ class RecomputedModel:
 
     def backward(
         self, saved_forwards: Sequence[SavedForward], grad_output: Sequence[Sequence[torch.Tensor]]
-    ) -> Iterator[dict[str, ModuleActivations]]:
+    ) -> Iterator[dict[Call, ModuleActivations]]:
         """Run a window backward, a layer at a time; each layer's modules hand out their rows.
 
         Args:
@@ -164,7 +175,7 @@ class RecomputedModel:
             grad_output: Gradients at each batch's ``hidden``, of every loss that goes backward.
 
         Yields:
-            The rows of each module, by its name. A module that no gradient reached is not there.
+            The rows of each run of a module. A module that no gradient reached is not there.
         """
         starts: list[dict[Unit, int]] = [dict.fromkeys(UNITS, 0)]
         for saved in saved_forwards:
@@ -203,14 +214,18 @@ class RecomputedModel:
         """Run a layer with a record of its own; return its input there, and what it gives."""
         inner = hidden.detach().requires_grad_()
         self._inside = True
+        outside, self._runs = self._runs, Counter()
         try:
             with torch.enable_grad():
                 return inner, self._forwards[name](inner, *args, **kwargs)
         finally:
             self._inside = False
+            self._runs = outside
 
-    def _run_layer(self, name: str, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _run_layer(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a layer, its record kept or not; what it gives starts a new one."""
+        hidden = args[0] if args else kwargs.pop(_HIDDEN)
+        args = args[1:]
         # A tower that is not covered, below all that is: no gradient has to pass it.
         idle = name in self._idle and not hidden.requires_grad
         if self._looking or idle:
@@ -235,11 +250,21 @@ class RecomputedModel:
 
     @torch.no_grad()
     def _tap(self, tap: Tap, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        """Hand out a module's input; of experts also what stands between their products."""
-        if not is_experts(module):
-            tap(name, args[0])
-            return
+        """Hand out a module's input; of experts also what stands between their products.
+
+        Of the language model's modules ``(samples, longest, channels)``, of a tower's ``(rows,
+        channels)``, however they are called.
+        """
         assert self._batch is not None
+        if not is_experts(module):
+            shape = self._batch.input_ids.shape
+            if name in self._tower and not is_convolution(module):
+                tap(name, args[0].flatten(0, -2))
+            elif args[0].shape[:-1].numel() == shape.numel() and args[0].ndim == 2:
+                tap(name, args[0].view(*shape, -1))
+            else:
+                tap(name, args[0])
+            return
         real = self._batch.real_tokens()
         for each, rows in expert_inputs(name, module, args, self._batch.input_ids.shape, real):
             tap(each, rows)
@@ -252,21 +277,23 @@ class RecomputedModel:
             return None
         entered, left = args[0].detach(), output.detach()
         routing = tuple(part.detach() for part in args[1:3]) if is_experts(module) else ()
-        convolution = not (routing or isinstance(module, nn.Linear))
+        convolution = is_convolution(module)
         if convolution:
             entered, left = entered.flatten(1), left.flatten(1)
-            if left.shape[1] != len(weight_of(module)):
-                self.sliding.add(name)
-                return None
+        call = Call(name, self._runs[name])
+        self._runs[name] += 1
         if not output.requires_grad:  # what the weights are frozen for; the first of a tower
             output = output.detach().requires_grad_()
+            given = output.clone()  # some models add to it in place
+        else:
+            given = output
 
         def keep(grad: torch.Tensor) -> None:
             grad = grad.flatten(1) if convolution else grad
-            self._collector.take(name, entered, left, grad, routing)
+            self._collector.take(call, entered, left, grad, routing, in_tower=name in self._tower)
 
         output.register_hook(keep)  # type: ignore[no-untyped-call]
-        return output
+        return given
 
 
 def _hand_on(saved: SavedForward, loss: int) -> None:

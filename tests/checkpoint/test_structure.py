@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qsens.checkpoint.files import shapes
-from qsens.checkpoint.loading import is_quantizable, load_model
+from qsens.checkpoint.loading import load_model
+from qsens.checkpoint.modules import is_quantizable
 from qsens.checkpoint.structure import (
     FAMILIES,
+    Traits,
     find_head,
     head_of,
-    remember_head,
+    remember_traits,
     resolve_components,
 )
 from qsens.config import ModelConfig, Roots
@@ -216,5 +218,5 @@ def test_the_head_that_was_found_is_used(tmp_path: Path) -> None:
             raise NotImplementedError
 
     model = Silent()
-    remember_head(model, "proj_out")
+    remember_traits(model, Traits(head="proj_out"))
     assert head_of(model) is model.proj_out

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qsens.checkpoint.experts import between, contributions, expert_weights, route
+from qsens.checkpoint.experts import (
+    between,
+    contributions,
+    expert_biases,
+    expert_weights,
+    of_expert,
+    route,
+)
 from qsens.engine.activations import ModuleActivations
 from qsens.engine.gradient.buffers import BufferLayout
 from qsens.engine.gradient.error_norms import RowSpan
@@ -56,6 +63,7 @@ class Mixture:
     def __init__(self, module: nn.Module, rows: ModuleActivations, layout: BufferLayout) -> None:
         self.module = module
         self.first, self.second = expert_weights(module)
+        self.biases = expert_biases(module)
         chosen, gates = rows.routing
         self.routing = route(chosen, gates, len(self.first))
         self.pairs = len(self.routing.rows)
@@ -103,12 +111,13 @@ class Mixture:
             if not len(where):
                 continue
             first = quantize_weight(self.first[expert], cfg)
-            hidden = between(self.module, given[where], first)
+            entering, leaving = (of_expert(bias, expert) for bias in self.biases)
+            hidden = between(self.module, given[where], first, entering)
             parts = zip(input_rows, torch.split(hidden, lengths), strict=True)
             hidden = torch.cat(
                 [inner(input_row.input, part) for input_row, part in parts if len(part)]
             )
-            added = F.linear(hidden, quantize_weight(self.second[expert], cfg))
+            added = F.linear(hidden, quantize_weight(self.second[expert], cfg), leaving)
             added *= torch.cat([gates[:length] for length in lengths])
             changed.index_add_(0, where, added)
             spans, at = [], 0

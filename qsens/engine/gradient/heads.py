@@ -14,7 +14,6 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from qsens.data.samples import Unit
 from qsens.engine import cross_entropy
@@ -32,7 +31,7 @@ from qsens.engine.gradient.buffers import (
 )
 from qsens.engine.gradient.error_norms import RowSpan, score_norms
 from qsens.engine.gradient.quantized_inputs import InputQuantizer
-from qsens.engine.head import HEAD_ROWS
+from qsens.engine.head import HEAD_ROWS, Head
 
 # Rows of the head's output that are held at once in float64.
 _DOUBLE_ROWS = 128
@@ -42,11 +41,11 @@ QuantizedWeight = Callable[[str, int, Sequence[RowRange]], torch.Tensor | None]
 
 
 @dataclass(frozen=True)
-class Head:
+class ScoredHead:
     """The head of a pass.
 
     Attributes:
-        linear: The module.
+        head: The head.
         name: Its name where it is scored; none where it is left alone.
         candidates: What is computed.
         inputs: Quantizes what it reads.
@@ -54,7 +53,7 @@ class Head:
         formats: Weight formats that are held at once.
     """
 
-    linear: nn.Linear
+    head: Head
     name: str | None
     candidates: Candidates
     inputs: InputQuantizer
@@ -93,7 +92,7 @@ class HeadScores:
 class HeadScorer(Protocol):
     """Scores the head and says what goes backward."""
 
-    def __call__(self, head: Head, saved_forwards: Sequence[SavedForward]) -> HeadScores:
+    def __call__(self, scored: ScoredHead, saved_forwards: Sequence[SavedForward]) -> HeadScores:
         """Score the head over the batches of a window."""
         ...
 
@@ -101,24 +100,26 @@ class HeadScorer(Protocol):
 class LabelHead:
     """The samples' own labels: the cross-entropy's gradient is ``softmax - one_hot``."""
 
-    def __call__(self, head: Head, saved_forwards: Sequence[SavedForward]) -> HeadScores:
+    def __call__(self, scored: ScoredHead, saved_forwards: Sequence[SavedForward]) -> HeadScores:
         """See :class:`HeadScorer`."""
-        linear = head.linear
+        head = scored.head
         labels = [next_tokens(saved.batch) for saved in saved_forwards]
         masks = [each >= 0 for each in labels]
-        window = _Window(head, saved_forwards, labels, masks, "labels")
+        window = _Window(scored, saved_forwards, labels, masks, "labels")
         rows, statistics = window.rows, window.statistics
         back = torch.empty_like(rows)
-        for turn, weights in enumerate(head.turns(window.layout)):
+        for turn, weights in enumerate(scored.turns(window.layout)):
             for at in _chunks(len(rows), HEAD_ROWS):
-                logits = F.linear(rows[at], linear.weight, linear.bias)
+                outputs = head.product(rows[at])
+                logits = head.logits(outputs)
                 grad_output, lost = cross_entropy.with_gradient(logits, window.labels[at])
+                grad_output = _times(grad_output, head.logits.derivative(logits))
                 if turn == 0:
                     window.losses[at] = lost
-                    back[at] = grad_output @ linear.weight
-                    statistics.norms[0, at] = row_norms(logits)
+                    back[at] = grad_output @ head.module.weight
+                    statistics.norms[0, at] = row_norms(outputs)
                 for weight, row_ranges in weights:
-                    _score_chunk(linear, weight, row_ranges, window, at, logits, grad_output)
+                    _score_chunk(head, weight, row_ranges, window, at, outputs, grad_output)
         return window.scores(back[None])
 
 
@@ -136,17 +137,17 @@ class DrawnHead:
     def __init__(self, draws: int, seed: int, *, exact: bool) -> None:
         self._draws, self._seed, self._exact = draws, seed, exact
 
-    def __call__(self, head: Head, saved_forwards: Sequence[SavedForward]) -> HeadScores:
+    def __call__(self, scored: ScoredHead, saved_forwards: Sequence[SavedForward]) -> HeadScores:
         """See :class:`HeadScorer`."""
         with exact_products() if self._exact else nullcontext():
-            return self._score(head, saved_forwards)
+            return self._score(scored, saved_forwards)
 
-    def _score(self, head: Head, saved_forwards: Sequence[SavedForward]) -> HeadScores:
-        linear = head.linear
+    def _score(self, scored: ScoredHead, saved_forwards: Sequence[SavedForward]) -> HeadScores:
+        head, matrix = scored.head, scored.head.module.weight
         batches = [saved.batch for saved in saved_forwards]
         masks = [batch.predicts() for batch in batches]
         labels = [next_tokens(batch) for batch in batches]
-        window = _Window(head, saved_forwards, labels, masks, "predictions")
+        window = _Window(scored, saved_forwards, labels, masks, "predictions")
         rows, statistics = window.rows, window.statistics
         quantiles = torch.cat(
             [
@@ -156,9 +157,10 @@ class DrawnHead:
             ]
         ).to(rows.device)
         back = rows.new_empty(self._draws, *rows.shape)
-        for turn, weights in enumerate(head.turns(window.layout)):
+        for turn, weights in enumerate(scored.turns(window.layout)):
             for at in _chunks(len(rows), _DOUBLE_ROWS):
-                logits = F.linear(rows[at], linear.weight, linear.bias)
+                outputs = head.product(rows[at])
+                logits = head.logits(outputs)
                 log_p = torch.log_softmax(logits.double(), dim=-1)
                 p = log_p.exp()
                 if turn == 0:
@@ -167,9 +169,10 @@ class DrawnHead:
                     )
                     drawn = _draw(p, quantiles[at])
                     # The gradient of log p(y) at the input: the label's weight, less the mean one.
-                    mean = p.to(rows.dtype) @ linear.weight
-                    back[:, at] = (linear.weight[drawn] - mean[:, None]).movedim(1, 0)
-                    statistics.norms[0, at] = row_norms(logits)
+                    slope = head.logits.derivative(logits)
+                    mean = _times(p, slope).to(rows.dtype) @ matrix
+                    back[:, at] = (_rows_of(matrix, drawn, slope) - mean[:, None]).movedim(1, 0)
+                    statistics.norms[0, at] = row_norms(outputs)
                 for weight, row_ranges in weights:
                     assert window.inputs is not None
                     for row_range in row_ranges:
@@ -178,10 +181,11 @@ class DrawnHead:
                             continue
                         first = window.inputs.starts[row_range.input] + at.start
                         given = window.inputs.rows[first : first + length]
-                        change = F.linear(given, weight, linear.bias).sub_(logits[:length])
+                        changed = head.product(given, weight)
                         start = row_range.start + at.start
                         into = slice(start, start + length)
-                        statistics.errors[0, into] = row_norms(change)
+                        statistics.errors[0, into] = row_norms(changed - outputs[:length])
+                        change = head.logits(changed).sub_(logits[:length])
                         statistics.scores[0, into] = half_variance(
                             change.double(), p[:length]
                         ).sqrt()
@@ -203,13 +207,32 @@ def half_variance(change: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     return (p * centred.square()).sum(dim=-1) / 2
 
 
+def _times(x: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:
+    """Return ``x`` times a derivative, in the data type of ``x``."""
+    return x if isinstance(slope, float) and slope == 1.0 else (x * slope).to(x.dtype)
+
+
+def _rows_of(
+    matrix: torch.Tensor, drawn: torch.Tensor, slope: torch.Tensor | float
+) -> torch.Tensor:
+    """Return the rows of the head's weight of drawn labels, each times its logit's derivative.
+
+    Args:
+        matrix: The weight, ``(vocabulary, hidden)``.
+        drawn: Labels, ``(rows, draws)``.
+        slope: The derivative of every logit, ``(rows, vocabulary)``, or of all.
+    """
+    of_drawn = slope if isinstance(slope, float) else slope.gather(1, drawn)[..., None]
+    return _times(matrix[drawn], of_drawn)
+
+
 def _score_chunk(
-    linear: nn.Linear,
+    head: Head,
     weight: torch.Tensor,
     row_ranges: Sequence[RowRange],
     window: _Window,
     at: slice,
-    logits: torch.Tensor,
+    outputs: torch.Tensor,
     grad_output: torch.Tensor,
 ) -> None:
     """Score the candidates of one weight format on a chunk of the head's rows."""
@@ -225,8 +248,8 @@ def _score_chunk(
         longest = max(length for _, _, length in spans)
         given = stack.rows[start + at.start : start + at.start + longest]
         score_norms(
-            F.linear(given, weight, linear.bias),
-            logits[:longest],
+            head.product(given, weight),
+            outputs[:longest],
             grad_output[:longest],
             tuple(spans),
             errors=statistics.errors[0, at.start :],
@@ -262,7 +285,7 @@ class _Window:
 
     def __init__(
         self,
-        head: Head,
+        head: ScoredHead,
         saved_forwards: Sequence[SavedForward],
         labels: Sequence[torch.Tensor],
         masks: Sequence[torch.Tensor],

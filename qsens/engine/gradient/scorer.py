@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from qsens.checkpoint.experts import expert_weights, input_names, is_experts
-from qsens.checkpoint.groups import Group
-from qsens.checkpoint.modules import weight_of
+from qsens.checkpoint.groups import Group, tower_of
+from qsens.checkpoint.modules import bias_of, weight_of
 from qsens.data.samples import Batch, Samples, Unit, padding_share
-from qsens.engine.activations import ModuleActivations
+from qsens.engine.activations import Call, ModuleActivations
 from qsens.engine.amax import Amax, RunningAmax
 from qsens.engine.batching import plan_batches, windows
 from qsens.engine.candidates import Candidates
@@ -42,14 +42,13 @@ from qsens.engine.gradient.buffers import (
     row_norms,
 )
 from qsens.engine.gradient.experts import InputRows, Mixture
-from qsens.engine.gradient.heads import Head, HeadScorer, LabelHead
+from qsens.engine.gradient.heads import HeadScorer, LabelHead, ScoredHead
 from qsens.engine.gradient.metrics import GradientNorm, Metric
 from qsens.engine.gradient.quantized_inputs import InputQuantizer, QuantizedInputs
 from qsens.engine.memory import Budget
 from qsens.engine.quantizer import quantize_weight
 from qsens.engine.recompute import RecomputedModel
 from qsens.engine.scores import ExpertTable, Failures, PassScores, Progress, silent
-from qsens.errors import UserError
 
 
 def score(
@@ -144,7 +143,7 @@ class GradientScorer:
         self._score_head = head
         self._group_of = {name: i for i, group in enumerate(groups) for name in group.members}
         self._modules = {name: model.get_submodule(name) for name in self._group_of}
-        self.model = RecomputedModel(model, self._modules)
+        self.model = RecomputedModel(model, self._modules, tower_of(groups))
         self.device = self.model.device
         mixtures = {name: module for name, module in self._modules.items() if is_experts(module)}
         shapes = {
@@ -157,11 +156,10 @@ class GradientScorer:
         self.inputs = InputQuantizer(
             candidates, self.device, shapes, names, self._fail, exact=metric.exact
         )
-        self._head = Head(
-            linear=self.model.head,
-            name=next(
-                (n for n, module in self._modules.items() if module is self.model.head), None
-            ),
+        head_module = self.model.head.module
+        self._head = ScoredHead(
+            head=self.model.head,
+            name=next((n for n, module in self._modules.items() if module is head_module), None),
             candidates=candidates,
             inputs=self.inputs,
             weight=self._weight,
@@ -221,12 +219,9 @@ class GradientScorer:
                     if unit not in layouts:
                         layouts[unit] = layout_of(window, self._candidates, self.device, unit)
                     alike = {
-                        name: layer.pop(name) for name in list(layer) if layer[name].unit == unit
+                        call: layer.pop(call) for call in list(layer) if layer[call].unit == unit
                     }
                     measured.append(self._layer(alike, layouts[unit]))
-            for name in self.model.sliding:
-                reason = UserError("a convolution whose windows are not whole patches")
-                self._fail(name, range(len(self._candidates.pairs)), reason)
             # Read at the end of a window: until here, only mixtures have waited for the device.
             if measured:
                 self._book(measured, order)
@@ -259,13 +254,15 @@ class GradientScorer:
             experts=self._experts,
         )
 
-    def _layer(self, layer: dict[str, ModuleActivations], layout: BufferLayout) -> SampleStatistics:
+    def _layer(
+        self, layer: dict[Call, ModuleActivations], layout: BufferLayout
+    ) -> SampleStatistics:
         """Score every candidate on modules of one layer whose rows are the same."""
-        names = list(layer)
+        names = [call.name for call in layer]
         statistics = RowStatistics(len(names), layout, self.device, self._metric.draws)
         read: torch.Tensor | None = None
-        for position, name in enumerate(names):
-            rows = layer.pop(name)
+        for position, call in enumerate(list(layer)):
+            rows, name = layer.pop(call), call.name
             if rows.inputs is not read or name in self._experts:  # q, k and v read one object
                 read = rows.inputs
                 stack = self.inputs.stack(name, read, layout)
@@ -283,7 +280,7 @@ class GradientScorer:
         stack: QuantizedInputs,
     ) -> None:
         """Score every candidate on one module: one product a weight format."""
-        bias: torch.Tensor | None = self._modules[name].bias  # type: ignore[assignment]
+        bias = bias_of(self._modules[name])
         if self._metric.exact:
             weight = weight_of(self._modules[name]).flatten(1)
             rows = replace(rows, outputs=F.linear(rows.inputs, weight, bias))

@@ -16,10 +16,10 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qsens.checkpoint.groups import Group
+from qsens.checkpoint.structure import traits_of
 from qsens.data.samples import (
     BATCH_TOKENS,
     Batch,
@@ -81,6 +81,7 @@ def diverge(
         scored,
         boundaries=[*boundaries, *candidates.scored],
         together=min(_BATCH_TOKENS, tokens // _COPIES),
+        pads=traits_of(model).pads,
     )
     nats = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
     losses = torch.zeros(scored, dtype=torch.float64)
@@ -188,7 +189,7 @@ class _Measured:
         sample, position = (index.to(hidden.device) for index in mask.nonzero(as_tuple=True))
         rows = hidden[sample, position]
         parts = [
-            negative_log_likelihood(self._logits(some).log_softmax(dim=-1), asked)
+            negative_log_likelihood(self._head(some).log_softmax(dim=-1), asked)
             for some, asked in zip(
                 torch.split(rows, HEAD_ROWS), torch.split(labels, HEAD_ROWS), strict=True
             )
@@ -205,8 +206,8 @@ class _Measured:
             strict=True,
         ):
             # As the model gives them: its logits are rounded as well.
-            logits = self._logits(other.float()).to(other.dtype).float()
-            parts.append(divergences(self._logits(rows), logits))
+            logits = self._head(other.float()).to(other.dtype).float()
+            parts.append(divergences(self._head(rows), logits))
         return self._summed(torch.cat(parts, dim=1))[0]
 
     def _behind(self, perturbations: Sequence[Perturbation], hidden: torch.Tensor) -> None:
@@ -214,10 +215,10 @@ class _Measured:
         parts = []
         for first in range(0, hidden.shape[1], HEAD_ROWS):
             rows = hidden[:, first : first + HEAD_ROWS]
-            reference = self._logits(rows[0])
+            reference = self._head(rows[0])
             each = max(1, HEAD_ROWS // rows.shape[1])
             by_part = [
-                divergences(reference, self._logits(changed.flatten(0, 1)))
+                divergences(reference, self._head(changed.flatten(0, 1)))
                 for changed in torch.split(rows[1:], each)
             ]
             parts.append(torch.cat(by_part))
@@ -232,11 +233,11 @@ class _Measured:
                 perturbation: [] for perturbation in alike
             }
             for rows in torch.split(hidden, HEAD_ROWS):
-                reference = self._logits(rows)
+                reference = self._head(rows)
                 for perturbation in alike:
                     given = self._forwards.given(name, perturbation, rows)
                     if given is not None:
-                        changed = self._logits(given, weight)
+                        changed = self._head(given, weight)
                         parts[perturbation].append(divergences(reference, changed))
             for perturbation, values in parts.items():
                 if values:
@@ -250,6 +251,3 @@ class _Measured:
     def _summed(self, values: torch.Tensor) -> torch.Tensor:
         sums = values.new_zeros(len(values), self._samples)
         return sums.index_add_(1, self._sample, values)
-
-    def _logits(self, rows: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(rows, self._head.weight if weight is None else weight, self._head.bias)

@@ -19,16 +19,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from qsens.checkpoint.experts import input_names, run_experts
 from qsens.checkpoint.groups import Group
-from qsens.checkpoint.modules import layers_of, weight_of
+from qsens.checkpoint.modules import apply, layers_of, weight_of
+from qsens.checkpoint.structure import traits_of
 from qsens.data.samples import Batch
 from qsens.engine.amax import Amax, moved
 from qsens.engine.candidates import Candidates
-from qsens.engine.head import head_input, plain_head, without_head
+from qsens.engine.head import Head, head_input, without_head
 from qsens.engine.quantizer import quantize, quantize_weight
 from qsens.engine.scores import Failures
 
@@ -56,7 +55,7 @@ class PerturbedForward:
         amax: Calibrated amax of every module's input, by calibration size, on the CPU.
 
     Attributes:
-        head: The output embedding; it is left out of every run.
+        head: The head; it is left out of every run.
         head_group: Index of the group that is the head alone; none where no group is.
         ran: Names of the modules that ran.
         failures: Changes that cannot be made; their copies stay as they are.
@@ -76,10 +75,10 @@ class PerturbedForward:
         self.groups = groups
         self.candidates = candidates
         self.device: torch.device = next(model.parameters()).device
-        self.head = plain_head(model)
+        self.head = Head.of(model)
         self.ran: set[str] = set()
         self.failures = Failures()
-        self._layers = layers_of(model)
+        self._layers = layers_of(model) if traits_of(model).chained else {}
         self._modules = {
             name: model.get_submodule(name) for group in groups for name in group.members
         }
@@ -87,7 +86,7 @@ class PerturbedForward:
             (
                 index
                 for index, group in enumerate(groups)
-                if [self._modules[name] for name in group.members] == [self.head]
+                if [self._modules[name] for name in group.members] == [self.head.module]
             ),
             None,
         )
@@ -107,13 +106,14 @@ class PerturbedForward:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Make ``alone`` and ``run`` work while the context lasts."""
-        inner = {name: module for name, module in self._modules.items() if module is not self.head}
+        head = self.head.module
+        inner = {name: module for name, module in self._modules.items() if module is not head}
         runs = [(name, module, self._run_layer) for name, module in self._layers.items()]
         runs += [(name, module, self._run_module) for name, module in inner.items()]
         for name, module, run in runs:
             module.forward = functools.partial(run, name, module.forward)
         try:
-            with without_head(self.head):
+            with without_head(self.head.module):
                 yield
         finally:
             for _, module, _ in runs:
@@ -240,7 +240,7 @@ class PerturbedForward:
                 at = slice(places[perturbation] * rows, (places[perturbation] + 1) * rows)
                 given = self.given(name, perturbation, x[at])
                 if given is not None:
-                    output[at] = _apply(self._modules[name], given, weight)
+                    output[at] = apply(self._modules[name], given, weight)
         return output
 
     def _run_experts(
@@ -357,11 +357,3 @@ def _each(output: Any, perturbation: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 def _repeat(tensor: torch.Tensor, forwards: int) -> torch.Tensor:
     return tensor.repeat(forwards, *[1] * (tensor.ndim - 1))
-
-
-def _apply(module: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
-    if isinstance(module, nn.Linear):
-        return F.linear(x, weight, bias)
-    output: torch.Tensor = module._conv_forward(x, weight, bias)  # type: ignore[operator]
-    return output

@@ -19,7 +19,7 @@ import torch
 from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
 
-from qsens.checkpoint.experts import FIRST, SECOND, is_experts
+from qsens.checkpoint.experts import is_experts, weight_names
 from qsens.checkpoint.groups import Group
 from qsens.config import PairConfig
 from qsens.data.samples import Batch, Samples, equal_length_batches
@@ -269,7 +269,7 @@ def _weights(module: Any) -> list[tuple[torch.Tensor, Any]]:
         return [(module.weight, module.weight_quantizer)]
     return [
         pair
-        for part in (FIRST, SECOND)
+        for part in weight_names(module)
         for pair in zip(
             getattr(module, part), getattr(module, f"{part}_weight_quantizers"), strict=True
         )

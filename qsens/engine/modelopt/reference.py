@@ -20,6 +20,7 @@ from torch import nn
 
 from qsens.checkpoint.experts import input_names
 from qsens.checkpoint.groups import Group, find_groups
+from qsens.checkpoint.modules import left_alone
 from qsens.config import PairConfig
 from qsens.data.samples import Batch, Samples, equal_length_batches, nominal_labels
 from qsens.engine.amax import Amax, prefixed
@@ -61,7 +62,8 @@ def score_cell(
     on_a_cpu = device.type == "cpu"
     groups = find_groups(model, vision, all_layers=all_layers)
     check_device(model, groups, pair)
-    disabled = [] if all_layers else list(vision)
+    others = left_alone(model)
+    disabled = [*others, *([] if all_layers else vision)]
     batches = equal_length_batches(samples, boundaries=[*sizes, scored], batch_size=batch_size)
     score_steps = sum(batch.samples[0] < scored for batch in batches)
     nominal = nominal_labels(samples, scored=scored, batch_size=batch_size)
@@ -95,6 +97,7 @@ def score_cell(
     }
     grouped = {name: tuple(hparam.quant_module_names) for name, hparam in hparams.items()}
     expected = {group.name: group.members for group in groups}
+    grouped = {name: names for name, names in grouped.items() if name not in others}
     if grouped != expected:
         raise RuntimeError(
             f"ModelOpt grouped otherwise: {sorted(set(grouped) ^ set(expected))[:5]}"
