@@ -26,7 +26,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.11 --generate-hashes 
 	--custom-compile-command 'make lock'
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo up down test test-stack check bench format lock clean
+.PHONY: help demo up down test test-stack zoo check bench format lock clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ test: $(VENV)/.ready ## Run all tests
 
 test-stack: $(VENV)/.ready ## Run the distributed stack and its faults (apt-get install postgresql redis-server chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=0 tests/stack
+
+zoo: $(VENV)/.ready ## Find what every type of transformers is made of, score all; writes docs/zoo.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo
 
 check: $(VENV)/.ready ## Lint, check formatting, types and layers
 	$(BIN)/ruff check .

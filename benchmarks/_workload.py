@@ -14,8 +14,9 @@ import yaml
 from torch import nn
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
+from qsens.checkpoint.components import resolve_components
 from qsens.checkpoint.loading import disable_cudnn_attention, load_model, load_tokenizer
-from qsens.checkpoint.structure import family_of, resolve_components
+from qsens.checkpoint.structure import Structure, structure_of
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, choices, load_sweep
 from qsens.data.captions import read_captions
 from qsens.data.samples import Samples, tokenize
@@ -164,9 +165,9 @@ def build(
         samples = tokenize(lines, load_tokenizer(config), longest=dataset.calib_seq_len)
     else:
         assert shape is not None
-        family = family_of("qwen3_vl")
-        assert family is not None
-        disabled = family.parts.vision
+        structure = structure_of("qwen3_vl")
+        assert isinstance(structure, Structure)
+        disabled = structure.vision
         loaded = build_shape(shape, device, getattr(torch, dtype))
         vocabulary = SHAPES[shape]["text_config"]["vocab_size"]
         samples = random_samples(lines, vocabulary, longest=dataset.calib_seq_len)

@@ -34,6 +34,7 @@ CALIBRATIONS = ".calibrations"
 AUDITS = ".audits"
 VERIFIED = ".verified"
 PICTURES = ".pictures"
+INSPECTIONS = ".inspections"
 # Below it by sweep or run: what is not published under a model, and plans of Airflow's runs.
 TMP = "tmp"
 PLANS = ".plans"

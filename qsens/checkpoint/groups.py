@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qsens.checkpoint.experts import expert_weights, is_experts
-from qsens.checkpoint.modules import is_quantizable, weight_of
+from qsens.checkpoint.modules import quantizable, weight_of
 from qsens.names import Kind, depth_of, kind_of
 
 # Modules of one parent that share a format, since runtimes fuse them: the parent, what they are
@@ -72,7 +72,7 @@ def find_groups(
     """
     patterns = tuple(vision)
     members: dict[str, list[str]] = defaultdict(list)
-    modules = {name: module for name, module in model.named_modules() if is_quantizable(module)}
+    modules = quantizable(model)
     for name in modules:
         members[shared_key(name)].append(name)
     groups = []

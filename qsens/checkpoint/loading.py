@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +17,13 @@ from transformers import (
     AutoTokenizer,
 )
 
+from qsens.checkpoint.components import find_head, find_structure, resolve_components
 from qsens.checkpoint.experts import is_experts
 from qsens.checkpoint.files import find_weights, read_config
-from qsens.checkpoint.modules import is_quantizable
+from qsens.checkpoint.modules import quantizable
 from qsens.checkpoint.quantized import refuse_quantized
 from qsens.checkpoint.refusals import refusals
-from qsens.checkpoint.structure import (
-    Traits,
-    find_head,
-    head_of,
-    remember_traits,
-    resolve_components,
-)
+from qsens.checkpoint.structure import Traits, head_of, remember_traits
 from qsens.checkpoint.templates import read_chat_template
 from qsens.config import ModelConfig
 from qsens.errors import UserError
@@ -75,8 +72,13 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
+def load_model(config: ModelConfig, device: torch.device, results: Path | None = None) -> nn.Module:
     """Load the model in evaluation mode, in the data type of its model file.
+
+    Args:
+        config: The checkpoint.
+        device: Where to.
+        results: Results root, see :func:`qsens.checkpoint.components.resolve_components`.
 
     Raises:
         UserError: The files are not whole or quantized already, this transformers cannot load the
@@ -128,8 +130,11 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     if any(map(is_experts, model.modules())):
         # As ModelOpt has it: other ways to multiply round otherwise.
         model.set_experts_implementation("eager")
-    names = [name for name, module in model.named_modules() if is_quantizable(module)]
-    remember_traits(model, Traits(head=find_head(names, resolve_components(config))))
+    structure = find_structure(config, results)
+    traits = structure.traits if structure is not None else Traits()
+    remember_traits(model, traits)
+    head = find_head(quantizable(model), resolve_components(config, results))
+    remember_traits(model, replace(traits, head=head))
     model.requires_grad_(False)
     module: nn.Module = model.to(device).eval()
     return module
@@ -187,6 +192,8 @@ def _choose_attention(settings: Any) -> None:
             "config.json asks for attention '%s': transformers' own choice is used instead",
             shown(", ".join(others)),
         )
-    settings._attn_implementation = {
-        name: one if one == "eager" else None for name, one in asked.items()
-    }
+    chosen = {name: one if one == "eager" else None for name, one in asked.items()}
+    if settings.sub_configs:
+        settings._attn_implementation = chosen
+    elif others:  # some configurations take no table
+        settings._attn_implementation = chosen[""]

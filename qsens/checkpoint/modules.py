@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from qsens.checkpoint.experts import is_experts
+from qsens.checkpoint.structure import traits_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -25,13 +27,32 @@ def is_quantizable(module: nn.Module) -> bool:
     return is_linear(module) or is_convolution(module) or is_experts(module)
 
 
+def quantizable(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a model that a format applies to, by name, in its order.
+
+    Those that its traits leave alone, such as routers, are left out.
+    """
+    patterns = traits_of(model).left_alone
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_quantizable(module) and with_open_index(name) not in patterns
+    }
+
+
 def left_alone(model: nn.Module) -> list[str]:
-    """Return the names of modules with a matrix, as ModelOpt counts them, that no format fits."""
+    """Return the names of linear modules and convolutions that no format applies to."""
+    applies = quantizable(model)
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and not is_quantizable(module)
+        if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and name not in applies
     ]
+
+
+def with_open_index(name: str) -> str:
+    """Return a module's name with the indices of layers and experts left open, as ``*``."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def is_linear(module: nn.Module) -> bool:

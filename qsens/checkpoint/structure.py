@@ -1,39 +1,23 @@
-"""Where the language model, the vision tower and the head of a checkpoint are.
+"""What a checkpoint's model is made of, and how it runs. Read without torch.
 
-Read without torch: planning knows a family by the ``model_type`` of ``config.json``. A checkpoint
-outside the table says it by patterns in its model file.
+Known by the ``model_type`` of ``config.json`` for the types of transformers: ``structures.json``,
+which ``make zoo`` writes, has what :mod:`qsens.engine.discovery` found by running a shrunk twin of
+each. Of another type ``qsens inspect`` finds the same, and keeps it.
 """
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from qsens.checkpoint.files import read_config, shapes
-from qsens.config import ModelConfig
-from qsens.errors import UserError
-from qsens.reading import shown
-
-
-@dataclass(frozen=True)
-class Components:
-    """Patterns (fnmatch) of the names of linear and convolution modules, by part.
-
-    Those of the tower match the names in files as well, which may be older than the modules'.
-
-    Attributes:
-        language: The language model's layers, without the head.
-        vision: The vision tower with what projects its output; empty where there is none.
-        head: The output embedding; one module.
-    """
-
-    language: tuple[str, ...]
-    vision: tuple[str, ...]
-    head: tuple[str, ...]
+_FILE = Path(__file__).with_name("structures.json")
+# Traits of loaded models, which nothing is written on.
+_TRAITS: WeakKeyDictionary[Any, Traits] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -45,147 +29,77 @@ class Traits:
         pads: Whether padding on the right leaves every real token as it is without a mask.
         chained: Whether a gradient reaches a layer through what it reads from the layer before
             alone.
+        in_place: Whether what a module gives is changed in place by what comes after it.
+        left_alone: Names of linear modules that no format is for, such as routers; an index in them
+            is left open.
     """
 
     head: str | None = None
     pads: bool = True
     chained: bool = True
+    in_place: bool = False
+    left_alone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Family:
-    """Checkpoints whose modules are named alike.
+class Structure:
+    """What a model is made of.
 
     Attributes:
-        name: The family, in words.
-        model_types: ``model_type`` in ``config.json``.
-        parts: Where its parts are.
-        takes_images: Whether samples may hold pictures.
+        language: Patterns (fnmatch) of the names of the language model's modules, without the head.
+        vision: The same of the towers with what projects their outputs; empty without one. They
+            match the names in files as well, which may be older than the modules'.
+        head: The same of the output embedding.
+        traits: How it runs.
+        tied: Whether its head is its embedding where ``config.json`` is silent.
         is_moe: Whether its layers are mixtures of experts with shared weights.
     """
 
-    name: str
-    model_types: tuple[str, ...]
-    parts: Components
-    takes_images: bool = False
+    language: tuple[str, ...]
+    vision: tuple[str, ...]
+    head: tuple[str, ...]
+    traits: Traits = Traits()
+    tied: bool = False
     is_moe: bool = False
 
-
-_HEAD = ("lm_head",)
-_DECODER = Components(language=("model.layers.*",), vision=(), head=_HEAD)
-_QWEN_VL = Components(
-    language=("model.language_model.*", "language_model.*"),
-    vision=("model.visual.*", "visual.*"),
-    head=_HEAD,
-)
-FAMILIES = (
-    Family("Qwen3-VL", ("qwen3_vl",), _QWEN_VL, takes_images=True),
-    Family("Qwen2.5-VL", ("qwen2_5_vl",), _QWEN_VL, takes_images=True),
-    Family("Qwen3-VL-MoE", ("qwen3_vl_moe",), _QWEN_VL, takes_images=True, is_moe=True),
-    Family("Qwen3", ("qwen3",), _DECODER),
-    Family("Qwen3-MoE", ("qwen3_moe",), _DECODER, is_moe=True),
-    Family("Llama", ("llama",), _DECODER),
-    Family(
-        "Gemma 3",
-        ("gemma3",),
-        Components(
-            language=("model.language_model.*",),
-            vision=(
-                "model.vision_tower.*",
-                "model.multi_modal_projector.*",
-                "vision_tower.*",
-                "multi_modal_projector.*",
-            ),
-            head=_HEAD,
-        ),
-    ),
-    Family("Gemma 3, text alone", ("gemma3_text",), _DECODER),
-)
-# How configurations of mixtures of experts name the number of experts.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_SHOWN = 8
-# Traits of loaded models, which nothing is written on.
-_TRAITS: WeakKeyDictionary[Any, Traits] = WeakKeyDictionary()
-
-
-def family_of(model_type: str) -> Family | None:
-    """Return the family of a ``model_type``, or none."""
-    return next((family for family in FAMILIES if model_type in family.model_types), None)
-
-
-def resolve_components(config: ModelConfig) -> ModelConfig:
-    """Return ``config`` with the patterns of the checkpoint's family where it gives none.
-
-    Raises:
-        UserError: The checkpoint is a mixture of experts of another family than those in the table,
-            or of none there while its model file says nothing; the message shows how to write it.
-    """
-    described = read_config(config.path)
-    kind = str(described.get("model_type", "unknown"))
-    family = family_of(kind)
-    if family is None or not family.is_moe:
-        _refuse_experts(described, kind, config.path)
-    if family is None and not (config.language_patterns and config.head_patterns):
-        raise UserError(
-            f"model type '{shown(kind)}' is of no family that qsens knows "
-            f"({', '.join(family.name for family in FAMILIES)})",
-            where=f"model.path = {config.path}",
-            remedy=_how_to_write(_places(config.path)),
+    @classmethod
+    def read(cls, held: Mapping[str, Any]) -> Structure:
+        """Return a structure from what :meth:`as_dict` gave."""
+        traits = held.get("traits", {})
+        lists = {key: tuple(held[key]) for key in ("language", "vision", "head")}
+        left_alone = tuple(traits.get("left_alone", ()))
+        return cls(
+            **lists,
+            traits=Traits(**{**traits, "left_alone": left_alone}),
+            tied=held["tied"],
+            is_moe=held["is_moe"],
         )
-    parts = family.parts if family is not None else Components((), (), ())
-    return config.model_copy(
-        update={
-            "language_patterns": config.language_patterns or parts.language,
-            "vision_patterns": config.vision_patterns or parts.vision,
-            "head_patterns": config.head_patterns or parts.head,
-        }
-    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return asdict(self)
 
 
-def find_head(names: Iterable[str], config: ModelConfig) -> str:
-    """Return the head's name; every module must be in one part.
+def structure_of(model_type: str) -> Structure | str | None:
+    """Return the structure of a type of transformers; a reason where it cannot be scored.
 
     Args:
-        names: Names of all linear and convolution modules of the loaded model.
-        config: With its patterns resolved.
+        model_type: As ``config.json`` names it.
 
-    Raises:
-        UserError: A module is in no part or in several, there is no language model, or not one
-            head. The message names modules and patterns.
+    Returns:
+        None for a type that is not known.
     """
-    members: dict[str, list[str]] = {"language": [], "vision": [], "head": []}
-    patterns = {
-        "language": config.language_patterns,
-        "vision": config.vision_patterns,
-        "head": config.head_patterns,
-    }
-    unmatched = []
-    for name in names:
-        parts = [part for part, given in patterns.items() if _matches(name, given)]
-        if len(parts) == 1:
-            members[parts[0]].append(name)
-        else:
-            unmatched.append((name, parts))
-    where = f"model.path = {config.path}"
-    if unmatched:
-        name, parts = unmatched[0]
-        which = f"several parts ({', '.join(parts)})" if parts else "no part"
-        raise UserError(
-            f"{len(unmatched)} modules are in {which} of the model, the first is {name}",
-            where=where,
-            remedy=_how_to_write(_grouped(name for name, _ in unmatched)),
-        )
-    if len(members["head"]) != 1 or not members["language"]:
-        part = "language" if not members["language"] else "head"
-        matched = ", ".join(members[part][:3]) or "no module"
-        raise UserError(
-            f"model.{part}_patterns = {', '.join(patterns[part])} match {matched}",
-            where=where,
-            remedy=_how_to_write(
-                _grouped([*members["language"], *members["vision"], *members["head"]])
-            ),
-        )
-    return members["head"][0]
+    held = _known()["types"].get(model_type)
+    if held is None:
+        return None
+    refused: str | None = held.get("refused")
+    return refused if refused is not None else Structure.read(held)
+
+
+def known_types() -> tuple[str, ...]:
+    """Return the types that can be scored, sorted."""
+    types = _known()["types"]
+    return tuple(sorted(name for name, held in types.items() if "refused" not in held))
 
 
 def head_of(model: Any) -> Any:
@@ -207,46 +121,7 @@ def remember_traits(model: Any, traits: Traits) -> None:
     _TRAITS[model] = traits
 
 
-def _refuse_experts(described: Mapping[str, Any], kind: str, path: Path) -> None:
-    text = described.get("text_config")
-    for section in (described, text if isinstance(text, Mapping) else {}):
-        for key in _EXPERTS:
-            count = section.get(key)
-            if isinstance(count, int) and count > 1:
-                known = ", ".join(family.name for family in FAMILIES if family.is_moe)
-                raise UserError(
-                    f"model type '{shown(kind)}' is a mixture of {shown(count)} experts of a "
-                    f"family that qsens cannot score; of mixtures, it knows {known}",
-                    where=f"model.path = {path}",
-                    remedy="Choose a checkpoint of those families, or a dense one.",
-                )
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _places(path: Path) -> list[str]:
-    """Return where a checkpoint's matrices lie."""
-    names = (name for name, shape in shapes(path).items() if len(shape) >= 2)
-    return _grouped(name.removesuffix(".weight") for name in names)
-
-
-def _grouped(names: Iterable[str]) -> list[str]:
-    """Return names up to their first number, each once: ``model.layers.*``."""
-    places: dict[str, None] = {}
-    for name in names:
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        places[name if at is None else ".".join((*parts[:at], "*"))] = None
-    return list(places)
-
-
-def _how_to_write(places: Sequence[str]) -> str:
-    listed = ", ".join(places[:_SHOWN]) + (", ..." if len(places) > _SHOWN else "")
-    return (
-        "Say in its model file where the linear modules of each part are, by name or fnmatch "
-        'pattern, for example: language_patterns: ["model.layers.*"], vision_patterns: '
-        '["model.vision_tower.*"] (none without a tower), head_patterns: ["lm_head"]. '
-        f"Here there are: {listed}."
-    )
+@cache
+def _known() -> Mapping[str, Any]:
+    held: Mapping[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
+    return held

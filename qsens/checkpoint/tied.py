@@ -12,23 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qsens.checkpoint.headers import AGAIN, Tensor
+from qsens.checkpoint.structure import Structure, structure_of
 from qsens.reading import open_file
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# What transformers takes where config.json is silent, whatever its text_config says.
-TIED_BY_DEFAULT = {
-    "gemma3": True,
-    "gemma3_text": True,
-    "llama": False,
-    "qwen2_5_vl": False,
-    "qwen3": False,
-    "qwen3_moe": False,
-    "qwen3_vl": False,
-    "qwen3_vl_moe": False,
-}
 _KEY = "tie_word_embeddings"
 _HEADS = ("lm_head", "output_layer")
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -74,9 +64,11 @@ def is_said_to_be_tied(config: Mapping[str, Any]) -> bool | None:
     """
     if _KEY in config:
         return bool(config[_KEY])
+    known = structure_of(str(config.get("model_type")))
+    if isinstance(known, Structure):
+        return known.tied  # whatever its text_config says
     text = config.get("text_config")
-    inner = text.get(_KEY) if isinstance(text, dict) else None
-    return TIED_BY_DEFAULT.get(str(config.get("model_type")), inner)
+    return text.get(_KEY) if isinstance(text, dict) else None
 
 
 def _head(tensors: Mapping[str, Tensor], patterns: Sequence[str]) -> str | None:

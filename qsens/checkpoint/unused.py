@@ -1,4 +1,7 @@
-"""Which weights of a checkpoint's files a loaded model does not hold. Needs torch."""
+"""Which weights of a checkpoint are not scored: the model lacks them, or no format is for them.
+
+Needs torch.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from qsens.checkpoint.headers import Tensor
+from qsens.checkpoint.modules import left_alone
 
 
 def unused_notices(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -41,6 +46,26 @@ def unused_notices(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
             f"as layers that predict further tokens; they are not scored, the first is {skipped[0]}"
         )
     return notices
+
+
+def left_alone_notices(model: nn.Module) -> list[str]:
+    """Say how many linear modules and convolutions no format applies to, and which is the first.
+
+    Args:
+        model: The model, its traits noted.
+    """
+    names = left_alone(model)
+    if not names:
+        return []
+    weights = sum(
+        parameter.numel()
+        for name in names
+        for parameter in model.get_submodule(name).parameters(recurse=False)
+    )
+    return [
+        f"{len(names)} modules with {weights} weights stay as they are, such as routers and "
+        f"convolutions of single channels: no format is for them; the first is {names[0]}"
+    ]
 
 
 def _unused(model: Any, names: Iterable[str]) -> list[str]:

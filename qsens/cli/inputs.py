@@ -98,6 +98,32 @@ def fetch_model(
 
 
 @app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of a checkpoint.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own code.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Find what a model of an unknown type is made of, by running a shrunk twin of it.
+
+    What is found is kept for plans, which need no torch; the checkpoint's weights are not read.
+    """
+    from qsens.config import ModelConfig
+    from qsens.tools.inspect import inspect as step
+
+    config = ModelConfig(path=model.resolve(), trust_remote_code=trust_remote_code)
+    structure, file = step(config, Roots.from_environment().results)
+    if as_json:
+        print_json({**structure.as_dict(), "file": str(file)})
+        return
+    for part in ("language", "vision", "head"):
+        stdout.print(f"{part}: {', '.join(getattr(structure, part)) or 'none'}")
+    stdout.print(f"left alone: {', '.join(structure.traits.left_alone) or 'none'}")
+    stdout.print(f"kept in {file}")
+
+
+@app.command()
 def captions(
     annotations: Annotated[
         Path, typer.Argument(metavar="ANNOTATIONS", help="COCO's captions_*.json.")

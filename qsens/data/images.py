@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qsens.checkpoint.files import PROCESSOR, read_config
-from qsens.checkpoint.structure import FAMILIES, family_of
 from qsens.checksums import digest_of
 from qsens.config import DatasetConfig, ModelConfig
 from qsens.config.models import Size
@@ -49,6 +48,8 @@ _SHARED = {
     "merge_size": "spatial_merge_size",
     "temporal_patch_size": "temporal_patch_size",
 }
+# Types whose pictures can be read.
+_SEEING = ("qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe")
 _IMAGES = "Set dataset.images to the directory that the paths in the sample files start at."
 # Decoders that run no other program and read no other file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -311,10 +312,9 @@ def read_resolution(config: ModelConfig, max_pixels: int) -> Resolution:
     """
     described = read_config(config.path)
     kind = str(described.get("model_type", "unknown"))
-    family = family_of(kind)
     where = f"model.path = {config.path}"
-    if family is None or not family.takes_images:
-        seeing = ", ".join(family.name for family in FAMILIES if family.takes_images)
+    if kind not in _SEEING:
+        seeing = ", ".join(_SEEING)
         raise UserError(
             f"model type '{shown(kind)}' cannot be given pictures: it is none of {seeing}",
             where=where,

@@ -6,14 +6,15 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from qsens.checkpoint.experts import expert_weights, is_experts
 from qsens.checkpoint.groups import Group
-from qsens.checkpoint.modules import layers_of
-from qsens.checkpoint.structure import head_of
+from qsens.checkpoint.modules import is_linear, layers_of, weight_of
+from qsens.checkpoint.structure import head_of, traits_of
 from qsens.data.samples import BATCH_TOKENS, Samples
 from qsens.engine.candidates import Candidates
 from qsens.engine.head import HEAD_ROWS
@@ -36,6 +37,15 @@ _FORWARD_TOKENS = 4 * BATCH_TOKENS
 _RECORDS = 6 * GIB
 _RECORDED_TOKENS = BATCH_TOKENS // 4
 _HEAD_FORMATS = 4
+# How configurations name the experts that a token goes to.
+_CHOSEN = (
+    "num_experts_per_tok",
+    "top_k_experts",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "num_experts_per_token",
+)
 
 
 @dataclass(frozen=True)
@@ -179,10 +189,11 @@ class _Rows:
         patches = max((each for each, _ in counts), default=0.0)
         visual = max((each for _, each in counts), default=0.0)
         kept = 0.0
-        layers = layers_of(model)
+        # What is not run again is one layer: all of it is held at once.
+        layers = layers_of(model) if traits_of(model).chained else {}
         for name, layer in layers.items():
-            inner = [part for part in layer.modules() if isinstance(part, nn.Linear)]
-            width = inner[0].in_features if inner else 0
+            inner = [part for part in layer.modules() if is_linear(part)]
+            width = weight_of(inner[0]).shape[1] if inner else 0
             kept += width * (patches if tower and name.startswith(f"{tower}.") else 1.0)
         return cls(tuple(layers), tower, patches, visual, kept)
 
@@ -247,7 +258,7 @@ def _footprint(
                 stacked = 2 * sum(of_input.values()) + most
                 widest = max(widest, hidden * (size * 3 + wide * (stacked + most)) + working)
                 continue
-            weight: torch.Tensor = module.weight  # type: ignore[assignment]
+            weight = weight_of(module)
             largest = max(largest, weight.numel())
             if module is head:
                 continue
@@ -282,14 +293,20 @@ def _of_experts(
     """
     first, second = expert_weights(module)
     hidden, inner = second.shape[1:]
-    config = model.config.get_text_config()  # type: ignore[union-attr,operator]
-    chosen: int = config.num_experts_per_tok
+    chosen = _experts_of_token(model, len(first))
     # Autograd keeps what every expert of a token reads, its two halves, and what it adds.
     kept = size * (2 * hidden + chosen * (3 * hidden + 4 * inner))
     # What experts add; an expert may get every row of every candidate; norms of all pairs.
     norms = chosen * most * (1 + losses) * 4
     working = size * chosen * hidden + wide * most * (3 * hidden + 4 * inner) + norms
     return first[0].numel() + second[0].numel(), kept, working
+
+
+def _experts_of_token(model: Any, count: int) -> int:
+    """Return how many experts a token goes to, as configurations say it; all where none does."""
+    config = model.config.get_text_config()
+    given = (getattr(config, key, None) for key in _CHOSEN)
+    return next((each for each in given if isinstance(each, int)), count)
 
 
 def free_memory(device: torch.device) -> int:

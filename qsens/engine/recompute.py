@@ -70,8 +70,10 @@ class RecomputedModel:
             name: module for name, module in modules.items() if module is not self.head.module
         }
         self._tower = frozenset(tower)
+        traits = traits_of(model)
         # Where more than one layer's output reaches a layer, all are recorded as one.
-        self._layers = layers_of(model) if traits_of(model).chained else {}
+        self._layers = layers_of(model) if traits.chained else {}
+        self._in_place = traits.in_place
         self._outside = {
             name
             for name in self.modules
@@ -284,11 +286,14 @@ class RecomputedModel:
         self._runs[name] += 1
         if not output.requires_grad:  # what the weights are frozen for; the first of a tower
             output = output.detach().requires_grad_()
-            given = output.clone()  # some models add to it in place
+            given = output.clone()  # in-place operations refuse a leaf
         else:
-            given = output
+            given = output.clone() if self._in_place else output
+        version = left._version
 
         def keep(grad: torch.Tensor) -> None:
+            if left._version != version:
+                raise RuntimeError(f"what {name} gives is changed in place after it")
             grad = grad.flatten(1) if convolution else grad
             self._collector.take(call, entered, left, grad, routing, in_tower=name in self._tower)
 

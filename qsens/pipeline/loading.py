@@ -14,7 +14,7 @@ from torch import nn
 from qsens.checkpoint.files import find_weights
 from qsens.checkpoint.groups import Group, find_groups
 from qsens.checkpoint.loading import has_tied_head, load_model, load_tokenizer, resolve_device
-from qsens.checkpoint.unused import unused_notices
+from qsens.checkpoint.unused import left_alone_notices, unused_notices
 from qsens.config.models import Modality
 from qsens.data.captions import read_samples
 from qsens.data.chat import chat_samples, load_processor
@@ -79,9 +79,10 @@ def load_checkpoint(plan: Plan, progress: Progress) -> Checkpoint:
     progress("load", 0, 1)
     started = time.monotonic()
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, device)
+    model = load_model(config.model, device, plan.results)
     _check_identity(plan, model)
     unused = unused_notices(model, find_weights(config.model.path).tensors)
+    unused += left_alone_notices(model)
     progress("load", 1, 1)
     for notice in unused:
         log.warning(notice)

@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qsens.checkpoint.components import resolve_components
 from qsens.checkpoint.files import identify, read_config, shapes
 from qsens.checkpoint.quantized import refuse_quantized
 from qsens.checkpoint.settings import check_settings
-from qsens.checkpoint.structure import resolve_components
 from qsens.checkpoint.templates import check_chat_template
 from qsens.checkpoint.tokenizer_files import check_tokenizer
 from qsens.config import ModelConfig, Roots, SweepConfig, load_sweep
@@ -60,7 +60,7 @@ def plan_sweep(
     given = loaded.config.model
     refuse_quantized(given.path)
     check_settings(given)
-    config = loaded.config.model_copy(update={"model": resolve_components(given)})
+    config = loaded.config.model_copy(update={"model": resolve_components(given, roots.results)})
     checkpoint = identify_checkpoint(config.model, roots.results)
     reader = picture_reader(config, roots)
     samples, notices = identify_samples(config.dataset, config.dataset.size, reader)

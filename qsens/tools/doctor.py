@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from qsens.checkpoint.components import resolve_components
 from qsens.checkpoint.quantized import refuse_quantized
-from qsens.checkpoint.structure import resolve_components
 from qsens.config import Roots, choices, load_sweep
 from qsens.data.captions import identify_samples
 from qsens.errors import QsensError

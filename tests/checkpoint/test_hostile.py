@@ -17,7 +17,7 @@ from torch import nn
 
 from qsens.checkpoint.groups import find_groups
 from qsens.checkpoint.loading import load_model
-from qsens.checkpoint.structure import family_of
+from qsens.checkpoint.structure import Structure, structure_of
 from qsens.config import ModelConfig
 from qsens.errors import UserError
 from qsens.pipeline.verify import verify
@@ -524,7 +524,7 @@ def tower() -> nn.Module:
     block = nn.Module()
     block.attn = nn.ModuleDict({"qkv": nn.Linear(4, 12), "proj": nn.Linear(4, 4)})
     found = nn.Module()
-    found.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, 4, 2)})
+    found.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(3, 4, 2, stride=2)})
     found.blocks = nn.ModuleList([block])
     return found
 
@@ -539,11 +539,11 @@ def layer() -> nn.Module:
 
 def test_a_vision_tower_under_either_name(demo: Path) -> None:
     loaded = load_model(ModelConfig(path=demo, dtype="float32"), torch.device("cpu"))
-    family = family_of("qwen3_vl")
-    assert family is not None
+    structure = structure_of("qwen3_vl")
+    assert isinstance(structure, Structure)
     text = {Old: "model.layers.0", New: "model.language_model.layers.0"}
     for model in (Old(), New(), loaded):
-        groups = find_groups(model, family.parts.vision)
+        groups = find_groups(model, structure.vision)
         vision = [group for group in groups if group.kind == "vision"]
         assert [group.covered for group in groups] == [group not in vision for group in groups]
         if model is loaded:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from qsens.checkpoint.files import find_weights, identify
 from qsens.checkpoint.loading import has_tied_head, load_model
-from qsens.checkpoint.tied import TIED_BY_DEFAULT
+from qsens.checkpoint.structure import Structure, structure_of
 from qsens.config import ModelConfig
 from qsens.errors import UserError
 from tests.checkpoint.tiny_families import configuration, save
@@ -145,6 +145,16 @@ def test_of_an_index_beside_one_file_transformers_reads_the_file(
 # Heads
 
 
+TIED = {
+    "gemma3": True,
+    "gemma3_text": True,
+    "llama": False,
+    "qwen2_5_vl": False,
+    "qwen3": False,
+    "qwen3_moe": False,
+    "qwen3_vl": False,
+    "qwen3_vl_moe": False,
+}
 FAMILIES = ["Llama", "Qwen3-VL", "Gemma 3", "Gemma 3, text alone", "Qwen2.5-VL"]
 
 
@@ -194,7 +204,7 @@ def test_a_tied_head_is_planned_as_it_is_loaded(
         else:
             assert identify(path).tied_head is loaded[holding]
     kind = json.loads((tied_family / "config.json").read_text())["model_type"]
-    ties = said == "tied" or (said in ("silent", "inner alone") and TIED_BY_DEFAULT[kind])
+    ties = said == "tied" or (said in ("silent", "inner alone") and TIED[kind])
     assert all("1 weights are missing" in what for what in refused.values())
     assert loaded == (
         {"embedding": True, "head": True, "equal": True, "others": False}
@@ -225,5 +235,7 @@ def test_heads_are_compared_as_they_are_loaded(tmp_path: Path) -> None:
 def test_defaults_of_tied_heads_are_those_of_transformers() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    for kind, tied in TIED_BY_DEFAULT.items():
-        assert CONFIG_MAPPING[kind].tie_word_embeddings is tied
+    for kind, tied in TIED.items():
+        known = structure_of(kind)
+        assert isinstance(known, Structure)
+        assert CONFIG_MAPPING[kind].tie_word_embeddings is tied is known.tied

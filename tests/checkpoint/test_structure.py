@@ -12,17 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qsens.checkpoint import structure
+from qsens.checkpoint.components import find_head, resolve_components
 from qsens.checkpoint.files import shapes
 from qsens.checkpoint.loading import load_model
 from qsens.checkpoint.modules import is_quantizable
-from qsens.checkpoint.structure import (
-    FAMILIES,
-    Traits,
-    find_head,
-    head_of,
-    remember_traits,
-    resolve_components,
-)
+from qsens.checkpoint.structure import Structure, Traits, head_of, remember_traits
 from qsens.config import ModelConfig, Roots
 from qsens.engine.scores import silent
 from qsens.errors import UserError
@@ -32,8 +27,18 @@ from qsens.pipeline.plan import plan_sweep
 from qsens.store import Store
 from tests.checkpoint.tiny_families import CAPTIONS, configuration, save
 
+LLAMA = Structure(("model.layers.*",), (), ("lm_head",))
 PAIRS = ("wint8_aint8", "wfp8_afp16")
-NAMES = [family.name for family in FAMILIES]
+NAMES = [
+    "Qwen3-VL",
+    "Qwen2.5-VL",
+    "Qwen3-VL-MoE",
+    "Qwen3",
+    "Qwen3-MoE",
+    "Llama",
+    "Gemma 3",
+    "Gemma 3, text alone",
+]
 SEEING = ["Qwen3-VL", "Qwen3-VL-MoE", "Qwen2.5-VL", "Gemma 3"]
 MIXED = ["Qwen3-VL-MoE", "Qwen3-MoE"]
 
@@ -151,11 +156,18 @@ def as_mistral(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def test_outside_the_table_patterns_do(tmp_path: Path) -> None:
+@pytest.fixture
+def unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that knows llama alone."""
+    monkeypatch.setattr(structure, "_known", lambda: {"types": {"llama": LLAMA.as_dict()}})
+
+
+def test_outside_the_table_patterns_do(unknown: None, tmp_path: Path) -> None:
     checkpoint = as_mistral(save(configuration("Llama", tied=False), tmp_path / "checkpoint"))
     with pytest.raises(UserError) as caught:
         plan_of(checkpoint, tmp_path)
-    assert "model type 'mistral' is of no family that qsens knows" in caught.value.what
+    assert "model type 'mistral' is not among the 1 types that qsens knows" in caught.value.what
+    assert f"Run `qsens inspect {checkpoint}` where torch is" in caught.value.remedy
     for shown in ("language_patterns:", "vision_patterns:", "head_patterns:"):
         assert shown in caught.value.remedy
     assert "Here there are: lm_head, model.embed_tokens, model.layers.*." in caught.value.remedy
@@ -194,16 +206,28 @@ def test_patterns_that_leave_something_out_are_refused(
     assert "language_patterns:" in caught.value.remedy
 
 
-def test_other_mixtures_of_experts_are_refused_at_plan(tmp_path: Path) -> None:
+def test_unknown_mixtures_of_experts_are_refused_at_plan(unknown: None, tmp_path: Path) -> None:
     checkpoint = save(configuration("Qwen3-MoE", tied=False), tmp_path / "checkpoint")
     file = checkpoint / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "olmoe"}))
-    said = "model type 'olmoe' is a mixture of 6 experts .* it knows Qwen3-VL-MoE, Qwen3-MoE"
+    said = "model type 'olmoe' is a mixture of 6 experts, and is not among the 1 types that qsens"
     with pytest.raises(UserError, match=said):
         plan_of(checkpoint, tmp_path)
     given = ("model.language_patterns=[model.layers.*]", "model.head_patterns=[lm_head]")
     with pytest.raises(UserError, match=said):
         plan_of(checkpoint, tmp_path, *given)
+
+
+def test_a_type_that_cannot_be_scored_says_why_at_plan(tmp_path: Path) -> None:
+    checkpoint = save(configuration("Llama", tied=False), tmp_path / "checkpoint")
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "jetmoe"}))
+    given = ("model.language_patterns=[model.layers.*]", "model.head_patterns=[lm_head]")
+    for patterns in ((), given):
+        with pytest.raises(UserError) as caught:
+            plan_of(checkpoint, tmp_path, *patterns)
+        assert "model type 'jetmoe' cannot be scored: " in caught.value.what
+        assert "a layout of their own: JetMoeParallelExperts" in caught.value.what
 
 
 def test_the_head_that_was_found_is_used(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from qsens.checkpoint.components import resolve_components
 from qsens.checkpoint.groups import find_groups
 from qsens.checkpoint.loading import load_model, load_tokenizer
-from qsens.checkpoint.structure import resolve_components
 from qsens.config import ModelConfig, load_sweep
 from qsens.data.samples import Samples, tokenize
 from qsens.engine.amax import calibrate
