@@ -12,10 +12,15 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoModelForImageTextToText, Qwen3VLConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qsens.checkpoint.components import resolve_components
-from qsens.checkpoint.loading import disable_cudnn_attention, load_model, load_tokenizer
+from qsens.checkpoint.loading import (
+    choose_experts,
+    disable_cudnn_attention,
+    load_model,
+    load_tokenizer,
+)
 from qsens.checkpoint.structure import Structure, structure_of
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, choices, load_sweep
 from qsens.data.captions import read_captions
@@ -165,11 +170,12 @@ def build(
         samples = tokenize(lines, load_tokenizer(config), longest=dataset.calib_seq_len)
     else:
         assert shape is not None
-        structure = structure_of("qwen3_vl")
+        loaded = build_shape(shape, device, getattr(torch, dtype))
+        settings: Any = loaded.config
+        structure = structure_of(settings.model_type)
         assert isinstance(structure, Structure)
         disabled = structure.vision
-        loaded = build_shape(shape, device, getattr(torch, dtype))
-        vocabulary = SHAPES[shape]["text_config"]["vocab_size"]
+        vocabulary = settings.get_text_config().vocab_size
         samples = random_samples(lines, vocabulary, longest=dataset.calib_seq_len)
     return Workload(
         name=model.resolve().name if model else shape or "",
@@ -192,9 +198,16 @@ def build_shape(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modul
     """Build a model of that shape where it is to run: every matrix is normal(0, 0.02)."""
     disable_cudnn_attention()
     torch.manual_seed(0)
-    config = Qwen3VLConfig(**SHAPES[name], tie_word_embeddings=True)
+    sizes = {"model_type": "qwen3_vl", "tie_word_embeddings": True, **SHAPES[name]}
+    config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    auto = (
+        AutoModelForImageTextToText
+        if type(config) in AutoModelForImageTextToText._model_mapping
+        else AutoModelForCausalLM
+    )
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        model = auto.from_config(config, dtype=dtype)
+    choose_experts(model, device, dtype)
     model.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.ndim > 1:

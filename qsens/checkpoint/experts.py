@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,12 +33,21 @@ class Routing:
     Attributes:
         rows: Row of each pair of a row and an expert, by expert and then ascending, ``(pairs,)``.
         gates: The router's weight of each pair, ``(pairs, 1)``.
-        starts: Where the pairs of each expert begin, and where the last end.
+        experts: The expert of each pair, ``(pairs,)``.
+        ends: Where the pairs of each expert end, ``(experts,)``, int32.
+        most: Experts of a row at most.
     """
 
     rows: torch.Tensor
     gates: torch.Tensor
-    starts: tuple[int, ...]
+    experts: torch.Tensor
+    ends: torch.Tensor
+    most: int
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Return where the pairs of each expert begin, and where the last end."""
+        return (0, *self.ends.tolist())
 
     def share(self, expert: int) -> slice:
         """Return where the pairs of an expert lie."""
@@ -46,6 +56,15 @@ class Routing:
     def busy(self) -> Iterator[int]:
         """Return the experts that get a row."""
         return (e for e in range(len(self.starts) - 1) if self.starts[e] < self.starts[e + 1])
+
+    @cached_property
+    def turns(self) -> list[torch.Tensor]:
+        """Return the pairs of each row's first expert, then those of its second, and so on."""
+        order = self.rows.argsort(stable=True)
+        rows = self.rows[order]
+        first = torch.searchsorted(rows, rows)  # where each row's pairs begin
+        turn = torch.arange(len(rows), device=rows.device) - first
+        return [order[turn == each] for each in range(self.most)]
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -98,52 +117,91 @@ def route(chosen: torch.Tensor, gates: torch.Tensor, experts: int) -> Routing:
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=experts)[:experts]
-    starts = (0, *counts.cumsum(0).tolist())
-    order = order[: starts[-1]]
-    return Routing(order // chosen.shape[1], gates.flatten()[order][:, None], starts)
+    ends = counts.cumsum(0)
+    order = order[: int(ends[-1])]
+    gates = gates.flatten()[order][:, None]
+    return Routing(order // chosen.shape[1], gates, flat[order], ends.int(), chosen.shape[1])
+
+
+def products(
+    x: torch.Tensor, weight: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return each pair's product with the weight of its expert, ``(pairs, out)``.
+
+    In bfloat16 on a GPU it is one grouped product; else one product an expert.
+
+    Args:
+        x: What pairs read, ``(pairs, in)``.
+        weight: The weights of all experts, ``(experts, out, in)``.
+        routing: Which pairs are whose.
+        bias: The biases of all experts, ``(experts, out)``.
+    """
+    if _groups(x, weight):
+        output = F.grouped_mm(x, weight.transpose(1, 2), offs=routing.ends)
+        return output if bias is None else output.add_(bias[routing.experts])
+    output = x.new_empty(len(x), weight.shape[1], dtype=torch.result_type(x, weight))
+    for expert in routing.busy():
+        share = routing.share(expert)
+        own = None if bias is None else bias[expert]
+        output[share] = F.linear(x[share], weight[expert], own)
+    return output
 
 
 def between(
-    module: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    module: Any, x: torch.Tensor, routing: Routing, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return what stands between the products of one expert, ``(rows, inner)``.
+    """Return what stands between the products of each pair's expert, ``(pairs, inner)``.
 
     Args:
         module: The experts.
-        x: Its rows, ``(rows, hidden)``.
-        weight: Its first weight, ``(2 * inner, hidden)``, or ``(inner, hidden)`` without a gate.
-        bias: Its first bias, ``(2 * inner,)`` or ``(inner,)``.
+        x: What pairs read, ``(pairs, hidden)``.
+        routing: Which pairs are whose.
+        weight: The first weights of all experts; their own when not given.
     """
-    product = F.linear(x, weight, bias)
+    first = expert_weights(module)[0] if weight is None else weight
+    product = products(x, first, routing, expert_biases(module)[0])
     hidden: torch.Tensor = (
         module._apply_gate(product) if module.has_gate else module.act_fn(product)
     )
     return hidden
 
 
-def run_experts(
+def contributions(
     module: nn.Module,
     x: torch.Tensor,
-    chosen: torch.Tensor,
-    gates: torch.Tensor,
-    *,
-    weights: Callable[[torch.Tensor], torch.Tensor],
-    inner: Callable[[torch.Tensor], torch.Tensor],
+    routing: Routing,
+    weights: Sequence[torch.Tensor] | None = None,
+    inner: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Return what experts give, ``(rows, hidden)``.
+    """Return what every pair of a row and an expert adds to the output, ``(pairs, hidden)``.
 
     Args:
         module: The experts.
-        x: What they read, ``(rows, hidden)``.
-        chosen: As :func:`route` takes it.
-        gates: As :func:`route` takes it.
-        weights: Called with each weight of one expert before it is used.
-        inner: Called with what stands between the products of one expert.
+        x: What the module reads, ``(rows, hidden)``.
+        routing: Which rows go to which experts.
+        weights: The weights of all experts; their own when not given.
+        inner: Called with what stands between the products.
     """
-    routing = route(chosen, gates, len(expert_weights(module)[0]))
-    output = torch.zeros_like(x)
-    for share, added in _added(module, x, routing, weights, inner):
-        output.index_add_(0, routing.rows[share], added)
+    first, second = expert_weights(module) if weights is None else weights
+    hidden = between(module, x[routing.rows], routing, first)
+    hidden = hidden if inner is None else inner(hidden)
+    return products(hidden, second, routing, expert_biases(module)[1]) * routing.gates
+
+
+def summed(added: torch.Tensor, routing: Routing, rows: int) -> torch.Tensor:
+    """Return what experts give, ``(rows, hidden)``: of each row what its experts add, in order.
+
+    Args:
+        added: What pairs add, as :func:`contributions` gives it.
+        routing: Which rows they are of.
+        rows: Rows of the module.
+    """
+    output = added.new_zeros(rows, added.shape[1])
+    if not added.is_cuda:
+        return output.index_add_(0, routing.rows, added)
+    # In an order that is always the same, which atomic additions have not.
+    for each in routing.turns:
+        output[routing.rows[each]] += added[each]
     return output
 
 
@@ -154,7 +212,7 @@ def expert_inputs(
     shape: Sequence[int],
     real: torch.Tensor | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what quantizers of experts read, with its name; the second input expert by expert.
+    """Yield what quantizers of experts read, with its name.
 
     Args:
         name: Name of the module.
@@ -167,41 +225,17 @@ def expert_inputs(
     yield first, args[0].view(*shape, -1)
     args = [part.flatten(0, -2) for part in args]
     hidden, chosen, gates = args if real is None else (part[real] for part in args)
-    weight, _ = expert_weights(module)
-    bias, _ = expert_biases(module)
-    routing = route(chosen, gates, len(weight))
-    for expert in routing.busy():
-        rows = hidden[routing.rows[routing.share(expert)]]
-        yield second, between(module, rows, weight[expert], of_expert(bias, expert))
+    routing = route(chosen, gates, len(expert_weights(module)[0]))
+    yield second, between(module, hidden[routing.rows], routing)
 
 
-def contributions(module: nn.Module, x: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Return what every pair of a row and an expert adds to the output, ``(pairs, hidden)``."""
-    added = [part for _, part in _added(module, x, routing, _same, _same)]
-    return torch.cat([x.new_empty(0, x.shape[1]), *added])
-
-
-def _added(
-    module: nn.Module,
-    x: torch.Tensor,
-    routing: Routing,
-    weights: Callable[[torch.Tensor], torch.Tensor],
-    inner: Callable[[torch.Tensor], torch.Tensor],
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield what each expert's pairs of a row and an expert add, with where these pairs lie."""
-    first, second = expert_weights(module)
-    biases = expert_biases(module)
-    for expert in routing.busy():
-        share = routing.share(expert)
-        entering, leaving = (of_expert(bias, expert) for bias in biases)
-        hidden = inner(between(module, x[routing.rows[share]], weights(first[expert]), entering))
-        yield share, F.linear(hidden, weights(second[expert]), leaving) * routing.gates[share]
-
-
-def of_expert(bias: torch.Tensor | None, expert: int) -> torch.Tensor | None:
-    """Return the bias of one expert; none where there is none."""
-    return None if bias is None else bias[expert]
-
-
-def _same(x: torch.Tensor) -> torch.Tensor:
-    return x
+def _groups(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Return whether torch's grouped product takes these: bfloat16, rows of whole 16 bytes."""
+    return (
+        x.is_cuda
+        and x.dtype == weight.dtype == torch.bfloat16
+        and weight.shape[1] % 8 == 0
+        and weight.shape[2] % 8 == 0
+        and len(x) > 0
+        and hasattr(F, "grouped_mm")
+    )

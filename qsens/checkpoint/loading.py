@@ -127,9 +127,7 @@ def load_model(config: ModelConfig, device: torch.device, results: Path | None =
             where=f"model.path = {config.path}",
             remedy="The score of a randomly filled layer means nothing: get the whole checkpoint.",
         )
-    if any(map(is_experts, model.modules())):
-        # As ModelOpt has it: other ways to multiply round otherwise.
-        model.set_experts_implementation("eager")
+    choose_experts(model, device, getattr(torch, config.dtype))
     structure = find_structure(config, results)
     traits = structure.traits if structure is not None else Traits()
     remember_traits(model, traits)
@@ -138,6 +136,16 @@ def load_model(config: ModelConfig, device: torch.device, results: Path | None =
     model.requires_grad_(False)
     module: nn.Module = model.to(device).eval()
     return module
+
+
+def choose_experts(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Let the experts of a model run by one grouped product where a GPU has it.
+
+    One expert after the other, as ModelOpt lets them run, is a launch each.
+    """
+    if any(map(is_experts, model.modules())):
+        fast = device.type == "cuda" and dtype == torch.bfloat16
+        model.set_experts_implementation("grouped_mm" if fast else "eager")
 
 
 def has_tied_head(model: nn.Module) -> bool:

@@ -286,7 +286,7 @@ def _footprint(
 def _of_experts(
     model: nn.Module, module: nn.Module, size: int, wide: int, most: float, losses: int
 ) -> tuple[int, float, float]:
-    """Return elements of one expert's weights, and bytes a token: the record, the work beside it.
+    """Return elements of all weights, and bytes a token: the record, the work beside it.
 
     Args:
         most: Candidates that one weight format has.
@@ -296,10 +296,10 @@ def _of_experts(
     chosen = _experts_of_token(model, len(first))
     # Autograd keeps what every expert of a token reads, its two halves, and what it adds.
     kept = size * (2 * hidden + chosen * (3 * hidden + 4 * inner))
-    # What experts add; an expert may get every row of every candidate; norms of all pairs.
+    # What experts add, as they are and under one input format at a time; norms of all pairs.
     norms = chosen * most * (1 + losses) * 4
-    working = size * chosen * hidden + wide * most * (3 * hidden + 4 * inner) + norms
-    return first[0].numel() + second[0].numel(), kept, working
+    working = chosen * (size * hidden + wide * (3 * hidden + 4 * inner)) + norms
+    return first.numel() + second.numel(), kept, working
 
 
 def _experts_of_token(model: Any, count: int) -> int:

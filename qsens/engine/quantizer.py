@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qsens.numerics import compute_amax, fake_quantize, supports
-from qsens.numerics.formats import format_of
+from qsens.numerics.formats import Sharing, format_of
 
 # Elements of a weight that are quantized at once: bounds the temporaries of a large head.
 WEIGHT_CHUNK = 1 << 26
@@ -74,6 +74,23 @@ def quantize_weight(weight: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tenso
         else:
             out.copy_(fake_quantize(part.contiguous(), cfg, whole))
     return result
+
+
+def quantize_experts(weights: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tensor:
+    """Fake-quantize the weights of all experts, each as if it were alone.
+
+    Args:
+        weights: ``(experts, out, in)``, any float dtype.
+        cfg: A ModelOpt quantizer's ``cfg``.
+    """
+    if supports(cfg):
+        matrices = format_of(cfg)
+        if 0 in matrices.separable_dims(2):  # rows share no scale: neither do experts
+            return quantize_weight(weights.flatten(0, 1), cfg).view(weights.shape)
+        one_scale = matrices.sharing is Sharing.DIMS and not matrices.separable_dims(2)
+        if one_scale and not cfg.get("block_sizes"):
+            return quantize_weight(weights.flatten(1), {**cfg, "axis": 0}).view(weights.shape)
+    return torch.stack([quantize_weight(weight, cfg) for weight in weights])
 
 
 def needs_fallback(cfg: Mapping[str, Any]) -> bool:

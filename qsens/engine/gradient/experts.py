@@ -8,23 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from qsens.checkpoint.experts import (
-    between,
-    contributions,
-    expert_biases,
-    expert_weights,
-    of_expert,
-    route,
-)
+from qsens.checkpoint.experts import contributions, expert_weights, route, summed
 from qsens.engine.activations import ModuleActivations
 from qsens.engine.gradient.buffers import BufferLayout
 from qsens.engine.gradient.error_norms import RowSpan
-from qsens.engine.quantizer import quantize_weight
+from qsens.engine.quantizer import quantize_experts
+
+# Values of gradients that are held at once for pairs.
+_GRADIENTS = 1 << 27
 
 Inner = Callable[[int, torch.Tensor], torch.Tensor]
 """Quantizes what stands between the products, as an input format and calibration size say."""
@@ -62,21 +58,18 @@ class Mixture:
 
     def __init__(self, module: nn.Module, rows: ModuleActivations, layout: BufferLayout) -> None:
         self.module = module
-        self.first, self.second = expert_weights(module)
-        self.biases = expert_biases(module)
+        self.weights = expert_weights(module)
         chosen, gates = rows.routing
-        self.routing = route(chosen, gates, len(self.first))
+        self.routing = route(chosen, gates, len(self.weights[0]))
         self.pairs = len(self.routing.rows)
         self._rows = rows
         self._own = contributions(module, rows.inputs, self.routing)
-        self._shares: dict[int, list[int]] = {}
         samples, device = len(layout.own), rows.inputs.device
         of_row = torch.empty(layout.rows + 1, dtype=torch.int64, device=device)
         of_row[layout.own] = torch.arange(samples, device=device)[:, None]
-        lengths = torch.tensor(self.routing.starts, device=device).diff()
-        self._expert = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
-        where = self._expert * samples + of_row[self.routing.rows]
-        self.tokens = torch.bincount(where, minlength=len(lengths) * samples).view(-1, samples)
+        where = self.routing.experts * samples + of_row[self.routing.rows]
+        experts = len(self.weights[0])
+        self.tokens = torch.bincount(where, minlength=experts * samples).view(-1, samples)
 
     def change(
         self,
@@ -88,53 +81,48 @@ class Mixture:
     ) -> torch.Tensor:
         """Return the outputs of the mixture with quantized weights, shaped as ``given``.
 
-        Weights are quantized one expert at a time, so that never two copies of all are held.
-
         Args:
             given: Its quantized inputs.
             input_rows: What they are, in order.
             cfg: The weights' format.
             inner: Quantizes what stands between the products.
-            book: Told of each expert; its spans go to ``pairs`` rows a piece, by expert.
+            book: Told what pairs add; its spans go to ``pairs`` rows a piece.
         """
-        changed = torch.zeros_like(given, dtype=self._own.dtype)
-        for expert in self.routing.busy():
-            share = self.routing.share(expert)
-            rows, gates = self.routing.rows[share], self.routing.gates[share]
-            lengths = [self._share(input_row.count)[expert] for input_row in input_rows]
-            where = torch.cat(
-                [
-                    rows[:length] + input_row.start
-                    for input_row, length in zip(input_rows, lengths, strict=True)
-                ]
-            )
-            if not len(where):
+        weights = tuple(quantize_experts(weight, cfg) for weight in self.weights)
+        total = len(self._rows.inputs)
+        changed = torch.empty_like(given, dtype=self._own.dtype)
+        for index, piece in enumerate(input_rows):
+            if not piece.count:
                 continue
-            first = quantize_weight(self.first[expert], cfg)
-            entering, leaving = (of_expert(bias, expert) for bias in self.biases)
-            hidden = between(self.module, given[where], first, entering)
-            parts = zip(input_rows, torch.split(hidden, lengths), strict=True)
-            hidden = torch.cat(
-                [inner(input_row.input, part) for input_row, part in parts if len(part)]
+            at = slice(piece.start, piece.start + piece.count)
+            # Rows that do not count are any of those that do: what comes of them is left out.
+            x = given[at] if piece.count == total else given[at][self._within(piece.count)]
+            added = contributions(
+                self.module, x, self.routing, weights, partial(inner, piece.input)
             )
-            added = F.linear(hidden, quantize_weight(self.second[expert], cfg), leaving)
-            added *= torch.cat([gates[:length] for length in lengths])
-            changed.index_add_(0, where, added)
-            spans, at = [], 0
-            for index, length in enumerate(lengths):
-                if length:
-                    spans.append((at, index * self.pairs + share.start, length))
-                at += length
-            alone = ModuleActivations(
-                "tokens", hidden, self._own[share], self._rows.grad_output[:, rows]
-            )
-            book(added, alone, tuple(spans))
+            changed[at] = summed(added, self.routing, total)[: piece.count]
+            for part in self._parts():
+                rows = self.routing.rows[part]
+                alone = ModuleActivations(
+                    "tokens", added[part], self._own[part], self._rows.grad_output[:, rows]
+                )
+                count = len(rows)
+                book(added[part], alone, ((0, index * self.pairs + part.start, count),))
         return changed
+
+    def _within(self, count: int) -> torch.Tensor:
+        rows = torch.arange(len(self._rows.inputs), device=self._own.device)
+        return rows.clamp_(max=count - 1)
+
+    def _parts(self) -> list[slice]:
+        """Cut the pairs so that their gradients are held for so many at once."""
+        losses, _, channels = self._rows.grad_output.shape
+        step = max(1, _GRADIENTS // (losses * channels))
+        return [slice(at, min(at + step, self.pairs)) for at in range(0, self.pairs, step)]
 
     def outputs(self) -> torch.Tensor:
         """Return what the mixture gives as it is, ``(rows, hidden)``."""
-        output = torch.zeros_like(self._rows.inputs, dtype=self._own.dtype)
-        return output.index_add_(0, self.routing.rows, self._own)
+        return summed(self._own, self.routing, len(self._rows.inputs))
 
     def sums(self, values: torch.Tensor, count: int) -> torch.Tensor:
         """Return sums of values of pairs over the first ``count`` rows.
@@ -149,12 +137,5 @@ class Mixture:
         beyond = self.routing.rows >= count
         values = values.masked_fill(beyond.view(-1, *[1] * (values.ndim - 1)), 0.0)
         # Pairs lie by expert and, within, by row: those of a sample lie together.
-        summed = torch.segment_reduce(values, "sum", lengths=self.tokens.flatten(), axis=0)
-        return summed.view(*self.tokens.shape, *values.shape[1:])
-
-    def _share(self, count: int) -> list[int]:
-        """Return how many of the first ``count`` rows each expert gets."""
-        if count not in self._shares:
-            inside = self._expert[self.routing.rows < count]
-            self._shares[count] = torch.bincount(inside, minlength=len(self.first)).tolist()
-        return self._shares[count]
+        sums = torch.segment_reduce(values, "sum", lengths=self.tokens.flatten(), axis=0)
+        return sums.view(*self.tokens.shape, *values.shape[1:])

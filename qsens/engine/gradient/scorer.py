@@ -303,8 +303,8 @@ class GradientScorer:
         """Score every candidate on a mixture, and on each of its experts alone."""
         layout, table = statistics.layout, self._experts[name]
         mixture = Mixture(self._modules[name], rows, layout)
-        if self._metric.exact:
-            rows = replace(rows, outputs=mixture.outputs())
+        # By the products that the candidates go through: others may round otherwise.
+        rows = replace(rows, outputs=mixture.outputs())
         statistics.norms[position] = row_norms(rows.outputs)
         order = list(layout.order)
         table.tokens[:, order] += mixture.tokens.cpu()

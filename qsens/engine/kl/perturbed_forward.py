@@ -20,7 +20,13 @@ from typing import Any
 
 import torch
 
-from qsens.checkpoint.experts import input_names, run_experts
+from qsens.checkpoint.experts import (
+    contributions,
+    expert_weights,
+    input_names,
+    route,
+    summed,
+)
 from qsens.checkpoint.groups import Group
 from qsens.checkpoint.modules import apply, layers_of, weight_of
 from qsens.checkpoint.structure import traits_of
@@ -28,7 +34,7 @@ from qsens.data.samples import Batch
 from qsens.engine.amax import Amax, moved
 from qsens.engine.candidates import Candidates
 from qsens.engine.head import Head, head_input, without_head
-from qsens.engine.quantizer import quantize, quantize_weight
+from qsens.engine.quantizer import quantize, quantize_experts, quantize_weight
 from qsens.engine.scores import Failures
 
 
@@ -250,22 +256,22 @@ class PerturbedForward:
         args: Sequence[torch.Tensor],
         output: torch.Tensor,
     ) -> None:
-        """Write what experts give under a change; one expert's weights are held at a time."""
+        """Write what experts give under a change; all of a layer's weights are held for it."""
         module = self._modules[name]
         first, second = input_names(name, module)
         cfg = self.candidates.weights[self.candidates.pairs[perturbation.candidate][0]]
         x, chosen, gates = args
         try:
-            output.copy_(
-                run_experts(
-                    module,
-                    self._quantized(first, perturbation, x),
-                    chosen,
-                    gates,
-                    weights=functools.partial(quantize_weight, cfg=cfg),
-                    inner=functools.partial(self._quantized, second, perturbation),
-                )
+            weights = tuple(quantize_experts(weight, cfg) for weight in expert_weights(module))
+            routing = route(chosen, gates, len(weights[0]))
+            added = contributions(
+                module,
+                self._quantized(first, perturbation, x),
+                routing,
+                weights,
+                functools.partial(self._quantized, second, perturbation),
             )
+            output.copy_(summed(added, routing, len(x)))
         except Exception as error:
             self._fail([perturbation], error)
 

@@ -1,0 +1,98 @@
+"""What one pass takes on a model of a given shape with random weights: seconds, and memory.
+
+    python -m benchmarks.pass_time --shape qwen3-30b-a3b --samples 16 --tokens 256 --method gradient
+
+Every sample has as many tokens. The model is built on the device and run once before it is timed.
+Prints JSON: the seconds of each timed pass, its calibration included, and the most that it took
+above the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+
+from benchmarks._workload import NIGHTLY, SHAPES, build_shape, pair_configs
+from qsens.checkpoint.groups import find_groups
+from qsens.checkpoint.loading import device_name, resolve_device
+from qsens.checkpoint.structure import Structure, structure_of
+from qsens.config.models import AutoquantConfig
+from qsens.data.samples import Samples
+from qsens.engine.candidates import Request
+from qsens.engine.memory import GIB
+from qsens.engine.scoring_pass import run_pass
+
+# Ids at the end of a vocabulary are special tokens.
+_SPARED = 1024
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a sample")
+    parser.add_argument("--method", choices=("gradient", "fisher"), default="gradient")
+    parser.add_argument("--pairs", default=",".join((*NIGHTLY, "wnvfp4_anvfp4")))
+    parser.add_argument("--runs", type=int, default=2, help="passes that are timed")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    given = parser.parse_args()
+    device, dtype = resolve_device(given.device), getattr(torch, given.dtype)
+    model = build_shape(given.shape, device, dtype)
+    config: Any = model.config
+    structure = structure_of(config.model_type)
+    assert isinstance(structure, Structure)
+    groups = find_groups(model, structure.vision)
+    vocabulary = config.get_text_config().vocab_size
+    ids = torch.randint(
+        0,
+        max(vocabulary // 2, vocabulary - _SPARED),
+        (given.samples, given.tokens),
+        generator=torch.Generator().manual_seed(0),
+    )
+    samples = Samples(tuple(map(tuple, ids.tolist())), (False,) * given.samples)
+    requests = [
+        Request(
+            pair.name,
+            pair.weight_quantizer.modelopt(),
+            pair.input_quantizer.modelopt() if pair.input_quantizer else None,
+            given.samples,
+            given.samples,
+        )
+        for pair in pair_configs(given.pairs.split(","))
+    ]
+    seconds, taken = [], []
+    for run in range(given.runs + 1):
+        started = time.monotonic()
+        found = run_pass(
+            model, samples, groups, requests, AutoquantConfig(method=given.method), boundaries=()
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if run:
+            seconds.append(round(time.monotonic() - started, 2))
+            taken.append(round(found.taken / GIB, 2))
+    print(
+        json.dumps(
+            {
+                "shape": given.shape,
+                "method": given.method,
+                "pairs": given.pairs.split(","),
+                "tokens": [given.samples, given.tokens],
+                "device": device_name(device),
+                "dtype": given.dtype,
+                "seconds": seconds,
+                "gib_above_weights": taken,
+                "scored": int((found.scores.per_sample.sum(dim=(1, 2)) > 0).sum()),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
