@@ -4,7 +4,8 @@
 
 Every sample has as many tokens. The model is built on the device and run once before it is timed.
 Prints JSON: the seconds of each timed pass, its calibration included, and the most that it took
-above the weights.
+above the weights; with ``--modelopt PAIR``, also the seconds of ``mtq.auto_quantize`` on that pair
+and these samples, in batches of eight, as a first run that compiles nothing for us.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from benchmarks._workload import NIGHTLY, SHAPES, build_shape, pair_configs
 from qsens.checkpoint.groups import find_groups
-from qsens.checkpoint.loading import device_name, resolve_device
+from qsens.checkpoint.loading import choose_experts, device_name, resolve_device
 from qsens.checkpoint.structure import Structure, structure_of
 from qsens.config.models import AutoquantConfig
 from qsens.data.samples import Samples
@@ -28,6 +29,7 @@ from qsens.engine.scoring_pass import run_pass
 
 # Ids at the end of a vocabulary are special tokens.
 _SPARED = 1024
+_BATCH = 8
 
 
 def main() -> None:
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2, help="passes that are timed")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--modelopt", help="a pair that ModelOpt scores on the same samples")
     given = parser.parse_args()
     device, dtype = resolve_device(given.device), getattr(torch, given.dtype)
     model = build_shape(given.shape, device, dtype)
@@ -77,6 +80,9 @@ def main() -> None:
         if run:
             seconds.append(round(time.monotonic() - started, 2))
             taken.append(round(found.taken / GIB, 2))
+    beside: dict[str, Any] = {}
+    if given.modelopt:
+        beside = _modelopt(model, samples, given.modelopt, structure)
     print(
         json.dumps(
             {
@@ -89,9 +95,30 @@ def main() -> None:
                 "seconds": seconds,
                 "gib_above_weights": taken,
                 "scored": int((found.scores.per_sample.sum(dim=(1, 2)) > 0).sum()),
+                **beside,
             }
         )
     )
+
+
+def _modelopt(model: Any, samples: Samples, name: str, structure: Structure) -> dict[str, Any]:
+    """Return what ModelOpt takes for one pair; the model is of no use afterwards."""
+    from qsens.engine.modelopt import reference
+
+    choose_experts(model, torch.device("cpu"), torch.float32)  # its own experts run one by one
+    (pair,) = pair_configs([name])
+    count = len(samples)
+    scores = reference.score_cell(
+        model,
+        samples,
+        pair,
+        vision=structure.vision,
+        sizes=[count],
+        scored=count,
+        batch_size=_BATCH,
+    )
+    seconds = {key: round(value, 1) for key, value in scores.timings.items()}
+    return {"modelopt": {"pair": name, **seconds}}
 
 
 if __name__ == "__main__":

@@ -58,13 +58,12 @@ class Routing:
         return (e for e in range(len(self.starts) - 1) if self.starts[e] < self.starts[e + 1])
 
     @cached_property
-    def turns(self) -> list[torch.Tensor]:
-        """Return the pairs of each row's first expert, then those of its second, and so on."""
+    def by_row(self) -> torch.Tensor | None:
+        """Return the pairs of each row in order, ``(rows, most)``; none where some have fewer."""
         order = self.rows.argsort(stable=True)
-        rows = self.rows[order]
-        first = torch.searchsorted(rows, rows)  # where each row's pairs begin
-        turn = torch.arange(len(rows), device=rows.device) - first
-        return [order[turn == each] for each in range(self.most)]
+        counts = torch.bincount(self.rows)
+        whole = len(order) == self.most * len(counts) and bool((counts == self.most).all())
+        return order.view(-1, self.most) if whole else None
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -196,13 +195,14 @@ def summed(added: torch.Tensor, routing: Routing, rows: int) -> torch.Tensor:
         routing: Which rows they are of.
         rows: Rows of the module.
     """
-    output = added.new_zeros(rows, added.shape[1])
-    if not added.is_cuda:
-        return output.index_add_(0, routing.rows, added)
-    # In an order that is always the same, which atomic additions have not.
-    for each in routing.turns:
-        output[routing.rows[each]] += added[each]
-    return output
+    if added.is_cuda and routing.by_row is not None and len(routing.by_row) == rows:
+        # In an order that is always the same, which atomic additions have not.
+        first, *others = added[routing.by_row].unbind(dim=1)
+        output = first.clone()
+        for each in others:
+            output += each
+        return output
+    return added.new_zeros(rows, added.shape[1]).index_add_(0, routing.rows, added)
 
 
 def expert_inputs(

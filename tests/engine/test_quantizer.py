@@ -11,7 +11,7 @@ import torch
 
 from qsens.config import Roots, choices, load_sweep
 from qsens.engine import quantizer
-from qsens.engine.quantizer import quantize_weight
+from qsens.engine.quantizer import quantize_experts, quantize_weight
 from qsens.numerics import fake_quantize, supports
 
 REPO = Path(__file__).resolve().parents[2]
@@ -98,3 +98,25 @@ def test_a_weight_in_another_layout_comes_out_contiguous(monkeypatch: pytest.Mon
     monkeypatch.setattr(quantizer, "WEIGHT_CHUNK", 100)
     for name, cfg in ALL.items():
         assert torch.equal(quantize_weight(weight, cfg), fake_quantize(weight, cfg)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["plain", "transposed", "one not finite"])
+def test_experts_are_quantized_as_if_each_were_alone(layout: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.randn(5, 24, 40, generator=generator)
+    weights *= torch.rand(5, 24, 1, generator=generator).exp2() * 4
+    weights *= torch.arange(1, 6)[:, None, None]
+    weights = weights.to(dtype)
+    if layout == "transposed":
+        weights = weights.transpose(1, 2)
+    if layout == "one not finite":
+        weights[2, 3, 4] = math.inf
+    for name, cfg in ALL.items():
+        found = quantize_experts(weights, cfg)
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+        for one, alone in zip(found, weights, strict=True):
+            assert torch.equal(one.nan_to_num(7.0), quantize_weight(alone, cfg).nan_to_num(7.0)), (
+                name
+            )
