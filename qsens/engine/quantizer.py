@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qsens.numerics import compute_amax, fake_quantize, supports
+from qsens.numerics import compute_amax, fake_quantize, fake_quantize_each, supports
 from qsens.numerics.formats import Sharing, format_of
 
 # Elements of a weight that are quantized at once: bounds the temporaries of a large head.
@@ -91,19 +91,8 @@ def quantize_experts(weights: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Ten
         if one_scale and not cfg.get("block_sizes"):
             return quantize_weight(weights.flatten(1), {**cfg, "axis": 0}).view(weights.shape)
         if matrices.sharing is Sharing.NVFP4:
-            return _with_scales(weights, cfg)
+            return fake_quantize_each(weights, cfg)
     return torch.stack([quantize_weight(weight, cfg) for weight in weights])
-
-
-def _with_scales(weights: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tensor:
-    """Fake-quantize weights with a scale of its own each, all of which are found at once."""
-    amax = torch.linalg.vector_norm(weights, ord=math.inf, dim=(1, 2), dtype=torch.float32)
-    if not bool(amax.isfinite().all()):
-        return torch.stack([quantize_weight(weight, cfg) for weight in weights])
-    result = torch.empty_like(weights, memory_format=torch.contiguous_format)
-    for weight, largest, out in zip(weights, amax, result, strict=True):
-        fake_quantize(weight.contiguous(), {**cfg, "type": "static"}, largest, out=out)
-    return result
 
 
 def needs_fallback(cfg: Mapping[str, Any]) -> bool:

@@ -11,8 +11,6 @@ added is a product that is exact, or a clamp stands between.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -47,6 +45,19 @@ def covers(x: Tensor, fmt: Format, amax: Tensor | None) -> bool:
     return divides and (fmt.sharing is not Sharing.BLOCKS or amax is None)
 
 
+def quantize_each(x: Tensor, fmt: Format) -> Tensor:
+    """Fake-quantize stacked tensors in NVFP4, each as if it were alone; see `covers`.
+
+    Args:
+        x: ``(n, ...)``; float32, bfloat16 or float16, contiguous, on a GPU.
+        fmt: NVFP4.
+    """
+    result = torch.empty_like(x)
+    tops = torch.linalg.vector_norm(x.flatten(1), ord=torch.inf, dim=1, dtype=torch.float32)
+    _by_blocks(x, result, fmt, tops)
+    return result
+
+
 def quantize(x: Tensor, fmt: Format, amax: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Fake-quantize a tensor that `covers` takes.
 
@@ -60,7 +71,10 @@ def quantize(x: Tensor, fmt: Format, amax: Tensor | None, out: Tensor | None = N
     if fmt.sharing is Sharing.DIMS:
         _by_rows(x, result, fmt, amax)
     else:
-        _by_blocks(x, result, fmt, amax)
+        top: Tensor | None = None
+        if fmt.sharing is Sharing.NVFP4:
+            top = _top(x if amax is None else amax.to(x.device, torch.float32))[None]
+        _by_blocks(x, result, fmt, top)
     return result
 
 
@@ -116,21 +130,20 @@ def _by_rows(x: Tensor, result: Tensor, fmt: Format, amax: Tensor | None) -> Non
         )
 
 
-def _by_blocks(x: Tensor, result: Tensor, fmt: Format, amax: Tensor | None) -> None:
+def _by_blocks(x: Tensor, result: Tensor, fmt: Format, tops: Tensor | None) -> None:
+    """Quantize blocks; of NVFP4, as many parts of equal size as there are ``tops``."""
     size = _block(fmt)
     blocks = x.numel() // size
     held = max(1, _TILE // size)
-    top: Any = None
-    if fmt.sharing is Sharing.NVFP4:
-        top = _top(x if amax is None else amax.to(x.device, torch.float32))
     element = fmt.element
     floats = isinstance(element, Float)
     with torch.cuda.device(x.device):
         _blocks_kernel[(triton.cdiv(blocks, held),)](
             x,
             result,
-            top,
+            tops,
             blocks,
+            blocks // (1 if tops is None else len(tops)),
             float(element.largest),
             1.0 / element.largest,
             float(element.lowest) if isinstance(element, Integer) else -float(element.largest),
@@ -228,8 +241,9 @@ if triton is not None:
     def _blocks_kernel(  # type: ignore[no-untyped-def]
         x,
         result,
-        top,
+        tops,
         blocks,
+        of_part,
         largest,
         per_largest,
         lowest,
@@ -273,7 +287,7 @@ if triton is not None:
                 rounded = _to_grid(scaled, lift, least)
             made = rounded * scale[:, None]
         else:
-            unit = tl.load(top) * per_top
+            unit = tl.load(tops + block // of_part, mask=block < blocks, other=1.0) * per_top
             unit = tl.where(unit <= 0, 1e-12, unit)
             per_unit = _divide(1.0, 6.0 * unit)
             per_unit = tl.where(per_unit > 3.4028234663852886e38, 3.4028234663852886e38, per_unit)

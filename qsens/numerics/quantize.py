@@ -114,6 +114,20 @@ def fake_quantize(
     return result if out is None else out.copy_(result)
 
 
+@torch.no_grad()
+def fake_quantize_each(x: Tensor, cfg: Mapping[str, Any]) -> Tensor:
+    """Round stacked tensors, each as if it were alone: equal to `fake_quantize` of each.
+
+    Args:
+        x: ``(n, ...)``, as `fake_quantize` takes it.
+        cfg: A quantizer's config; see `fake_quantize`.
+    """
+    fmt, x = format_of(cfg), x.contiguous()
+    if fmt.sharing is Sharing.NVFP4 and x.numel() and kernels.covers(x, fmt, None):
+        return kernels.quantize_each(x, fmt)
+    return torch.stack([fake_quantize(one, cfg) for one in x])
+
+
 def _quantize(x: Tensor, fmt: Format, amax: Tensor | None) -> Tensor:
     if fmt.sharing is Sharing.MX:
         return fake_mx(x, fmt.element, fmt.size)

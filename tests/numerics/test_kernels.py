@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsens.numerics import compute_amax, fake_quantize, kernels
+from qsens.numerics import compute_amax, fake_quantize, fake_quantize_each, kernels
 from qsens.numerics.formats import format_of
 from tests.numerics.test_golden import DTYPES, OURS, differing, formats, read, without_ours
 from tests.numerics.test_quantize import ALL
@@ -45,3 +45,14 @@ def test_they_are_what_runs(name):
     x = torch.ones(4, 128, device="cuda")
     assert kernels.covers(x, format_of(ALL[name]), None)
     assert not kernels.covers(x.t(), format_of(ALL[name]), None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ALL)
+def test_stacked_tensors_are_each_alone(name, dtype):
+    x = torch.randn(5, 24, 320, generator=torch.Generator().manual_seed(1))
+    x = (x * torch.arange(1, 6)[:, None, None]).to(getattr(torch, dtype))
+    x[3, 7, 9] = torch.inf
+    there = fake_quantize_each(x.cuda(), ALL[name]).cpu()
+    for one, alone in zip(there, x, strict=True):
+        assert differing(one, fake_quantize(alone, ALL[name])) == 0
