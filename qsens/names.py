@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Literal
 
 GROUP_SUFFIX = ".quant_recipe"
@@ -11,6 +10,17 @@ GROUP_SUFFIX = ".quant_recipe"
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 Kind = Literal["qkv", "o", "gate_up", "down", "experts", "head", "vision", "other"]
+
+_LEAVES: tuple[tuple[Kind, str], ...] = (
+    ("qkv", "q_proj k_proj v_proj qkv qkv_proj query_key_value c_attn Wqkv query key value"),
+    ("qkv", "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj in_proj_qkv in_proj_qkvz"),
+    ("o", "o_proj out_proj"),
+    ("gate_up", "gate_proj up_proj gate_up_proj fc1 c_fc fc_in dense_h_to_4h"),
+    ("down", "down_proj fc2 fc_out dense_4h_to_h"),
+    ("experts", "experts"),
+    ("head", "lm_head output_layer"),
+)
+_KINDS = {leaf: kind for kind, leaves in _LEAVES for leaf in leaves.split()}
 
 
 def group_name(key: str) -> str:
@@ -23,15 +33,9 @@ def kind_of(name: str, vision: bool = False) -> Kind:
     if vision or re.search(r"(^|\.)(visual|vision_tower|vision_model)\.", name):
         return "vision"
     leaf = name.rsplit(".", 1)[-1]
-    table: Mapping[str, Kind] = {
-        **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv", "qkv_proj"), "qkv"),
-        **dict.fromkeys(("o_proj", "out_proj"), "o"),
-        **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "gate_up"),
-        "down_proj": "down",
-        "experts": "experts",
-        **dict.fromkeys(("lm_head", "output_layer"), "head"),
-    }
-    return table.get(leaf, "other")
+    if leaf == "c_proj":  # of GPT-2's kind: behind attention, and behind what follows it
+        return "o" if re.search(r"\.attn\.", name) else "down"
+    return _KINDS.get(leaf, "other")
 
 
 def depth_of(name: str) -> int | None:
