@@ -123,7 +123,12 @@ def route(chosen: torch.Tensor, gates: torch.Tensor, experts: int) -> Routing:
 
 
 def products(
-    x: torch.Tensor, weight: torch.Tensor, routing: Routing, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    routing: Routing,
+    bias: torch.Tensor | None = None,
+    *,
+    grouped: bool = True,
 ) -> torch.Tensor:
     """Return each pair's product with the weight of its expert, ``(pairs, out)``.
 
@@ -134,20 +139,25 @@ def products(
         weight: The weights of all experts, ``(experts, out, in)``.
         routing: Which pairs are whose.
         bias: The biases of all experts, ``(experts, out)``.
+        grouped: Whether it may be grouped: such a product gives the data type that it is given.
     """
-    if _groups(x, weight):
+    if grouped and _groups(x, weight):
         output = F.grouped_mm(x, weight.transpose(1, 2), offs=routing.ends)
         return output if bias is None else output.add_(bias[routing.experts])
-    output = x.new_empty(len(x), weight.shape[1], dtype=torch.result_type(x, weight))
+    parts = [x.new_empty(0, weight.shape[1])]
     for expert in routing.busy():
-        share = routing.share(expert)
         own = None if bias is None else bias[expert]
-        output[share] = F.linear(x[share], weight[expert], own)
-    return output
+        parts.append(F.linear(x[routing.share(expert)], weight[expert], own))
+    return torch.cat(parts)
 
 
 def between(
-    module: Any, x: torch.Tensor, routing: Routing, weight: torch.Tensor | None = None
+    module: Any,
+    x: torch.Tensor,
+    routing: Routing,
+    weight: torch.Tensor | None = None,
+    *,
+    grouped: bool = True,
 ) -> torch.Tensor:
     """Return what stands between the products of each pair's expert, ``(pairs, inner)``.
 
@@ -156,9 +166,10 @@ def between(
         x: What pairs read, ``(pairs, hidden)``.
         routing: Which pairs are whose.
         weight: The first weights of all experts; their own when not given.
+        grouped: As of :func:`products`.
     """
     first = expert_weights(module)[0] if weight is None else weight
-    product = products(x, first, routing, expert_biases(module)[0])
+    product = products(x, first, routing, expert_biases(module)[0], grouped=grouped)
     hidden: torch.Tensor = (
         module._apply_gate(product) if module.has_gate else module.act_fn(product)
     )
@@ -171,6 +182,8 @@ def contributions(
     routing: Routing,
     weights: Sequence[torch.Tensor] | None = None,
     inner: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    *,
+    grouped: bool = True,
 ) -> torch.Tensor:
     """Return what every pair of a row and an expert adds to the output, ``(pairs, hidden)``.
 
@@ -180,11 +193,13 @@ def contributions(
         routing: Which rows go to which experts.
         weights: The weights of all experts; their own when not given.
         inner: Called with what stands between the products.
+        grouped: As of :func:`products`.
     """
     first, second = expert_weights(module) if weights is None else weights
-    hidden = between(module, x[routing.rows], routing, first)
+    hidden = between(module, x[routing.rows], routing, first, grouped=grouped)
     hidden = hidden if inner is None else inner(hidden)
-    return products(hidden, second, routing, expert_biases(module)[1]) * routing.gates
+    bias = expert_biases(module)[1]
+    return products(hidden, second, routing, bias, grouped=grouped) * routing.gates
 
 
 def summed(added: torch.Tensor, routing: Routing, rows: int) -> torch.Tensor:

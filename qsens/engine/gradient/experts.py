@@ -51,19 +51,23 @@ class Mixture:
         module: The experts.
         rows: Their rows.
         layout: Which sample each row belongs to.
+        exact: Whether products give float32, whatever they are of.
 
     Attributes:
         pairs: How many pairs of a row and an expert there are.
     """
 
-    def __init__(self, module: nn.Module, rows: ModuleActivations, layout: BufferLayout) -> None:
+    def __init__(
+        self, module: nn.Module, rows: ModuleActivations, layout: BufferLayout, *, exact: bool
+    ) -> None:
         self.module = module
         self.weights = expert_weights(module)
         chosen, gates = rows.routing
         self.routing = route(chosen, gates, len(self.weights[0]))
         self.pairs = len(self.routing.rows)
         self._rows = rows
-        self._own = contributions(module, rows.inputs, self.routing)
+        self._grouped = not exact
+        self._own = contributions(module, rows.inputs, self.routing, grouped=self._grouped)
         samples, device = len(layout.own), rows.inputs.device
         of_row = torch.empty(layout.rows + 1, dtype=torch.int64, device=device)
         of_row[layout.own] = torch.arange(samples, device=device)[:, None]
@@ -98,7 +102,12 @@ class Mixture:
             # Rows that do not count are any of those that do: what comes of them is left out.
             x = given[at] if piece.count == total else given[at][self._within(piece.count)]
             added = contributions(
-                self.module, x, self.routing, weights, partial(inner, piece.input)
+                self.module,
+                x,
+                self.routing,
+                weights,
+                partial(inner, piece.input),
+                grouped=self._grouped,
             )
             changed[at] = summed(added, self.routing, total)[: piece.count]
             for part in self._parts():

@@ -302,7 +302,7 @@ class GradientScorer:
     ) -> None:
         """Score every candidate on a mixture, and on each of its experts alone."""
         layout, table = statistics.layout, self._experts[name]
-        mixture = Mixture(self._modules[name], rows, layout)
+        mixture = Mixture(self._modules[name], rows, layout, exact=self._metric.exact)
         # By the products that the candidates go through: others may round otherwise.
         rows = replace(rows, outputs=mixture.outputs())
         statistics.norms[position] = row_norms(rows.outputs)

@@ -433,3 +433,19 @@ def test_fisher_is_the_divergence(work: tuple[Any, ...]) -> None:
                 index = candidates.of_cell[name]
                 ratio = found.per_sample[at, index].sum() / truth.per_sample[at, index].sum()
                 assert 0.75 < float(ratio) < 1.33, (group.name, name)
+
+
+def test_bfloat16_rounds_nothing_that_fisher_measures(samples: Samples) -> None:
+    """INT8 changes a weight by about what bfloat16 rounds an output by."""
+    narrow = mixtures.model().bfloat16()
+    wide = copy.deepcopy(narrow).float()
+    candidates = distinct([Request("cell", {"num_bits": 8, "axis": 0}, None, 6, 6)])
+    found, expected = (
+        estimate(model, samples, find_groups(model), candidates, {}, draws=64, seed=1)
+        for model in (narrow, wide)
+    )
+    names = [group.name for group in found.groups]
+    for name in LAYERS:
+        at = names.index(name)
+        ours, theirs = (each.per_sample[at, 0].sum() for each in (found, expected))
+        assert float(ours) == pytest.approx(float(theirs), rel=0.1)
