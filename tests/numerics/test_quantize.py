@@ -53,7 +53,7 @@ def some(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
 
 
 def test_exported_names():
-    names = ["compute_amax", "fake_quantize", "supports"]
+    names = ["compute_amax", "fake_quantize", "fake_quantize_each", "supports"]
     assert sorted(qsens.numerics.__all__) == names
 
 

@@ -265,7 +265,7 @@ def test_pictures_for_gemma_3_are_refused_before_any_work(
     with pytest.raises(UserError) as caught:
         place.plan(f"model.path={gemma}", *given)
     assert "model type 'gemma3' cannot be given pictures" in caught.value.what
-    assert "it is none of Qwen3-VL, Qwen2.5-VL" in caught.value.what
+    assert "it is none of qwen3_vl, qwen2_5_vl" in caught.value.what
     assert "coverage=lm_only with dataset.modality=text" in caught.value.remedy
     assert place.plan(f"model.path={gemma}", "coverage=lm_only").cells
 
