@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from qsens.checkpoint.components import resolve_components
 from qsens.checkpoint.loading import (
+    auto_class,
     choose_experts,
     disable_cudnn_attention,
     load_model,
@@ -171,11 +172,8 @@ def build(
     else:
         assert shape is not None
         loaded = build_shape(shape, device, getattr(torch, dtype))
-        settings: Any = loaded.config
-        structure = structure_of(settings.model_type)
-        assert isinstance(structure, Structure)
-        disabled = structure.vision
-        vocabulary = settings.get_text_config().vocab_size
+        disabled = tower_patterns(loaded)
+        vocabulary = loaded.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
         samples = random_samples(lines, vocabulary, longest=dataset.calib_seq_len)
     return Workload(
         name=model.resolve().name if model else shape or "",
@@ -200,13 +198,8 @@ def build_shape(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modul
     torch.manual_seed(0)
     sizes = {"model_type": "qwen3_vl", "tie_word_embeddings": True, **SHAPES[name]}
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
-    auto = (
-        AutoModelForImageTextToText
-        if type(config) in AutoModelForImageTextToText._model_mapping
-        else AutoModelForCausalLM
-    )
     with torch.device(device):
-        model = auto.from_config(config, dtype=dtype)
+        model = auto_class(config).from_config(config, dtype=dtype)
     choose_experts(model, device, dtype)
     model.requires_grad_(False)
     for parameter in model.parameters():
@@ -216,10 +209,22 @@ def build_shape(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modul
     return module
 
 
+def tower_patterns(model: Any) -> tuple[str, ...]:
+    """Return the patterns of what reads pictures in a model of a known type."""
+    structure = structure_of(model.config.model_type)
+    assert isinstance(structure, Structure)
+    return structure.vision
+
+
+def ordinary_ids(vocabulary: int) -> int:
+    """Return how many ids, from 0, are of text; those at the end of a large one are special."""
+    return vocabulary - _SPECIAL_IDS if vocabulary > 2 * _SPECIAL_IDS else vocabulary
+
+
 def random_samples(captions: Sequence[str], vocabulary: int, *, longest: int) -> Samples:
     """Return random ids, as many a caption as it has words and marks of punctuation."""
     generator = torch.Generator().manual_seed(0)
-    high = vocabulary - _SPECIAL_IDS if vocabulary > 2 * _SPECIAL_IDS else vocabulary
+    high = ordinary_ids(vocabulary)
     ids = []
     for caption in captions:
         length = len(re.findall(r"\w+|[^\w\s]", caption))

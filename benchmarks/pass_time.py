@@ -5,7 +5,7 @@
 Every sample has as many tokens. The model is built on the device and run once before it is timed.
 Prints JSON: the seconds of each timed pass, its calibration included, and the most that it took
 above the weights; with ``--modelopt PAIR``, also the seconds of ``mtq.auto_quantize`` on that pair
-and these samples, in batches of eight, as a first run that compiles nothing for us.
+and these samples, in batches of eight, which nothing warmed up.
 """
 
 from __future__ import annotations
@@ -17,18 +17,23 @@ from typing import Any
 
 import torch
 
-from benchmarks._workload import NIGHTLY, SHAPES, build_shape, pair_configs
+from benchmarks._engines import request
+from benchmarks._workload import (
+    NIGHTLY,
+    SHAPES,
+    Cell,
+    build_shape,
+    ordinary_ids,
+    pair_configs,
+    tower_patterns,
+)
 from qsens.checkpoint.groups import find_groups
 from qsens.checkpoint.loading import choose_experts, device_name, resolve_device
-from qsens.checkpoint.structure import Structure, structure_of
 from qsens.config.models import AutoquantConfig
 from qsens.data.samples import Samples
-from qsens.engine.candidates import Request
 from qsens.engine.memory import GIB
 from qsens.engine.scoring_pass import run_pass
 
-# Ids at the end of a vocabulary are special tokens.
-_SPARED = 1024
 _BATCH = 8
 
 
@@ -47,26 +52,16 @@ def main() -> None:
     given = parser.parse_args()
     device, dtype = resolve_device(given.device), getattr(torch, given.dtype)
     model = build_shape(given.shape, device, dtype)
-    config: Any = model.config
-    structure = structure_of(config.model_type)
-    assert isinstance(structure, Structure)
-    groups = find_groups(model, structure.vision)
-    vocabulary = config.get_text_config().vocab_size
+    groups = find_groups(model, tower_patterns(model))
     ids = torch.randint(
         0,
-        max(vocabulary // 2, vocabulary - _SPARED),
+        ordinary_ids(model.config.get_text_config().vocab_size),  # type: ignore[union-attr,operator]
         (given.samples, given.tokens),
         generator=torch.Generator().manual_seed(0),
     )
     samples = Samples(tuple(map(tuple, ids.tolist())), (False,) * given.samples)
     requests = [
-        Request(
-            pair.name,
-            pair.weight_quantizer.modelopt(),
-            pair.input_quantizer.modelopt() if pair.input_quantizer else None,
-            given.samples,
-            given.samples,
-        )
+        request(Cell(pair, str(given.samples), given.samples, given.samples))
         for pair in pair_configs(given.pairs.split(","))
     ]
     seconds, taken = [], []
@@ -82,7 +77,7 @@ def main() -> None:
             taken.append(round(found.taken / GIB, 2))
     beside: dict[str, Any] = {}
     if given.modelopt:
-        beside = _modelopt(model, samples, given.modelopt, structure)
+        beside = _modelopt(model, samples, given.modelopt)
     print(
         json.dumps(
             {
@@ -101,7 +96,7 @@ def main() -> None:
     )
 
 
-def _modelopt(model: Any, samples: Samples, name: str, structure: Structure) -> dict[str, Any]:
+def _modelopt(model: Any, samples: Samples, name: str) -> dict[str, Any]:
     """Return what ModelOpt takes for one pair; the model is of no use afterwards."""
     from qsens.engine.modelopt import reference
 
@@ -112,7 +107,7 @@ def _modelopt(model: Any, samples: Samples, name: str, structure: Structure) -> 
         model,
         samples,
         pair,
-        vision=structure.vision,
+        vision=tower_patterns(model),
         sizes=[count],
         scored=count,
         batch_size=_BATCH,

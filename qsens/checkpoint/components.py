@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from qsens.checkpoint.files import read_config, shapes
-from qsens.checkpoint.structure import Structure, known_types, structure_of
+from qsens.checkpoint.structure import EXPERT_COUNTS, Structure, known_types, structure_of
 from qsens.checksums import digest_file, digest_of
 from qsens.config import ModelConfig, Roots
 from qsens.errors import UserError
 from qsens.reading import files_in, has_file, read_json, shown
 from qsens.store import INSPECTIONS
 
-# How configurations of mixtures of experts name the number of experts.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SHOWN = 8
 _LIST = "docs/zoo.md"
 _AGAIN = "Run `qsens inspect` again."
@@ -40,7 +38,11 @@ def resolve_components(config: ModelConfig, results: Path | None = None) -> Mode
         UserError: The checkpoint cannot be scored, or is of a type that is not known here while its
             model file says nothing; the message shows how to find out.
     """
-    structure = find_structure(config, results)
+    return with_patterns(config, find_structure(config, results))
+
+
+def with_patterns(config: ModelConfig, structure: Structure | None) -> ModelConfig:
+    """Return ``config`` with the patterns of a structure, if there is one, where it gives none."""
     if structure is None:
         return config
     return config.model_copy(
@@ -157,7 +159,7 @@ def find_head(names: Iterable[str], config: ModelConfig) -> str:
 def _refuse_experts(described: Mapping[str, Any], kind: str, path: Path) -> None:
     text = described.get("text_config")
     for section in (described, text if isinstance(text, Mapping) else {}):
-        for key in _EXPERTS:
+        for key in EXPERT_COUNTS:
             count = section.get(key)
             if isinstance(count, int) and count > 1:
                 raise UserError(

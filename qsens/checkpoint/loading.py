@@ -17,7 +17,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from qsens.checkpoint.components import find_head, find_structure, resolve_components
+from qsens.checkpoint.components import find_head, find_structure, with_patterns
 from qsens.checkpoint.experts import is_experts
 from qsens.checkpoint.files import find_weights, read_config
 from qsens.checkpoint.modules import quantizable
@@ -91,17 +91,12 @@ def load_model(config: ModelConfig, device: torch.device, results: Path | None =
     _choose_attention(settings)
     # What was hashed is what is read, whatever else lies there.
     settings.transformers_weights = weights.entry
-    auto = (
-        AutoModelForImageTextToText
-        if type(settings) in AutoModelForImageTextToText._model_mapping
-        else AutoModelForCausalLM
-    )
     with refusals(
         f"transformers {transformers.__version__} cannot load it",
         where=f"model.path = {config.path}",
         remedy=_INSTALL,
     ):
-        model, report = auto.from_pretrained(
+        model, report = auto_class(settings).from_pretrained(
             config.path,
             config=settings,
             dtype=getattr(torch, config.dtype),
@@ -131,11 +126,21 @@ def load_model(config: ModelConfig, device: torch.device, results: Path | None =
     structure = find_structure(config, results)
     traits = structure.traits if structure is not None else Traits()
     remember_traits(model, traits)
-    head = find_head(quantizable(model), resolve_components(config, results))
+    head = find_head(quantizable(model), with_patterns(config, structure))
     remember_traits(model, replace(traits, head=head))
     model.requires_grad_(False)
     module: nn.Module = model.to(device).eval()
     return module
+
+
+def auto_class(settings: Any) -> Any:
+    """Return transformers' class that makes a model of a configuration: with pictures, if it can.
+
+    Args:
+        settings: A configuration of transformers.
+    """
+    seeing = type(settings) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if seeing else AutoModelForCausalLM
 
 
 def choose_experts(model: Any, device: torch.device, dtype: torch.dtype) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 _FILE = Path(__file__).with_name("structures.json")
+# How configurations of mixtures of experts name the number of experts.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Traits of loaded models, which nothing is written on.
 _TRAITS: WeakKeyDictionary[Any, Traits] = WeakKeyDictionary()
 
@@ -52,7 +54,6 @@ class Structure:
         head: The same of the output embedding.
         traits: How it runs.
         tied: Whether its head is its embedding where ``config.json`` is silent.
-        is_moe: Whether its layers are mixtures of experts with shared weights.
     """
 
     language: tuple[str, ...]
@@ -60,7 +61,6 @@ class Structure:
     head: tuple[str, ...]
     traits: Traits = Traits()
     tied: bool = False
-    is_moe: bool = False
 
     @classmethod
     def read(cls, held: Mapping[str, Any]) -> Structure:
@@ -72,7 +72,6 @@ class Structure:
             **lists,
             traits=Traits(**{**traits, "left_alone": left_alone}),
             tied=held["tied"],
-            is_moe=held["is_moe"],
         )
 
     def as_dict(self) -> dict[str, Any]:

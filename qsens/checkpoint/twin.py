@@ -17,8 +17,9 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from qsens.checkpoint.loading import auto_class
 
 _TOKEN = re.compile(r".*(token_ids?|token_index|_index|_id|token_id_list|_ids)\Z")
 # A neutral default would hide what becomes of the logits.
@@ -52,14 +53,11 @@ def build_twin(settings: Any, *, trust_remote_code: bool = False) -> nn.Module:
         settings: The configuration; see :func:`shrink`.
         trust_remote_code: Whether the checkpoint's own code runs.
     """
-    auto = (
-        AutoModelForImageTextToText
-        if type(settings) in AutoModelForImageTextToText._model_mapping
-        else AutoModelForCausalLM
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = auto.from_config(settings, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = auto_class(settings).from_config(
+            settings, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
         for parameter in model.parameters():  # some are left as memory was
             if not torch.isfinite(parameter).all() or parameter.abs().max() > 1e4:
                 nn.init.normal_(parameter, std=_INITIAL)

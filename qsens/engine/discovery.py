@@ -20,17 +20,25 @@ from torch import nn
 
 from qsens.checkpoint.experts import expert_weights, is_experts
 from qsens.checkpoint.groups import find_groups
+from qsens.checkpoint.loading import choose_experts, has_tied_head
 from qsens.checkpoint.modules import (
     bias_of,
     is_linear,
     is_quantizable,
     layers_of,
+    quantizable,
     weight_of,
     with_open_index,
 )
-from qsens.checkpoint.structure import Structure, Traits, head_of, remember_traits
+from qsens.checkpoint.structure import (
+    EXPERT_COUNTS,
+    Structure,
+    Traits,
+    head_of,
+    remember_traits,
+)
 from qsens.checkpoint.twin import text_inputs
-from qsens.data.samples import Samples, make_batch
+from qsens.data.samples import Batch, Samples, make_batch
 from qsens.engine.candidates import Request, distinct
 from qsens.engine.gradient.scorer import score
 from qsens.engine.head import Head, head_input, run, without_head
@@ -39,7 +47,6 @@ from qsens.numerics import fake_quantize
 
 # A router's last name, or the one before its last.
 _ROUTER = re.compile(r"(^|\.)\w*(router|gate)(\.\w+)?$")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _FORMAT = {"num_bits": 4, "axis": 0}
 _TOLERANCE = 1e-3
 # Share of the language model's weights that may lie in no module that a format applies to.
@@ -58,11 +65,10 @@ def discover(model: Any) -> Structure:
         UserError: It cannot be scored; the message names the cause.
     """
     name = type(model).__name__
-    if getattr(model, "set_experts_implementation", None) and any(map(is_experts, model.modules())):
-        model.set_experts_implementation("eager")
+    choose_experts(model, torch.device("cpu"), torch.float32)
     ids = text_inputs(model, samples=_SAMPLES, tokens=_TOKENS)
     called = _called(model, ids)
-    modules = {key: module for key, module in model.named_modules() if is_quantizable(module)}
+    modules = quantizable(model)
     head = _head_name(model)
     Head.of(model)
     routers = {key for key in modules if key in called and _is_router(model, key, modules[key])}
@@ -94,8 +100,7 @@ def discover(model: Any) -> Structure:
         vision=_both_spellings(_patterns(tower, language, modules)),
         head=(head,),
         traits=_checked(model, ids, traits),
-        tied=_is_tied(model),
-        is_moe=any(map(is_experts, model.modules())),
+        tied=has_tied_head(model),
     )
 
 
@@ -135,7 +140,9 @@ def _head_name(model: Any) -> str:
 def _is_router(model: Any, name: str, module: nn.Module) -> bool:
     """Return whether a linear module chooses experts, or weighs one that all tokens go to."""
     config = model.config.get_text_config()
-    counts = {value for key in _EXPERTS if isinstance(value := getattr(config, key, None), int)}
+    counts = {
+        value for key in EXPERT_COUNTS if isinstance(value := getattr(config, key, None), int)
+    }
     return (
         bool(_ROUTER.search(name)) and is_linear(module) and len(weight_of(module)) in {1, *counts}
     )
@@ -168,10 +175,7 @@ def _pads(model: Any, ids: torch.Tensor) -> bool:
     """Return whether padding on the right changes what the head reads of real tokens."""
     padded = F.pad(ids, (0, _PADDING))
     with without_head(head_of(model)), torch.no_grad():
-        alone, beside = (
-            head_input(model, make_batch(Samples(tuple(map(tuple, each.tolist())), ()), [0, 1]))
-            for each in (ids, padded)
-        )
+        alone, beside = (head_input(model, _batch(_samples_of(each))) for each in (ids, padded))
     difference = (beside[:, : ids.shape[1]] - alone).norm()
     return bool(difference <= 1e-5 * alone.norm())
 
@@ -182,10 +186,10 @@ def _checked(model: Any, ids: torch.Tensor, traits: Traits) -> Traits:
     Raises:
         UserError: There are none.
     """
-    samples = Samples(tuple(map(tuple, ids.tolist())), (False,) * len(ids))
+    samples = _samples_of(ids)
     groups = find_groups(model)
     candidates = distinct([Request("check", _FORMAT, None, len(ids), len(ids))])
-    batches = [make_batch(samples, range(len(ids)))]
+    batches = [_batch(samples)]
     reason, expected = "", None
     for chained, in_place in itertools.product((True, False), (False, True)):
         own = replace(traits, chained=chained, in_place=in_place)
@@ -274,6 +278,14 @@ def _changed(module: nn.Module, args: tuple[Any, ...]) -> torch.Tensor:
     return output
 
 
+def _samples_of(ids: torch.Tensor) -> Samples:
+    return Samples(tuple(map(tuple, ids.tolist())), (False,) * len(ids))
+
+
+def _batch(samples: Samples) -> Batch:
+    return make_batch(samples, range(len(samples)))
+
+
 def _has_tower(config: Any) -> bool:
     return any(
         getattr(config, f"{kind}_config", None) is not None
@@ -284,12 +296,6 @@ def _has_tower(config: Any) -> bool:
 def _stacks(layers: Iterable[str]) -> tuple[str, ...]:
     """Return what the names of layers begin with: one for each list that they lie in."""
     return tuple(dict.fromkeys(re.sub(r"\d+$", "", layer) for layer in layers))
-
-
-def _is_tied(model: Any) -> bool:
-    weight = head_of(model).weight
-    names = [key for key, one in model.named_parameters(remove_duplicate=False) if one is weight]
-    return len(names) > 1
 
 
 def _patterns(

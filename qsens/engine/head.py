@@ -8,6 +8,7 @@ out what the language model's own configuration asks for.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -138,11 +139,16 @@ def head_input(model: Any, batch: Batch) -> torch.Tensor:
 
 def run(model: Any, inputs: Mapping[str, torch.Tensor]) -> Any:
     """Run a model that keeps nothing for further tokens."""
-    parameters = inspect.signature(model.forward).parameters
+    kind: Any = type(model)
+    return model(**inputs, use_cache=False) if _takes_cache(kind) else model(**inputs)
+
+
+@functools.cache
+def _takes_cache(kind: Any) -> bool:
+    """Return whether a class of models can be told to keep nothing for further tokens."""
+    parameters = inspect.signature(kind.forward).parameters
     kinds = {parameter.kind for parameter in parameters.values()}
-    if "use_cache" in parameters or inspect.Parameter.VAR_KEYWORD in kinds:
-        return model(**inputs, use_cache=False)
-    return model(**inputs)
+    return "use_cache" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def _stop(hidden: torch.Tensor) -> torch.Tensor:

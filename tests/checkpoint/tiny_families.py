@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -20,6 +18,8 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLMoeConfig,
 )
+
+from qsens.checkpoint.loading import auto_class
 
 CAPTIONS = [
     "a red circle left of a blue square",
@@ -126,14 +126,9 @@ _GEMMA_LAYERS = ["sliding_attention", "full_attention"]
 
 def save(config: Any, path: Path) -> Path:
     """Save a model of that configuration, its weights drawn with a seed, and a tokenizer."""
-    auto = (
-        AutoModelForImageTextToText
-        if type(config) in AutoModelForImageTextToText._model_mapping
-        else AutoModelForCausalLM
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = auto.from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
     model.save_pretrained(path)
     inner = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, WORDS[0]))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
