@@ -69,6 +69,8 @@ class CheckpointIdentity(Frozen):
     say."""
     processor_digest: str | None = None
     """SHA-256 over the files of its image processor, by content; none where it has none."""
+    quantization: str | None = None
+    """How its weights are quantized already, in words; none where they are not."""
     notices: list[str] = []
     """What a reader should know about its files: what lies beside them, what does not run."""
 
@@ -207,7 +209,9 @@ def inputs_identity(
 ) -> dict[str, Any]:
     """Return all that decides what a pass runs on: the model, its parts, and the samples."""
     model = config.model
+    dequantized = checkpoint.quantization
     return {
+        **({"dequantized": dequantized} if dequantized is not None else {}),
         "checkpoint": checkpoint.digest,
         "tokenizer": checkpoint.tokenizer_digest,
         "dtype": model.dtype,

@@ -13,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qsens.checkpoint.files import read_config, shapes
+from qsens.checkpoint.files import read_config
+from qsens.checkpoint.quantized import shapes
 from qsens.checkpoint.structure import EXPERT_COUNTS, Structure, known_types, structure_of
 from qsens.checksums import digest_file, digest_of
 from qsens.config import ModelConfig, Roots

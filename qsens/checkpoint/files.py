@@ -232,11 +232,6 @@ def weight_files(path: Path) -> list[Path]:
     return list(find_weights(path).files)
 
 
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight, by name."""
-    return {name: tensor.shape for name, tensor in find_weights(path).tensors.items()}
-
-
 def weight_map(index: Path) -> dict[str, str]:
     """Return the file that an index names for each tensor: all tensors of those files are read.
 

@@ -28,6 +28,8 @@ _BITS = {
 }
 # What torch counts with at most.
 _MOST = (1 << 63) - 1
+# Dimensions of a tensor.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,25 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         except ValueError as error:
             raise UserError(f"is broken: {error}", where=str(file), remedy=AGAIN) from error
     return tensors
+
+
+def read_integers(tensor: Tensor) -> tuple[int, ...]:
+    """Return the numbers of a tensor of a few integers: a shape that a file holds.
+
+    Raises:
+        UserError: It cannot be read, or is no such tensor.
+    """
+    letter = {"I64": "q", "I32": "i"}.get(tensor.dtype)
+    if letter is None or len(tensor.shape) != 1 or tensor.shape[0] > _FEW:
+        raise UserError(
+            f"a shape is held as {tensor.dtype} of {shown(list(tensor.shape))}",
+            where=str(tensor.file),
+            remedy=AGAIN,
+        )
+    with open_file(tensor.file, remedy=AGAIN) as opened:
+        opened.seek(tensor.begin)
+        data = opened.read(tensor.end - tensor.begin)
+    return struct.unpack(f"<{tensor.shape[0]}{letter}", data)
 
 
 def _check_metadata(metadata: Any) -> None:

@@ -18,10 +18,11 @@ from transformers import (
 )
 
 from qsens.checkpoint.components import find_head, find_structure, with_patterns
+from qsens.checkpoint.dequantize import lazy_tensors, without_quantization
 from qsens.checkpoint.experts import is_experts
-from qsens.checkpoint.files import find_weights, read_config
+from qsens.checkpoint.files import Weights, find_weights, read_config
 from qsens.checkpoint.modules import quantizable
-from qsens.checkpoint.quantized import refuse_quantized
+from qsens.checkpoint.quantized import Quantization, read_quantization
 from qsens.checkpoint.refusals import refusals
 from qsens.checkpoint.structure import Traits, head_of, remember_traits
 from qsens.checkpoint.templates import read_chat_template
@@ -81,12 +82,13 @@ def load_model(config: ModelConfig, device: torch.device, results: Path | None =
         results: Results root, see :func:`qsens.checkpoint.components.resolve_components`.
 
     Raises:
-        UserError: The files are not whole or quantized already, this transformers cannot load the
-            architecture, or the patterns of its parts leave a module out.
+        UserError: The files are not whole or quantized already in a way that cannot be read, this
+            transformers cannot load the architecture, or the patterns of its parts leave a module
+            out.
     """
     disable_cudnn_attention()
     weights = find_weights(config.path)
-    refuse_quantized(config.path)
+    quantization = read_quantization(config.path, weights.tensors)
     settings = _settings(config)
     _choose_attention(settings)
     # What was hashed is what is read, whatever else lies there.
@@ -96,16 +98,7 @@ def load_model(config: ModelConfig, device: torch.device, results: Path | None =
         where=f"model.path = {config.path}",
         remedy=_INSTALL,
     ):
-        model, report = auto_class(settings).from_pretrained(
-            config.path,
-            config=settings,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=config.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-        )
+        model, report = _from_pretrained(config, settings, weights, quantization)
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:
         name, held, wanted = mismatched[0]
@@ -131,6 +124,37 @@ def load_model(config: ModelConfig, device: torch.device, results: Path | None =
     model.requires_grad_(False)
     module: nn.Module = model.to(device).eval()
     return module
+
+
+def _from_pretrained(
+    config: ModelConfig, settings: Any, weights: Weights, quantization: Quantization | None
+) -> tuple[Any, Any]:
+    """Return the model with transformers' report; weights that are quantized are dequantized."""
+    dtype = getattr(torch, config.dtype)
+    kind = auto_class(settings)
+    options: dict[str, Any] = {
+        "config": settings,
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # refused by the caller, by name
+    }
+    if quantization is None:
+        options |= {
+            "pretrained_model_name_or_path": config.path,
+            "use_safetensors": True,
+            "local_files_only": True,
+            "trust_remote_code": config.trust_remote_code,
+        }
+    else:
+        without_quantization(settings)
+        with torch.device("meta"):
+            kind = type(kind.from_config(settings, trust_remote_code=config.trust_remote_code))
+        options |= {
+            "pretrained_model_name_or_path": None,
+            "state_dict": lazy_tensors(weights.tensors, quantization, dtype),
+        }
+    found: tuple[Any, Any] = kind.from_pretrained(**options)
+    return found
 
 
 def auto_class(settings: Any) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qsens.checkpoint.files import read_config, shapes
+from qsens.checkpoint.files import read_config
+from qsens.checkpoint.quantized import shapes
 from qsens.config import ModelConfig
 from qsens.errors import UserError
 from qsens.reading import shown

@@ -13,11 +13,10 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from qsens.checkpoint.headers import Tensor
 from qsens.checkpoint.modules import left_alone
 
 
-def unused_notices(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
+def unused_notices(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Say how many weights of the files a model does not hold, and which is the first.
 
     What transformers leaves out on purpose is said apart, such as layers that predict further
@@ -25,19 +24,19 @@ def unused_notices(model: Any, tensors: Mapping[str, Tensor]) -> list[str]:
 
     Args:
         model: The model, as ``from_pretrained`` returns it.
-        tensors: The tensors of the files, by name.
+        shapes: Shape of every tensor of the files, by name.
     """
     on_purpose = _left_out(model)
     unused, skipped = [], []
-    for name in sorted(_unused(model, tensors), key=_by_number):
+    for name in sorted(_unused(model, shapes), key=_by_number):
         if on_purpose is None or not on_purpose.search(name):
             unused.append(name)
-        elif name.endswith(".weight") and len(tensors[name].shape) > 1:
+        elif name.endswith(".weight") and len(shapes[name]) > 1:
             skipped.append(name)
     notices = []
     if unused:
         notices.append(
-            f"{len(unused)} of {len(tensors)} weights in the files are not used, the first is "
+            f"{len(unused)} of {len(shapes)} weights in the files are not used, the first is "
             f"{unused[0]}: config.json describes a model without them, and they are not scored"
         )
     if skipped:

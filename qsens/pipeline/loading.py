@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qsens.checkpoint.files import find_weights
 from qsens.checkpoint.groups import Group, find_groups
 from qsens.checkpoint.loading import has_tied_head, load_model, load_tokenizer, resolve_device
+from qsens.checkpoint.quantized import shapes
 from qsens.checkpoint.unused import left_alone_notices, unused_notices
 from qsens.config.models import Modality
 from qsens.data.captions import read_samples
@@ -81,7 +81,7 @@ def load_checkpoint(plan: Plan, progress: Progress) -> Checkpoint:
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, device, plan.results)
     _check_identity(plan, model)
-    unused = unused_notices(model, find_weights(config.model.path).tensors)
+    unused = unused_notices(model, shapes(config.model.path))
     unused += left_alone_notices(model)
     progress("load", 1, 1)
     for notice in unused:

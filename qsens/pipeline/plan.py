@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qsens.checkpoint.components import resolve_components
-from qsens.checkpoint.files import identify, read_config, shapes
-from qsens.checkpoint.quantized import refuse_quantized
+from qsens.checkpoint.files import find_weights, identify, read_config
+from qsens.checkpoint.quantized import read_quantization, shapes
 from qsens.checkpoint.settings import check_settings
 from qsens.checkpoint.templates import check_chat_template
 from qsens.checkpoint.tokenizer_files import check_tokenizer
@@ -58,7 +58,7 @@ def plan_sweep(
     roots = roots or Roots.from_environment()
     loaded = load_sweep(preset, overrides, roots=roots)
     given = loaded.config.model
-    refuse_quantized(given.path)
+    shapes(given.path)  # whatever else is wrong, first that weights can be read
     check_settings(given)
     config = loaded.config.model_copy(update={"model": resolve_components(given, roots.results)})
     checkpoint = identify_checkpoint(config.model, roots.results)
@@ -101,7 +101,7 @@ def identify_checkpoint(config: ModelConfig, results: Path | None) -> Checkpoint
     Raises:
         UserError: Its files are not whole, or leave open which of them count.
     """
-    return identify(
+    identity = identify(
         config.path,
         cache=results / CELLS / "digests.json" if results else None,
         trust_remote_code=config.trust_remote_code,
@@ -109,6 +109,11 @@ def identify_checkpoint(config: ModelConfig, results: Path | None) -> Checkpoint
         dtype=config.dtype,
         check_tokenizer=check_tokenizer,
     )
+    quantization = read_quantization(config.path, find_weights(config.path).tensors)
+    if quantization is None:
+        return identity
+    notices = [*identity.notices, quantization.notice(config.dtype)]
+    return identity.model_copy(update={"quantization": quantization.format, "notices": notices})
 
 
 def picture_reader(config: SweepConfig, roots: Roots) -> PictureReader | None:

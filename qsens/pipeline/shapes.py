@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qsens.checkpoint.files import shapes
+from qsens.checkpoint.quantized import shapes
 from qsens.errors import UserError
 from qsens.pipeline.preflight import covered_shapes
 from qsens.recipes.format_choices import weights_of

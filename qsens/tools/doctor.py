@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qsens.checkpoint.components import resolve_components
-from qsens.checkpoint.quantized import refuse_quantized
+from qsens.checkpoint.quantized import shapes
 from qsens.config import Roots, choices, load_sweep
 from qsens.data.captions import identify_samples
 from qsens.errors import QsensError
@@ -84,7 +84,7 @@ def _preset(name: str, roots: Roots) -> str:
     """Say whether a preset could be planned; hashes nothing."""
     try:
         config = load_sweep(name, roots=roots).config
-        refuse_quantized(config.model.path)
+        shapes(config.model.path)
         resolve_components(config.model)
         identify_samples(config.dataset, config.dataset.size)
         picture_reader(config, roots)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from qsens.checkpoint import headers
-from qsens.checkpoint.files import find_weights, identify, shapes, weight_files
+from qsens.checkpoint.files import find_weights, identify, weight_files
 from qsens.checkpoint.headers import read_tensors
+from qsens.checkpoint.quantized import shapes
 from qsens.checksums import sealed
 from qsens.errors import TryAgain, UserError
 
@@ -104,7 +105,9 @@ def test_no_bit_that_flips_in_the_cache_is_believed(checkpoint: Path, tmp_path: 
 
 
 def test_shapes(checkpoint: Path) -> None:
-    assert shapes(checkpoint) == {"a": (2, 3), "b": (1,)}
+    held = {"position_ids": ([2, 3], b"abcdef"), "b": ([1], b"g")}
+    write_safetensors(checkpoint / "model.safetensors", held)
+    assert shapes(checkpoint) == {"position_ids": (2, 3), "b": (1,)}
 
 
 def test_shards_are_followed(checkpoint: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from qsens.checkpoint.quantized import refuse_quantized
+from qsens.checkpoint.files import find_weights
+from qsens.checkpoint.quantized import Quantization, read_quantization, shapes
 from qsens.errors import UserError
 
 Tensors = dict[str, tuple[str, list[int]]]
@@ -100,32 +101,138 @@ def write(path: Path, tensors: Tensors, **config: Any) -> Path:
 )
 def test_codes_and_scales_are_refused_by_name(tensors: Tensors, said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        refuse_quantized(write(tmp_path / "c", PLAIN | tensors))
+        read(write(tmp_path / "c", PLAIN | tensors))
     assert caught.value.what == f"is quantized already: {said}"
     assert "16 or 32 bits" in caught.value.remedy
+
+
+def read(path: Path) -> Quantization | None:
+    return read_quantization(path, find_weights(path).tensors)
+
+
+def reads(path: Path, tensors: Tensors, **settings: Any) -> Quantization:
+    found = read(write(path / "c", PLAIN | tensors, quantization_config=settings))
+    assert found is not None
+    return found
+
+
+FP8 = {WEIGHT: ("F8_E4M3", [300, 130])}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "said"),
+    [
+        pytest.param(
+            {f"{PROJ}.qweight": ("I32", [2, 16]), f"{PROJ}.qzeros": ("I32", [1, 2])},
+            {"quant_method": "gptq", "bits": 4},
+            f", by gptq: {PROJ}.qweight is I32",
+            id="gptq",
+        ),
+        pytest.param(
+            {WEIGHT: ("U8", [128, 1]), f"{WEIGHT}.absmax": ("F32", [4])},
+            {"quant_method": "bitsandbytes"},
+            f", by bitsandbytes: {WEIGHT} is U8",
+            id="bitsandbytes",
+        ),
+        pytest.param(
+            FP8, {"quant_method": "fp8"}, f": {WEIGHT} is F8_E4M3 and has no scale", id="no-scale"
+        ),
+        pytest.param(
+            FP8 | {f"{WEIGHT}_scale_inv": ("F32", [3, 1])},
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            f": {WEIGHT}_scale_inv of shape [3, 1] does not fit {WEIGHT} of [300, 130]",
+            id="cut-scale",
+        ),
+        pytest.param(
+            FP8 | {f"{WEIGHT}_scale_inv": ("F32", [7, 2])},
+            {"quant_method": "fp8"},
+            f": {WEIGHT}_scale_inv of shape [7, 2] does not fit {WEIGHT} of [300, 130]",
+            id="blocks-that-nobody-states",
+        ),
+        pytest.param(
+            {f"{EXPERTS}_blocks": ("U8", [2, 8, 1, 16]), f"{EXPERTS}_scales": ("U8", [2, 8, 2])},
+            {"quant_method": "mxfp4"},
+            f": {EXPERTS}_blocks has no {EXPERTS}_scales that fits",
+            id="mxfp4-scales",
+        ),
+        pytest.param(
+            {
+                WEIGHT: ("BF16", [64, 8]),
+                f"{EXPERTS}_blocks": ("U8", [2, 8, 1, 16]),
+                f"{EXPERTS}_scales": ("U8", [2, 8, 1]),
+                EXPERTS: ("BF16", [2, 32, 8]),
+            },
+            {"quant_method": "mxfp4"},
+            f": it holds {EXPERTS} twice, with codes and without",
+            id="twice",
+        ),
+        pytest.param(
+            FP8 | {f"{WEIGHT}_scale_inv": ("F32", []), f"{PROJ}.W_q": ("U8", [16, 8])},
+            {"quant_method": "fp8"},
+            f": of fp8 it is not known what to do where {PROJ}.W_q is U8",
+            id="left-over",
+        ),
+        pytest.param(
+            FP8 | {f"{WEIGHT}_scale": ("F32", [])},
+            {
+                "quant_method": "compressed-tensors",
+                "format": "marlin-24",
+                "config_groups": {"group_0": {"targets": ["Linear"]}},
+            },
+            ": compressed-tensors marlin-24 is not read",
+            id="marlin",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_what_is_missing(
+    tensors: Tensors, settings: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        reads(tmp_path, tensors, **settings)
+    assert caught.value.what == f"is quantized already{said}"
+    assert "compressed-tensors" in caught.value.remedy
+
+
+def test_names_and_shapes_are_those_of_the_weights_once_dequantized(tmp_path: Path) -> None:
+    """Planning asks for matrices: scales are none, and packed ones have other shapes."""
+    scaled = FP8 | {f"{WEIGHT}_scale_inv": ("F32", [3, 2]), f"{PROJ}.input_scale": ("F32", [])}
+    found = reads(tmp_path, scaled, quant_method="fp8", weight_block_size=[128, 128])
+    assert found.format == "FP8 in blocks of 128x128"
+    plain = {name: tuple(shape) for name, (_, shape) in PLAIN.items()}
+    assert shapes(tmp_path / "c") == plain | {WEIGHT: (300, 130)}
+    four = {
+        WEIGHT: ("U8", [16, 32]),
+        f"{WEIGHT}_scale": ("F8_E4M3", [16, 4]),
+        f"{WEIGHT}_scale_2": ("F32", []),
+    }
+    assert reads(tmp_path, four, quant_method="modelopt").format == "NVFP4"
+    assert shapes(tmp_path / "c") == plain | {WEIGHT: (16, 64)}
+    blocks = {f"{EXPERTS}_blocks": ("U8", [2, 8, 3, 16]), f"{EXPERTS}_scales": ("U8", [2, 8, 3])}
+    assert reads(tmp_path, blocks, quant_method="mxfp4").format == "MXFP4"
+    assert shapes(tmp_path / "c") == plain | {EXPERTS: (2, 96, 8)}
 
 
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "fp8"}}, ", by fp8: it has quantization_config"),
         (
             {"text_config": {"quantization_config": {"quant_method": "awq"}}},
-            "text_config.quantization_config",
+            ", by awq: it has text_config.quantization_config",
         ),
         (
             {"thinker_config": {"text_config": {"quantization_config": {"bits": 4}}}},
-            "thinker_config.text_config.quantization_config",
+            ": it has thinker_config.text_config.quantization_config",
         ),
-        ({"compression_config": {"format": "dense"}}, "compression_config"),
+        ({"compression_config": {"format": "dense"}}, ": it has compression_config"),
     ],
 )
 def test_a_configuration_is_refused_by_its_key(
     config: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
-        refuse_quantized(write(tmp_path / "c", PLAIN, **config))
-    assert caught.value.what == f"is quantized already: it has {said}"
+        read(write(tmp_path / "c", PLAIN, **config))
+    assert caught.value.what == f"is quantized already{said}"
     assert caught.value.where.endswith("config.json")
 
 
@@ -133,8 +240,8 @@ def test_a_configuration_is_refused_by_its_key(
 def test_a_file_of_a_quantizer_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / "c", PLAIN)
     (path / name).write_text("{}")
-    with pytest.raises(UserError, match=f"is quantized already: {name} lies beside"):
-        refuse_quantized(path)
+    with pytest.raises(UserError, match=f"is quantized already.*: {name} lies beside"):
+        read(path)
 
 
 @pytest.mark.parametrize(
@@ -157,4 +264,6 @@ def test_a_file_of_a_quantizer_is_refused_by_its_name(name: str, tmp_path: Path)
     ids=lambda tensors: next(iter(tensors)),
 )
 def test_harmless_tensors_are_taken(tensors: Tensors, tmp_path: Path) -> None:
-    refuse_quantized(write(tmp_path / "c", PLAIN | tensors, quantization_config=None))
+    path = write(tmp_path / "c", PLAIN | tensors, quantization_config=None)
+    assert read(path) is None
+    assert shapes(path).keys() == (PLAIN | tensors).keys()

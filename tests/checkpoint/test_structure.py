@@ -14,9 +14,9 @@ from torch import nn
 
 from qsens.checkpoint import structure
 from qsens.checkpoint.components import find_head, resolve_components
-from qsens.checkpoint.files import shapes
 from qsens.checkpoint.loading import load_model
 from qsens.checkpoint.modules import is_quantizable
+from qsens.checkpoint.quantized import shapes
 from qsens.checkpoint.structure import Structure, Traits, head_of, remember_traits
 from qsens.config import ModelConfig, Roots
 from qsens.engine.scores import silent

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qsens.checkpoint.files import find_weights
 from qsens.checkpoint.loading import load_model
+from qsens.checkpoint.quantized import shapes
 from qsens.checkpoint.unused import unused_notices
 from qsens.config import ModelConfig
 from tests.checkpoint.tiny_families import configuration, save
@@ -33,7 +33,7 @@ def notices(
     weights(tensors)
     save_file({name: value.contiguous() for name, value in tensors.items()}, path / WEIGHTS)
     model = load_model(ModelConfig(path=path, dtype="float32"), torch.device("cpu"))
-    return unused_notices(model, find_weights(path).tensors)
+    return unused_notices(model, shapes(path))
 
 
 def fewer(config: dict[str, Any]) -> None:
@@ -105,7 +105,7 @@ def test_what_transformers_leaves_out_on_purpose_is_said_apart(tmp_path: Path) -
             tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
 
     assert notices(path, weights=tables) == []
-    tensors = find_weights(path).tensors
+    tensors = shapes(path)
     model = load_model(ModelConfig(path=path, dtype="float32"), torch.device("cpu"))
     matrix = tensors["model.embed_tokens.weight"]
     further = {f"mtp.layers.0.{name}.weight": matrix for name in "ab"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qsens.checkpoint.files import shapes
+from qsens.checkpoint.quantized import shapes
 from qsens.errors import UserError
 from qsens.pipeline.cell import score
 from tests.engine import pictures
