@@ -108,13 +108,18 @@ def _with_pictures(texts: Samples, config: Any, side: int, dtype: torch.dtype) -
     pictures = []
     for _ in texts.ids:
         patches = torch.randn(rows * rows, channels, generator=generator).to(dtype)
-        pictures.append(Picture(patches, (1, rows, rows)))
+        tensors = {
+            "pixel_values": patches,
+            "image_grid_thw": torch.tensor([[1, rows, rows]]),
+        }
+        shown = torch.tensor(before) == config.image_token_id
+        tokens = {"mm_token_type_ids": shown.long()}
+        pictures.append(Picture(tensors, tokens, len(patches), merged))
     return Samples(
         ids=tuple((*before, *ids) for ids in texts.ids),
         truncated=texts.truncated,
         spans=tuple((len(before), len(before) + len(ids)) for ids in texts.ids),
         pictures=tuple(pictures),
-        image_token=config.image_token_id,
     )
 
 

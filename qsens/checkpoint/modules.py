@@ -76,6 +76,33 @@ def is_convolution(module: nn.Module) -> bool:
     )
 
 
+def patches_of(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return what a convolution reads, one patch after the other, each shaped as its weight.
+
+    Args:
+        module: The convolution.
+        x: Its input, ``(pictures, channels, ...)``; what is left at an edge belongs to no patch.
+
+    Returns:
+        ``(pictures * patches, channels, ...)``.
+    """
+    kernel: tuple[int, ...] = module.kernel_size  # type: ignore[assignment]
+    dims = range(2, 2 + len(kernel))
+    for dim, size in zip(dims, kernel, strict=True):
+        x = x.narrow(dim, 0, x.shape[dim] // size * size)
+    # Each dimension becomes two: where a patch is, and where in it.
+    for dim, size in zip(reversed(dims), reversed(kernel), strict=True):
+        x = x.reshape(*x.shape[:dim], -1, size, *x.shape[dim + 1 :])
+    places = [2 + 2 * at for at in range(len(kernel))]
+    inner = [3 + 2 * at for at in range(len(kernel))]
+    return x.permute(0, *places, 1, *inner).flatten(0, len(kernel))
+
+
+def channels_last(output: torch.Tensor) -> torch.Tensor:
+    """Return what a convolution gives, one patch after the other, ``(patches, channels)``."""
+    return output.movedim(1, -1).flatten(0, -2)
+
+
 def weight_of(module: nn.Module) -> torch.Tensor:
     """Return a linear module's or a convolution's weight, ``(out, ...)``."""
     weight: torch.Tensor = module.weight  # type: ignore[assignment]

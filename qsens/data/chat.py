@@ -1,16 +1,19 @@
 """Pictures with their captions as samples: a user who shows one, and the answer. Needs torch.
 
-The checkpoint's own chat template and image processor make them; the caption's tokens alone are
-labels.
+The checkpoint's own chat template and processor make them, whatever tensors its class asks for; the
+caption's tokens alone are labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from PIL import Image
+from transformers import AutoConfig
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from qsens.checkpoint.refusals import refusals
 from qsens.config import ModelConfig
@@ -19,6 +22,8 @@ from qsens.data.samples import Picture, Samples, token_ids
 from qsens.errors import UserError
 
 _NO_PICTURE = "its chat template shows no picture"
+# What the tower reads, as all classes of transformers call it.
+_PIXELS = "pixel_values"
 _TOKENIZER = "the tokenizer of model.path"
 _TEMPLATE = (
     "Save the checkpoint's own chat_template.jinja beside it, and keep image tokens out of "
@@ -26,27 +31,62 @@ _TEMPLATE = (
 )
 
 
-def load_processor(config: ModelConfig) -> Any:
-    """Load the checkpoint's own image processor, the one that needs no torchvision.
+def load_processor(config: ModelConfig, tokenizer: Any) -> Any:
+    """Load the checkpoint's own processor, with the image processor that needs no torchvision.
+
+    Args:
+        config: The checkpoint.
+        tokenizer: Its tokenizer, with its chat template.
 
     Raises:
-        UserError: There is none, or it is broken.
+        UserError: There is none, it is broken, or it needs a package that is not installed.
     """
     with refusals(
         "its image processor cannot be loaded",
         where=f"model.path = {config.path}",
-        remedy="Save its preprocessor_config.json beside the weights.",
+        remedy="Save its preprocessor_config.json beside the weights, and install what it asks for "
+        '(pip install "qsens[vision]").',
     ):
-        return Qwen2VLImageProcessorPil.from_pretrained(config.path, local_files_only=True)
+        options = {"local_files_only": True, "trust_remote_code": config.trust_remote_code}
+        settings = AutoConfig.from_pretrained(config.path, **options)
+        images = AutoImageProcessor.from_pretrained(config.path, backend="pil", **options)
+        kind = PROCESSOR_MAPPING[type(settings)]
+        described, _ = kind.get_processor_dict(config.path, local_files_only=True)
+        return assemble_processor(kind, tokenizer, images, described)
+
+
+def assemble_processor(
+    kind: Any, tokenizer: Any, images: Any, settings: Mapping[str, Any] | None = None
+) -> Any:
+    """Return a processor of pictures and text without what it has for videos and sounds.
+
+    Those need packages of their own (torchvision, librosa), and no sample has any.
+
+    Args:
+        kind: transformers' class.
+        tokenizer: The tokenizer.
+        images: The image processor.
+        settings: What its ``processor_config.json`` holds.
+    """
+
+    class Seeing(kind):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, name: str, argument: Any) -> Any:
+            if argument is None:
+                return None
+            return super().check_argument_for_proper_class(name, argument)
+
+    parts = {"tokenizer": tokenizer, "image_processor": images}
+    given = [parts.get(name) for name in kind.get_attributes()]
+    return Seeing.from_args_and_dict(given, dict(settings or {}))
 
 
 def chat_samples(
     pictures: Sequence[Pixels],
     captions: Sequence[str],
-    tokenizer: Any,
     processor: Any,
+    settings: Any,
     *,
-    image_token: int,
+    resize: bool,
     prompt: str,
     longest: int,
     dtype: torch.dtype,
@@ -54,28 +94,28 @@ def chat_samples(
     """Return samples of one picture and its caption each.
 
     Args:
-        pictures: The pictures, at the resolution of the processor.
+        pictures: The pictures.
         captions: Their captions.
-        tokenizer: The checkpoint's tokenizer, with its chat template.
-        processor: Its image processor.
-        image_token: Id of the token that stands for a part of a picture.
+        processor: The checkpoint's processor, see :func:`load_processor`.
+        settings: The model's configuration.
+        resize: Whether the processor resizes; not where pictures have its resolution already.
         prompt: What the user says beside the picture.
         longest: Tokens of a sample at most; a longer caption is cut.
-        dtype: Data type of the patches.
+        dtype: Data type of what the tower reads.
 
     Raises:
         UserError: The chat template does not show a picture, a caption holds the image token, or no
             token of a caption is left.
     """
-    before, after = _turn(tokenizer, prompt, image_token)
-    encoded = token_ids(tokenizer, captions, special=False)
+    image_token = _image_token(settings)
+    text = _turn(processor.tokenizer, prompt, image_token)
+    encoded = token_ids(processor.tokenizer, captions, special=False)
     ids, truncated, spans, seen = [], [], [], []
     for index, (pixels, caption) in enumerate(zip(pictures, encoded, strict=True)):
-        made = _process(processor, pixels)
-        grid: tuple[int, int, int] = tuple(made["image_grid_thw"][0].tolist())
-        seen.append(Picture(made["pixel_values"].to(dtype), grid))
-        shown = grid[0] * grid[1] * grid[2] // processor.merge_size**2
-        start = len(before) + shown + len(after)
+        made = _process(processor, text, pixels, resize=resize)
+        asked = made["input_ids"][0].tolist()
+        seen.append(_picture(made, settings, asked.count(image_token), dtype))
+        start = len(asked)
         if image_token in caption:
             raise UserError(
                 "holds the token that stands for a picture",
@@ -84,43 +124,86 @@ def chat_samples(
             )
         if not caption or start >= longest:
             raise _no_label(index, captions[index], start, longest)
-        whole = (*before, *[image_token] * shown, *after, *caption)
+        whole = (*asked, *caption)
         ids.append(whole[:longest])
         truncated.append(len(whole) > longest)
         spans.append((start, len(ids[-1])))
-    return Samples(tuple(ids), tuple(truncated), tuple(spans), tuple(seen), image_token)
+    return Samples(tuple(ids), tuple(truncated), tuple(spans), tuple(seen))
 
 
-def _process(processor: Any, pixels: Pixels) -> Any:
+def _process(processor: Any, text: str, pixels: Pixels, *, resize: bool) -> Any:
+    """Return what the processor makes of the user's turn and a picture."""
     with refusals(
         "its image processor fails",
         where="the preprocessor_config.json of model.path",
         remedy="Get the file of the checkpoint again.",
     ):
         return processor(
-            images=[pixels],
-            do_resize=False,
-            input_data_format="channels_last",
+            text=[text],
+            images=[[Image.fromarray(pixels)]],
+            add_special_tokens=False,
             return_tensors="pt",
+            **({} if resize else {"do_resize": False}),
         )
 
 
-def _turn(tokenizer: Any, prompt: str, image_token: int) -> tuple[list[int], list[int]]:
-    """Return the tokens of the user's turn, before and after the picture."""
+def _picture(made: Any, settings: Any, shown: int, dtype: torch.dtype) -> Picture:
+    """Sort what a processor made: what it says of tokens, and what the tower reads."""
+    if not shown:
+        raise _no_picture(0)
+    ids = made["input_ids"]
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in made.items()
+        if tensor.shape != ids.shape
+    }
+    tokens = {
+        name: tensor[0]
+        for name, tensor in made.items()
+        if tensor.shape == ids.shape and name not in ("input_ids", "attention_mask")
+    }
+    return Picture(tensors, tokens, _patches(tensors[_PIXELS], settings.vision_config), shown)
+
+
+def _patches(pixels: torch.Tensor, vision: Any) -> int:
+    """Return how many patches a tower cuts pictures into.
+
+    Args:
+        pixels: Patches, ``(..., channels)``, or pictures, ``(..., channels, height, width)``.
+        vision: The tower's configuration.
+    """
+    if pixels.ndim < 4:
+        return pixels.shape[:-1].numel()
+    size = vision.patch_size
+    high, wide = (size, size) if isinstance(size, int) else size
+    return pixels.shape[:-3].numel() * (pixels.shape[-2] // high) * (pixels.shape[-1] // wide)
+
+
+def _image_token(settings: Any) -> int:
+    """Return the id of the token that stands for a part of a picture."""
+    held = getattr(settings, "image_token_id", None)
+    return int(settings.image_token_index if held is None else held)
+
+
+def _turn(tokenizer: Any, prompt: str, image_token: int) -> str:
+    """Return the user's turn, in which one token stands for the picture."""
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     with refusals(_NO_PICTURE, where=_TOKENIZER, remedy=_TEMPLATE):
-        text = tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-    ids = token_ids(tokenizer, [text], special=False)[0]
-    if ids.count(image_token) != 1:
-        raise UserError(
-            f"{_NO_PICTURE}: it gives {ids.count(image_token)} image tokens where 1 is expected",
-            where=_TOKENIZER,
-            remedy=_TEMPLATE,
-        )
-    at = ids.index(image_token)
-    return ids[:at], ids[at + 1 :]
+    count = token_ids(tokenizer, [text], special=False)[0].count(image_token)
+    if count > 1:
+        raise _no_picture(count)
+    return text
+
+
+def _no_picture(count: int) -> UserError:
+    return UserError(
+        f"{_NO_PICTURE}: it gives {count} image tokens where 1 is expected",
+        where=_TOKENIZER,
+        remedy=_TEMPLATE,
+    )
 
 
 def _no_label(index: int, caption: str, start: int, longest: int) -> UserError:

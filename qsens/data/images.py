@@ -48,8 +48,15 @@ _SHARED = {
     "merge_size": "spatial_merge_size",
     "temporal_patch_size": "temporal_patch_size",
 }
-# Types whose pictures can be read.
-_SEEING = ("qwen3_vl", "qwen2_5_vl", "qwen3_vl_moe")
+# Types that resize by the rule of `Resolution`: their pictures are kept as a model sees them.
+_RESIZED = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+)
 _IMAGES = "Set dataset.images to the directory that the paths in the sample files start at."
 # Decoders that run no other program and read no other file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -57,10 +64,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 @dataclass(frozen=True)
 class Resolution:
-    """What a checkpoint's processor makes of a picture's size.
+    """What becomes of a picture's size before the checkpoint's processor reads it.
 
     Attributes:
-        unit: Both sides are multiples of it, in pixels: the patches that the tower merges.
+        unit: Both sides are multiples of it, in pixels: the patches that the tower merges. 1 where
+            the processor has a rule of its own, and larger pictures than ``most`` are reduced.
         least: Pixels at least.
         most: Pixels at most.
     """
@@ -89,7 +97,9 @@ class Resolution:
         return wide, high
 
     def tokens(self, pixels: Pixels) -> int:
-        """Return how many tokens a picture at its resolution is to the language model."""
+        """Return how many tokens a picture at its resolution is to the language model, at least."""
+        if self.unit == 1:  # the processor says, later
+            return 0
         return int(pixels.shape[0] * pixels.shape[1]) // self.unit**2
 
 
@@ -100,7 +110,7 @@ class PictureReader:
     Attributes:
         root: The directory that paths start at and never leave.
         cache: Directory of the decoded pictures, ``.npy`` by digest of their content.
-        resolution: What the checkpoint's processor makes of a picture's size.
+        resolution: What becomes of a picture's size.
     """
 
     root: Path
@@ -304,23 +314,28 @@ def in_words(skipped: Sequence[Skipped], most: int = 5) -> str:
 
 
 def read_resolution(config: ModelConfig, max_pixels: int) -> Resolution:
-    """Read how a checkpoint's processor resizes pictures.
+    """Read what becomes of pictures before the checkpoint's processor reads them.
+
+    Args:
+        config: The checkpoint, with its patterns resolved.
+        max_pixels: Pixels of a picture at most.
 
     Raises:
-        UserError: The checkpoint is of a family whose pictures qsens cannot read, has no image
-            processor, or one of another tower.
+        UserError: The checkpoint has no vision tower, no image processor, or one of another tower.
     """
     described = read_config(config.path)
     kind = str(described.get("model_type", "unknown"))
     where = f"model.path = {config.path}"
-    if kind not in _SEEING:
-        seeing = ", ".join(_SEEING)
+    tower = described.get("vision_config")
+    if not (config.vision_patterns and isinstance(tower, dict)):
         raise UserError(
-            f"model type '{shown(kind)}' cannot be given pictures: it is none of {seeing}",
+            f"model type '{shown(kind)}' cannot be given pictures: it has no vision tower",
             where=where,
             remedy="Use coverage=lm_only with dataset.modality=text for this checkpoint.",
         )
     settings = _processor(config.path)
+    if kind not in _RESIZED:
+        return Resolution(1, 1, max_pixels)
     try:
         size = settings.get("size") or {}
         unit = int(settings["patch_size"]) * int(settings["merge_size"])
@@ -334,9 +349,8 @@ def read_resolution(config: ModelConfig, max_pixels: int) -> Resolution:
             where=where,
             remedy="Get the preprocessor_config.json of the checkpoint again.",
         ) from error
-    tower = described.get("vision_config")
     for key, name in _SHARED.items():
-        wanted = tower.get(name) if isinstance(tower, dict) else None
+        wanted = tower.get(name)
         if None not in (wanted, settings.get(key)) and settings[key] != wanted:
             raise UserError(
                 f"its image processor has {key} {shown(settings[key])}, and its config.json "

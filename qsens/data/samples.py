@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 
 from qsens.checkpoint.refusals import refusals
 from qsens.errors import UserError
@@ -22,23 +24,34 @@ from qsens.errors import UserError
 # Enough for matrix products to be efficient, few enough for their results to stay small.
 BATCH_TOKENS = 8192
 
-Unit = Literal["tokens", "labels", "predictions", "patches", "visual"]
+Unit: TypeAlias = Literal["tokens", "labels", "predictions", "shown"] | Fraction
 """What the rows of a tensor are, sample after sample: real tokens; positions whose next token is a
-label; positions whose distribution counts; patches of pictures; patches as the language model
-sees them."""
+label; positions whose distribution counts; tokens that stand for a picture; or of pictures too, so
+many rows a patch."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as the vision tower reads it.
+    """A picture as a model is given it.
 
     Attributes:
-        patches: As the checkpoint's processor makes them, ``(frames * rows * columns, channels)``.
-        grid: Frames, rows and columns of patches.
+        tensors: What the checkpoint's processor makes of it, by the names that the model takes.
+            Along the first dimension, one picture's follow the other's.
+        tokens: What the processor says of each token of its sample, by the same names,
+            ``(tokens,)``; what is missing at the end is 0.
+        patches: Into how many patches the tower cuts it.
+        shown: How many tokens of its sample stand for it.
     """
 
-    patches: torch.Tensor
-    grid: tuple[int, int, int]
+    tensors: Mapping[str, torch.Tensor]
+    tokens: Mapping[str, torch.Tensor]
+    patches: int
+    shown: int
+
+    @property
+    def kind(self) -> tuple[tuple[str, torch.Size], ...]:
+        """Return what is equal for pictures that can share a batch."""
+        return tuple((name, tensor.shape[1:]) for name, tensor in self.tensors.items())
 
 
 @dataclass(frozen=True)
@@ -51,14 +64,12 @@ class Samples:
         spans: Where the labels of each sample begin and end; empty for text, which has a label
             wherever a token stands before it.
         pictures: The picture of each sample; empty for text.
-        image_token: Id of the token that stands for a patch of a picture.
     """
 
     ids: tuple[tuple[int, ...], ...]
     truncated: tuple[bool, ...]
     spans: tuple[tuple[int, int], ...] = ()
     pictures: tuple[Picture, ...] = ()
-    image_token: int | None = None
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -83,7 +94,16 @@ class Samples:
 
     def patches(self, count: int | None = None) -> int:
         """Return the patches of the pictures of the first ``count`` samples."""
-        return sum(len(picture.patches) for picture in self.pictures[:count])
+        return sum(picture.patches for picture in self.pictures[:count])
+
+    def alike(self, indices: Iterable[int]) -> list[list[int]]:
+        """Return samples apart from those that they cannot share a batch with, in order."""
+        if not self.pictures:
+            return [list(indices)]
+        kinds: dict[Any, list[int]] = defaultdict(list)
+        for index in indices:
+            kinds[self.pictures[index].kind].append(index)
+        return list(kinds.values())
 
 
 @dataclass(frozen=True)
@@ -96,18 +116,20 @@ class Batch:
         attention_mask: 1 at real tokens, 0 at padding, same shape, int64.
         labels: Where a token is a label, same shape, bool; none for text, where every real token
             is one but the first.
-        patches: Patches of all pictures, one picture after the other, ``(patches, channels)``.
-        grids: Frames, rows and columns of each picture, ``(samples, 3)``, int64.
-        visual: 1 where a token stands for a patch, shape of ``input_ids``, int64.
+        pictures: What the model is given of pictures, one after the other, by its names.
+        tokens: What else it is given of each token, by its names, shape of ``input_ids``.
+        patches: Patches of each sample's picture; empty for text.
+        shown: Tokens that stand for each sample's picture; empty for text.
     """
 
     samples: tuple[int, ...]
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor | None = None
-    patches: torch.Tensor | None = None
-    grids: torch.Tensor | None = None
-    visual: torch.Tensor | None = None
+    pictures: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    patches: tuple[int, ...] = ()
+    shown: tuple[int, ...] = ()
 
     @property
     def first(self) -> int:
@@ -116,39 +138,29 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
-        moved = (
-            None if tensor is None else tensor.to(device)
-            for tensor in (self.labels, self.patches, self.grids, self.visual)
-        )
-        return Batch(
-            self.samples, self.input_ids.to(device), self.attention_mask.to(device), *moved
-        )
+        return self._with(lambda tensor: tensor.to(device))
 
     def repeat(self, copies: int) -> Batch:
         """Return the batch with its samples again and again; their indices stay as they are."""
         if copies == 1:
             return self
-        parts = (
-            None if tensor is None else tensor.repeat(copies, 1)
-            for tensor in (
-                self.input_ids,
-                self.attention_mask,
-                self.labels,
-                self.patches,
-                self.grids,
-                self.visual,
-            )
+        return self._with(lambda tensor: tensor.repeat(copies, *[1] * (tensor.ndim - 1)))
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(
+            self.samples,
+            change(self.input_ids),
+            change(self.attention_mask),
+            None if self.labels is None else change(self.labels),
+            {name: change(tensor) for name, tensor in self.pictures.items()},
+            {name: change(tensor) for name, tensor in self.tokens.items()},
+            self.patches,
+            self.shown,
         )
-        return Batch(self.samples, *parts)  # type: ignore[arg-type]
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Return what the model is called with, but for a mask."""
-        given = {"input_ids": self.input_ids}
-        if self.patches is not None and self.grids is not None and self.visual is not None:
-            given["pixel_values"] = self.patches
-            given["image_grid_thw"] = self.grids
-            given["mm_token_type_ids"] = self.visual
-        return given
+        return {"input_ids": self.input_ids, **self.pictures, **self.tokens}
 
     def real_tokens(self) -> torch.Tensor | None:
         """Return the indices of its real tokens, padding counted; none if nothing is padded."""
@@ -168,16 +180,14 @@ class Batch:
 
     def lengths(self, unit: Unit) -> list[int]:
         """Return how many rows each sample has in a tensor of ``unit``."""
-        if unit == "patches":
-            if self.grids is None:
-                return [0] * len(self.samples)
-            counts: list[int] = self.grids.prod(dim=1).tolist()
-            return counts
+        if isinstance(unit, Fraction):
+            return [int(patches * unit) for patches in self.patches]
+        if unit == "shown":
+            return list(self.shown)
         where = {
             "tokens": self.attention_mask,
             "labels": self.label_mask(),
             "predictions": self.predicts(),
-            "visual": torch.zeros_like(self.input_ids) if self.visual is None else self.visual,
         }[unit]
         lengths: list[int] = where.sum(dim=1).tolist()
         return lengths
@@ -275,9 +285,10 @@ def equal_length_batches(
         by_length = defaultdict(list)
         for index in range(start, stop):
             by_length[len(samples.ids[index])].append(index)
-        for _, indices in sorted(by_length.items()):
-            for first in range(0, len(indices), batch_size):
-                batches.append(make_batch(samples, indices[first : first + batch_size]))
+        for _, of_length in sorted(by_length.items()):
+            for indices in samples.alike(of_length):
+                for first in range(0, len(indices), batch_size):
+                    batches.append(make_batch(samples, indices[first : first + batch_size]))
     return batches
 
 
@@ -306,14 +317,15 @@ def padded_batches(
     """
     batches = []
     for start, stop in segments(upto, boundaries):
-        order = sorted(range(start, stop), key=lambda index: (len(samples.ids[index]), index))
-        for alike in _fill(samples, order, together, pads=pads):
-            longest = len(samples.ids[alike[-1]])
-            rows = len(alike)
-            if max_tokens is not None:
-                rows = min(rows, max(1, max_tokens // longest))
-            for first in range(0, len(alike), rows):
-                batches.append(make_batch(samples, alike[first : first + rows], longest))
+        for kind in samples.alike(range(start, stop)):
+            order = sorted(kind, key=lambda index: (len(samples.ids[index]), index))
+            for alike in _fill(samples, order, together, pads=pads):
+                longest = len(samples.ids[alike[-1]])
+                rows = len(alike)
+                if max_tokens is not None:
+                    rows = min(rows, max(1, max_tokens // longest))
+                for first in range(0, len(alike), rows):
+                    batches.append(make_batch(samples, alike[first : first + rows], longest))
     return batches
 
 
@@ -370,8 +382,17 @@ def make_batch(samples: Samples, indices: Sequence[int], width: int | None = Non
         tuple(indices),
         ids,
         mask,
-        labels=labels,
-        patches=torch.cat([picture.patches for picture in pictures]),
-        grids=torch.tensor([picture.grid for picture in pictures]),
-        visual=mask.where(ids == torch.tensor(samples.image_token), 0),
+        labels,
+        pictures={
+            name: torch.cat([picture.tensors[name] for picture in pictures])
+            for name in pictures[0].tensors
+        },
+        tokens={
+            name: torch.stack(
+                [F.pad(picture.tokens[name], (0, longest))[:longest] for picture in pictures]
+            )
+            for name in pictures[0].tokens
+        },
+        patches=tuple(picture.patches for picture in pictures),
+        shown=tuple(picture.shown for picture in pictures),
     )

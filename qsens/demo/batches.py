@@ -25,15 +25,15 @@ class Lessons:
     Attributes:
         sequences: Token ids of texts, at least two in each.
         drawings: Drawings, each with its caption as the answer.
-        tokenizer: The tokenizer, with its chat template.
-        processor: The image processor.
+        processor: The processor, its tokenizer with a chat template.
+        settings: The model's configuration.
         batch_size: Samples of a batch.
     """
 
     sequences: Sequence[list[int]]
     drawings: Sequence[Drawing]
-    tokenizer: Any
     processor: Any
+    settings: Any
     batch_size: int
 
     def __len__(self) -> int:
@@ -56,8 +56,9 @@ class Lessons:
 
     def _drawing_batch(self, drawings: Sequence[Drawing]) -> Batch:
         # The model also learns where a caption ends.
-        captions = [f"{drawing.caption}{self.tokenizer.eos_token}" for drawing in drawings]
-        return drawing_batch(drawings, captions, self.tokenizer, self.processor)
+        end = self.processor.tokenizer.eos_token
+        captions = [f"{drawing.caption}{end}" for drawing in drawings]
+        return drawing_batch(drawings, captions, self.processor, self.settings)
 
 
 def text_batch(sequences: Sequence[list[int]]) -> Batch:
@@ -67,17 +68,17 @@ def text_batch(sequences: Sequence[list[int]]) -> Batch:
 
 
 def drawing_batch(
-    drawings: Sequence[Drawing], captions: Sequence[str], tokenizer: Any, processor: Any
+    drawings: Sequence[Drawing], captions: Sequence[str], processor: Any, settings: Any
 ) -> Batch:
     """Return drawings as a batch, each with a caption as the answer of the chat."""
     samples = chat_samples(
         [np.asarray(drawing.image()) for drawing in drawings],
         captions,
-        tokenizer,
         processor,
-        image_token=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        settings,
+        resize=False,
         prompt=PROMPT,
-        longest=tokenizer.model_max_length,
+        longest=processor.tokenizer.model_max_length,
         dtype=torch.float32,
     )
     return make_batch(samples, range(len(samples)))
@@ -91,8 +92,8 @@ def text_batches(sequences: Sequence[list[int]], batch_size: int) -> Iterator[Ba
 def drawing_batches(
     drawings: Sequence[Drawing],
     batch_size: int,
-    tokenizer: Any,
     processor: Any,
+    settings: Any,
     *,
     shuffled: bool = False,
 ) -> Iterator[Batch]:
@@ -101,14 +102,14 @@ def drawing_batches(
     Args:
         drawings: The drawings.
         batch_size: Samples of a batch.
-        tokenizer: The tokenizer.
-        processor: The image processor.
+        processor: The processor.
+        settings: The model's configuration.
         shuffled: Whether each caption stands beside the next one's drawing.
     """
     shown = [*drawings[1:], *drawings[:1]] if shuffled else drawings
     captions = [drawing.caption for drawing in drawings]
     for seen, said in zip(_cut(shown, batch_size), _cut(captions, batch_size), strict=True):
-        yield drawing_batch(seen, said, tokenizer, processor)
+        yield drawing_batch(seen, said, processor, settings)
 
 
 def _alike(sequences: Sequence[list[int]], size: int) -> list[Sequence[list[int]]]:

@@ -27,7 +27,9 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
+from qsens.data.chat import assemble_processor
 from qsens.demo import training
 from qsens.demo.batches import Lessons, drawing_batches, text_batches
 from qsens.demo.drawings import (
@@ -131,16 +133,16 @@ def _write(directory: Path, *, seed: int, digest: str, progress: Progress | None
     spoken = [drawing.caption for drawing in drawn[: recipe.drawings_as_text]]
     sentences = training_captions(recipe)
     tokenizer = _train_tokenizer([*sentences, *spoken], recipe)
-    processor = _processor(recipe)
+    processor, settings = _processor(tokenizer, recipe), _config(tokenizer, recipe)
     seen = _token_ids(tokenizer, sentences)
     unseen = _token_ids(tokenizer, held_out_captions(recipe))
     texts = [*seen, *_token_ids(tokenizer, spoken)]
     lessons = Lessons(
-        [[*ids, tokenizer.eos_token_id] for ids in texts], drawn, tokenizer, processor, size
+        [[*ids, tokenizer.eos_token_id] for ids in texts], drawn, processor, settings, size
     )
     model = _train_model(lessons, recipe, seed=seed, progress=progress)
     pictures = [
-        drawing_batches(hidden, size, tokenizer, processor, shuffled=shuffled)
+        drawing_batches(hidden, size, processor, settings, shuffled=shuffled)
         for shuffled in (False, True)
     ]
     figures = {
@@ -155,7 +157,7 @@ def _write(directory: Path, *, seed: int, digest: str, progress: Progress | None
     }
     _save(model, directory)
     tokenizer.save_pretrained(directory)
-    processor.save_pretrained(directory)
+    processor.image_processor.save_pretrained(directory)
     (directory / DATA_SET).mkdir()
     write_data_set(directory / DATA_SET)
     (directory / "README.md").write_text(_README.format(seed=seed, **figures), encoding="utf-8")
@@ -253,9 +255,9 @@ def _config(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Qwen3VLConfig
     )
 
 
-def _processor(recipe: Recipe) -> Qwen2VLImageProcessorPil:
-    """Return the image processor: the ground of the drawings is 0, so empty patches add nothing."""
-    return Qwen2VLImageProcessorPil(
+def _processor(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Any:
+    """Return the processor: the ground of the drawings is 0, so empty patches add nothing."""
+    images = Qwen2VLImageProcessorPil(
         patch_size=recipe.vision_patch,
         merge_size=2,
         temporal_patch_size=2,
@@ -264,6 +266,7 @@ def _processor(recipe: Recipe) -> Qwen2VLImageProcessorPil:
         image_mean=[value / 255 for value in GROUND],
         image_std=[0.5] * 3,
     )
+    return assemble_processor(Qwen3VLProcessor, tokenizer, images)
 
 
 def _train_model(
@@ -277,7 +280,7 @@ def _train_model(
     """Return the trained model, float32, in evaluation mode; `steps` ends training early."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(_config(lessons.tokenizer, recipe))
+        model = Qwen3VLForConditionalGeneration(lessons.settings)
         training.fit(
             model,
             [

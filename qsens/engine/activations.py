@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -25,7 +26,36 @@ class Call:
     index: int
 
 
-UNITS: tuple[Unit, ...] = ("tokens", "patches", "visual")
+@dataclass(frozen=True)
+class Extent:
+    """How much there is of a window, or of what is before a batch in it.
+
+    Attributes:
+        tokens: Real tokens.
+        patches: Patches of pictures.
+        shown: Tokens that stand for pictures.
+    """
+
+    tokens: int = 0
+    patches: int = 0
+    shown: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch) -> Extent:
+        """Return how much a batch is."""
+        return cls(sum(batch.lengths("tokens")), sum(batch.patches), sum(batch.shown))
+
+    def __add__(self, other: Extent) -> Extent:
+        """Return both, one behind the other."""
+        return Extent(
+            self.tokens + other.tokens, self.patches + other.patches, self.shown + other.shown
+        )
+
+    def rows(self, unit: Unit) -> int:
+        """Return how many rows that is in a tensor of ``unit``."""
+        if isinstance(unit, Fraction):
+            return int(self.patches * unit)
+        return self.shown if unit == "shown" else self.tokens
 
 
 @dataclass
@@ -70,13 +100,13 @@ class SavedForward:
     Attributes:
         batch: The batch, on the model's device.
         real: Indices of the real tokens, padding counted; none where nothing is padded.
-        counts: How many rows a tensor of each unit has.
+        extent: How much it is.
         hidden: The head's input, ``(samples, longest, hidden)``.
     """
 
     batch: Batch
     real: torch.Tensor | None
-    counts: dict[Unit, int]
+    extent: Extent
     hidden: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     calls: list[SavedLayer] = field(default_factory=list)
 
@@ -101,8 +131,11 @@ class SavedForward:
         count = tensor.shape[:-1].numel()
         if not in_tower and count == self.batch.input_ids.numel():
             return "tokens"
-        for unit in ("patches", "visual"):
-            if in_tower and self.counts[unit] == count:
+        if in_tower and count == self.extent.shown:
+            return "shown"
+        if in_tower and self.extent.patches:
+            unit = Fraction(count, self.extent.patches)
+            if all((patches * unit).denominator == 1 for patches in self.batch.patches):
                 return unit
         raise RuntimeError(f"{count} rows that belong to no sample")
 
@@ -111,26 +144,24 @@ class ActivationBuffer:
     """Gathers the rows of a layer's modules, batch after batch.
 
     Args:
-        totals: Rows of the window, by unit.
+        total: How much the window is.
         losses: Losses that go backward, one after the other.
 
     Attributes:
         loss: Index of the loss that goes backward now.
     """
 
-    def __init__(self, totals: Mapping[Unit, int], losses: int) -> None:
-        self.totals = totals
+    def __init__(self, total: Extent, losses: int) -> None:
+        self.total = total
         self.losses = losses
         self.loss = 0
         self.rows: dict[Call, ModuleActivations] = {}
 
     @contextmanager
-    def batch(self, saved: SavedForward, starts: Mapping[Unit, int]) -> Iterator[None]:
-        """Take the rows of ``saved`` while the context lasts; they begin at ``starts``."""
+    def batch(self, saved: SavedForward, before: Extent) -> Iterator[None]:
+        """Take the rows of ``saved`` while the context lasts; others are ``before`` them."""
         self._saved = saved
-        self._at = {
-            unit: slice(start, start + saved.counts[unit]) for unit, start in starts.items()
-        }
+        self._before = before
         self._by_address: dict[int, torch.Tensor] = {}
         self._filled: set[int] = set()
         self._missing = set(self.rows)
@@ -138,7 +169,7 @@ class ActivationBuffer:
         for call in self._missing:  # no gradient of this batch reached it
             rows = self.rows[call]
             for tensor in (rows.inputs, rows.outputs, *rows.grad_output, *rows.routing):
-                tensor[self._at[rows.unit]] = 0
+                tensor[self._at(rows.unit)] = 0
 
     def take(
         self,
@@ -166,7 +197,9 @@ class ActivationBuffer:
             self.rows[call] = rows
             self._missing.add(call)
             self._by_address[inputs.data_ptr()] = rows.inputs
-        at = self._at[rows.unit]
+        elif in_tower and self._saved.extent.rows(rows.unit) != outputs.shape[:-1].numel():
+            raise RuntimeError("rows of pictures differ from batch to batch")
+        at = self._at(rows.unit)
         if call in self._missing:
             self._missing.remove(call)
             if id(rows.inputs) not in self._filled:
@@ -177,7 +210,10 @@ class ActivationBuffer:
                 self._saved.rows(tensor, rows.unit, into[at])
         self._saved.rows(grad_output, rows.unit, rows.grad_output[self.loss, at])
 
+    def _at(self, unit: Unit) -> slice:
+        return slice(self._before.rows(unit), (self._before + self._saved.extent).rows(unit))
+
     def _new(self, unit: Unit, like: torch.Tensor, *more: int) -> torch.Tensor:
         # Earlier batches that did not reach the module count as zeros.
-        make = like.new_zeros if self._at[unit].start else like.new_empty
-        return make(*more, self.totals[unit], like.shape[-1])
+        make = like.new_zeros if self._before.rows(unit) else like.new_empty
+        return make(*more, self.total.rows(unit), like.shape[-1])

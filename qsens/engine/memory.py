@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qsens.checkpoint.experts import expert_weights, is_experts
-from qsens.checkpoint.groups import Group
+from qsens.checkpoint.groups import Group, tower_of
 from qsens.checkpoint.modules import is_linear, layers_of, weight_of
 from qsens.checkpoint.structure import head_of, traits_of
 from qsens.data.samples import BATCH_TOKENS, Samples
@@ -92,7 +92,7 @@ def plan_budget(
     # Measured divergences are taken in float32; so are changes of outputs under several losses.
     wide = parameter.element_size() if losses == 1 else max(4, parameter.element_size())
     size = parameter.element_size() if losses else wide
-    rows = _Rows.of(model, samples)
+    rows = _Rows.of(model, groups, samples)
     fixed, per_token, records = _footprint(model, groups, candidates, size, wide, losses, rows)
     fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
     # Patches that a token brings along are work on weights too: fewer tokens share it as well.
@@ -157,33 +157,26 @@ class _Rows:
 
     Attributes:
         layers: Names of the layers.
-        tower: Name of the vision tower; empty where there is none.
+        tower: Names of the modules that read pictures.
         patches: Patches of pictures a token.
         visual: The same once they are merged.
         kept: Values a token that are kept between the layers: what goes in.
     """
 
     layers: tuple[str, ...]
-    tower: str
+    tower: frozenset[str]
     patches: float
     visual: float
     kept: float
 
     @classmethod
-    def of(cls, model: nn.Module, samples: Samples | None) -> _Rows:
+    def of(cls, model: nn.Module, groups: Sequence[Group], samples: Samples | None) -> _Rows:
         """Return those of a model and samples."""
-        tower = next(
-            (
-                name
-                for name, module in model.named_modules()
-                if hasattr(module, "patch_embed") and hasattr(module, "blocks")
-            ),
-            "",
-        )
+        tower = tower_of(groups)
         counts = []
         if samples is not None and samples.pictures:
             counts = [
-                (len(picture.patches) / len(ids), ids.count(samples.image_token or 0) / len(ids))
+                (picture.patches / len(ids), picture.shown / len(ids))
                 for picture, ids in zip(samples.pictures, samples.ids, strict=True)
             ]
         patches = max((each for each, _ in counts), default=0.0)
@@ -194,13 +187,14 @@ class _Rows:
         for name, layer in layers.items():
             inner = [part for part in layer.modules() if is_linear(part)]
             width = weight_of(inner[0]).shape[1] if inner else 0
-            kept += width * (patches if tower and name.startswith(f"{tower}.") else 1.0)
+            reads = any(module.startswith(f"{name}.") for module in tower)
+            kept += width * (patches if reads else 1.0)
         return cls(tuple(layers), tower, patches, visual, kept)
 
     def of_module(self, name: str, module: nn.Module) -> tuple[str, float]:
         """Return the layer of a module, empty where it is in none, and its rows a token."""
         layer = next((layer for layer in self.layers if name.startswith(f"{layer}.")), "")
-        if not (self.tower and name.startswith(f"{self.tower}.")):
+        if name not in self.tower:
             return layer, 1.0
         at_patches = layer or not isinstance(module, nn.Linear)
         return layer, self.patches if at_patches else self.visual

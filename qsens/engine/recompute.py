@@ -15,6 +15,7 @@ model is repeated here.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,13 +26,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from qsens.checkpoint.experts import expert_inputs, is_experts
-from qsens.checkpoint.modules import is_convolution, layers_of
+from qsens.checkpoint.modules import channels_last, is_convolution, layers_of, patches_of
 from qsens.checkpoint.structure import traits_of
-from qsens.data.samples import Batch, Unit
+from qsens.data.samples import Batch
 from qsens.engine.activations import (
-    UNITS,
     ActivationBuffer,
     Call,
+    Extent,
     ModuleActivations,
     SavedForward,
     SavedLayer,
@@ -86,7 +87,7 @@ class RecomputedModel:
         }
         self._saved: SavedForward | None = None
         self._batch: Batch | None = None
-        self._collector = ActivationBuffer({}, 1)
+        self._collector = ActivationBuffer(Extent(), 1)
         self._keeps = False
         self._looking = False
         self._inside = False
@@ -158,8 +159,8 @@ class RecomputedModel:
         """Run a batch forward; keep each layer's input and output."""
         real = batch.real_tokens()
         moved = batch.to(self.device)
-        counts = {unit: sum(batch.lengths(unit)) for unit in UNITS}
-        saved = SavedForward(moved, None if real is None else real.to(self.device), counts)
+        real = None if real is None else real.to(self.device)
+        saved = SavedForward(moved, real, Extent.of(batch))
         self._saved = saved
         self._runs.clear()
         with torch.enable_grad():
@@ -179,9 +180,8 @@ class RecomputedModel:
         Yields:
             The rows of each run of a module. A module that no gradient reached is not there.
         """
-        starts: list[dict[Unit, int]] = [dict.fromkeys(UNITS, 0)]
-        for saved in saved_forwards:
-            starts.append({unit: at + saved.counts[unit] for unit, at in starts[-1].items()})
+        extents = (saved.extent for saved in saved_forwards)
+        starts = list(itertools.accumulate(extents, initial=Extent()))
         self._collector = ActivationBuffer(starts[-1], len(grad_output[0]))
         for saved, start, given in zip(saved_forwards, starts, grad_output, strict=False):
             with self._collector.batch(saved, start):
@@ -281,7 +281,7 @@ class RecomputedModel:
         routing = tuple(part.detach() for part in args[1:3]) if is_experts(module) else ()
         convolution = is_convolution(module)
         if convolution:
-            entered, left = entered.flatten(1), left.flatten(1)
+            entered, left = patches_of(module, entered).flatten(1), channels_last(left)
         call = Call(name, self._runs[name])
         self._runs[name] += 1
         if not output.requires_grad:  # what the weights are frozen for; the first of a tower
@@ -294,7 +294,7 @@ class RecomputedModel:
         def keep(grad: torch.Tensor) -> None:
             if left._version != version:
                 raise RuntimeError(f"what {name} gives is changed in place after it")
-            grad = grad.flatten(1) if convolution else grad
+            grad = channels_last(grad) if convolution else grad
             self._collector.take(call, entered, left, grad, routing, in_tower=name in self._tower)
 
         output.register_hook(keep)  # type: ignore[no-untyped-call]

@@ -175,9 +175,9 @@ def _read_as(
     return chat_samples(
         [pixels for _, pixels in kept],
         [record.caption for record, _ in kept],
-        checkpoint.tokenizer,
-        load_processor(config.model),
-        image_token=int(checkpoint.model.config.image_token_id),  # type: ignore[union-attr,arg-type]
+        load_processor(config.model, checkpoint.tokenizer),
+        checkpoint.model.config,
+        resize=reader.resolution.unit == 1,
         prompt=config.dataset.prompt,
         longest=longest,
         dtype=getattr(torch, config.model.dtype),

@@ -119,8 +119,11 @@ def test_a_tokenizer_without_a_word_for_what_it_does_not_know(llama: Path) -> No
     "content", ["[]", "{", '{"size": 5, "patch_size": 1}', '{"resample": "x", "size": [1]}']
 )
 def test_a_broken_processor_is_refused(content: str, tmp_path: Path) -> None:
-    (tmp_path / "preprocessor_config.json").write_text(content)
-    refused(lambda: load_processor(ModelConfig(path=tmp_path)), "processor cannot be loaded: ")
+    path = save(configuration("Qwen3-VL", tied=True), tmp_path / "seeing")
+    (path / "preprocessor_config.json").write_text(content)
+    config = ModelConfig(path=path)
+    tokenizer = load_tokenizer(config)
+    refused(lambda: load_processor(config, tokenizer), "processor cannot be loaded: ")
 
 
 @pytest.mark.parametrize(("ids", "strange"), [((0, 9, 10), 10), ((1 << 40, 2), 1 << 40)])

@@ -19,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize,
 )
 
+from qsens.checkpoint.components import resolve_components
 from qsens.config import ModelConfig
 from qsens.data.images import PictureReader, Resolution, read_resolution, too_many
 from qsens.data.records import Record
@@ -224,7 +225,7 @@ def test_a_share_of_the_pictures_may_be_skipped() -> None:
 
 def test_the_processor_says_the_resolution(tmp_path: Path) -> None:
     path = save(configuration("Qwen3-VL", tied=True), tmp_path / "model")
-    config = ModelConfig(path=path)
+    config = resolve_components(ModelConfig(path=path))
     with pytest.raises(UserError, match="has no image processor"):
         read_resolution(config, 10_000)
     settings = {"patch_size": 4, "merge_size": 4}
@@ -252,11 +253,28 @@ def test_the_processor_says_the_resolution(tmp_path: Path) -> None:
     assert read_resolution(config, 10_000) == Resolution(8, 400, 4000)
 
 
-@pytest.mark.parametrize("family", ["Gemma 3", "Llama"])
-def test_another_family_is_refused(family: str, tmp_path: Path) -> None:
-    path = save(configuration(family, tied=True), tmp_path / "model")
-    with pytest.raises(UserError, match=r"it is none of qwen3_vl, qwen2_5_vl"):
-        read_resolution(ModelConfig(path=path), 10_000)
+def test_a_model_without_a_tower_is_refused(tmp_path: Path) -> None:
+    path = save(configuration("Llama", tied=True), tmp_path / "model")
+    with pytest.raises(UserError, match=r"'llama' cannot be given pictures: it has no vision"):
+        read_resolution(resolve_components(ModelConfig(path=path)), 10_000)
+
+
+def test_other_processors_resize_themselves(tmp_path: Path) -> None:
+    """Larger pictures are reduced before, and how many tokens they are is not known yet."""
+    path = save(configuration("Gemma 3", tied=True), tmp_path / "model")
+    config = resolve_components(ModelConfig(path=path))
+    with pytest.raises(UserError, match="has no image processor"):
+        read_resolution(config, 10_000)
+    (path / "preprocessor_config.json").write_text('{"size": {"height": 16, "width": 16}}')
+    rule = read_resolution(config, 10_000)
+    assert rule.of(100, 80) == (100, 80)
+    assert rule.of(300, 200) == (122, 81)  # sqrt(10000 / 60000) of each
+    reader = PictureReader(tmp_path, tmp_path / "cache", rule)
+    noise(50, 33).save(tmp_path / "a.png")
+    pixels = reader.read("a.png")
+    assert pixels is not None
+    assert np.array_equal(pixels, np.asarray(noise(50, 33)))
+    assert reader.largest() == 0
 
 
 def test_a_picture_of_a_photo_format_is_read(reader: PictureReader) -> None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from qsens.checkpoint.loading import load_tokenizer
 from qsens.config import ModelConfig
 from qsens.data.chat import load_processor
 from qsens.demo import checkpoint, training
@@ -247,7 +248,8 @@ def test_a_drawing_that_it_never_saw_is_described(model: Any, tokenizer: Any) ->
 def test_the_saved_processor_makes_the_patches_that_it_was_trained_on(
     demo_checkpoint: DemoResult,
 ) -> None:
-    processor = load_processor(ModelConfig(path=demo_checkpoint.directory))
+    config = ModelConfig(path=demo_checkpoint.directory)
+    processor = load_processor(config, load_tokenizer(config)).image_processor
     picture = drawings(1, seed=0)[0].image()
     made = processor(images=[picture], return_tensors="pt")
     assert made["image_grid_thw"].tolist() == [[1, 4, 4]]
@@ -281,8 +283,9 @@ def test_training_is_deterministic_and_leaves_torch_alone() -> None:
     assert tokenizer.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
 
     ids = checkpoint._token_ids(tokenizer, sentences)
-    processor = checkpoint._processor(checkpoint.RECIPE)
-    lessons = Lessons(ids, drawings(200, seed=0, split="training"), tokenizer, processor, 8)
+    processor = checkpoint._processor(tokenizer, checkpoint.RECIPE)
+    settings = checkpoint._config(tokenizer, checkpoint.RECIPE)
+    lessons = Lessons(ids, drawings(200, seed=0, split="training"), processor, settings, 8)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
 
     def weights_of(seed: int, steps: int) -> dict[str, torch.Tensor]:

@@ -90,7 +90,7 @@ def test_each_part_learns_at_its_own_rate_and_what_a_batch_does_not_reach_stays(
 def test_lessons_show_every_sequence_once() -> None:
     torch.manual_seed(0)
     sequences = [[n, *range(n % 5)] for n in range(1, 50)]
-    lessons = Lessons(sequences, [], None, None, batch_size=8)
+    lessons = Lessons(sequences, [], None, None, 8)
     batches = list(lessons.shuffled())
     rows = [
         ids[mask.bool()].tolist()

@@ -98,5 +98,10 @@ def samples(count: int) -> Samples:
         caption = words(4 + index % 4)
         ids.append((*question, *caption, *words(1)))
         spans.append((len(question), len(question) + len(caption)))
-        pictures.append(Picture(torch.randn(patches, 3 * 2 * 8 * 8, generator=generator), grid))
-    return Samples(tuple(ids), (False,) * count, tuple(spans), tuple(pictures), IMAGE)
+        tensors = {
+            "pixel_values": torch.randn(patches, 3 * 2 * 8 * 8, generator=generator),
+            "image_grid_thw": torch.tensor([grid]),
+        }
+        shown = {"mm_token_type_ids": (torch.tensor(question) == IMAGE).long()}
+        pictures.append(Picture(tensors, shown, patches, patches // 4))
+    return Samples(tuple(ids), (False,) * count, tuple(spans), tuple(pictures))

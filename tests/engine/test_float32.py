@@ -48,8 +48,8 @@ def given_to(kind: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         picture = samples.pictures[0]
         return model, {
             "input_ids": ids,
-            "pixel_values": picture.patches.bfloat16(),
-            "image_grid_thw": torch.tensor([picture.grid]),
+            "pixel_values": picture.tensors["pixel_values"].bfloat16(),
+            "image_grid_thw": picture.tensors["image_grid_thw"],
             "mm_token_type_ids": (ids == pictures.IMAGE).long(),
         }
     model = mixtures.model() if kind == "mixture" else llama(tie_word_embeddings=kind == "tied")

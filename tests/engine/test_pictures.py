@@ -78,8 +78,8 @@ def modelopt(family: str, name: str, samples: Samples) -> dict[str, float]:
         loader.append(
             {
                 "input_ids": ids,
-                "pixel_values": picture.patches,
-                "image_grid_thw": torch.tensor([picture.grid]),
+                "pixel_values": picture.tensors["pixel_values"],
+                "image_grid_thw": picture.tensors["image_grid_thw"],
                 "mm_token_type_ids": (ids == pictures.IMAGE).long(),
                 "labels": labels,
                 "weight": 1 / totals[index // BATCH],
@@ -144,7 +144,6 @@ def alone(samples: Samples, index: int) -> Samples:
         samples.truncated[index : index + 1],
         samples.spans[index : index + 1],
         samples.pictures[index : index + 1],
-        samples.image_token,
     )
 
 
@@ -204,8 +203,8 @@ def test_labels_are_the_caption_alone(family: str, samples: Samples) -> None:
         with torch.no_grad():
             logits = model(
                 input_ids=ids,
-                pixel_values=picture.patches,
-                image_grid_thw=torch.tensor([picture.grid]),
+                pixel_values=picture.tensors["pixel_values"],
+                image_grid_thw=picture.tensors["image_grid_thw"],
                 mm_token_type_ids=(ids == pictures.IMAGE).long(),
             ).logits[0]
         start, end = samples.spans[index]

@@ -76,7 +76,7 @@ def _chats(place: Place, tokenizer: Any, used: list[tuple[str, str]]) -> Any:
     """Yield what the model is called with, and how many tokens of it are labels."""
     from qsens.data.chat import load_processor
 
-    processor = load_processor(place.plan().config.model)
+    processor = load_processor(place.plan().config.model, tokenizer).image_processor
     processor.size["longest_edge"] = seeing.MAX_PIXELS
     for image, caption in used:
         picture = Image.open(place.root / "images" / image)

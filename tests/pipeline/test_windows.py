@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from qsens.checkpoint.loading import load_tokenizer
@@ -77,17 +78,19 @@ def test_samples_are_what_the_processor_and_the_template_make(place: Place) -> N
         samples = chat_samples(
             [pixels],
             [caption],
-            tokenizer,
-            load_processor(plan.config.model),
-            image_token=pictures.IMAGE,
+            load_processor(plan.config.model, tokenizer),
+            AutoConfig.from_pretrained(place.checkpoint),
+            resize=False,
             prompt="Describe this image .",
             longest=512,
             dtype=torch.float32,
         )
         (made,) = samples.pictures
-        assert list(made.grid) == theirs["image_grid_thw"][0].tolist()
+        assert made.tensors["image_grid_thw"].equal(theirs["image_grid_thw"])
         # Ours is rounded to whole colours once, as a picture in a file is.
-        torch.testing.assert_close(made.patches, theirs["pixel_values"], rtol=0, atol=0.03)
+        torch.testing.assert_close(
+            made.tensors["pixel_values"], theirs["pixel_values"], rtol=0, atol=0.03
+        )
         shown = pixels.shape[0] * pixels.shape[1] // 28**2
         assert tokenizer.convert_ids_to_tokens(samples.ids[0]) == [
             *["assistant", ".", "user", "<|vision_start|>"],

@@ -215,7 +215,7 @@ class GradientScorer:
             measured = [head.statistics] if head.statistics is not None else []
             layouts: dict[Unit, BufferLayout] = {}
             for layer in self.model.backward(saved_forwards, head.gradients):
-                for unit in sorted({rows.unit for rows in layer.values()}):
+                for unit in dict.fromkeys(rows.unit for rows in layer.values()):
                     if unit not in layouts:
                         layouts[unit] = layout_of(window, self._candidates, self.device, unit)
                     alike = {

@@ -28,7 +28,7 @@ from qsens.checkpoint.experts import (
     summed,
 )
 from qsens.checkpoint.groups import Group
-from qsens.checkpoint.modules import apply, layers_of, weight_of
+from qsens.checkpoint.modules import apply, is_linear, layers_of, weight_of
 from qsens.checkpoint.structure import traits_of
 from qsens.data.samples import Batch
 from qsens.engine.amax import Amax, moved
@@ -197,8 +197,10 @@ class PerturbedForward:
         at, shapes = self._shapes[name]
         total = 1 + len(self._changes)
         live = 1 + bisect_right(self._starts, at)
+        # Pictures may be one sequence, copies one behind the other along it.
+        along = _longer((args, kwargs), shapes)
         if live == 1:
-            return _each(self._gave[name], lambda kept: _repeat(kept, total))
+            return _each(self._gave[name], lambda kept: _repeat(kept, total, along))
         if live < total:
             try:
                 args, kwargs = _first((args, kwargs), shapes, live, total)
@@ -212,7 +214,13 @@ class PerturbedForward:
         # A copy that is not changed yet is what the first one is.
         return _each(
             output,
-            lambda part: torch.cat([part, _repeat(part[: len(part) // live], total - live)]),
+            lambda part: torch.cat(
+                [
+                    part,
+                    _repeat(part.narrow(along, 0, part.shape[along] // live), total - live, along),
+                ],
+                along,
+            ),
         )
 
     def _run_module(
@@ -233,12 +241,17 @@ class PerturbedForward:
             for at, perturbation in enumerate(self._changes, 1)
             if perturbation.group == group
         }
+        if is_linear(self._modules[name]) and not routing:
+            # A tower may read all pictures as one sequence: copies are rows of it.
+            x, written = x.flatten(0, -2), output.view(-1, output.shape[-1])
+        else:
+            written = output
         rows = len(x) // self._live
         if routing:
             for perturbation, place in places.items():
                 at = slice(place * rows, (place + 1) * rows)
                 self._run_experts(
-                    name, perturbation, [part[at] for part in (x, *routing)], output[at]
+                    name, perturbation, [part[at] for part in (x, *routing)], written[at]
                 )
             return output
         for perturbations, weight in self._weights(name, list(places)):
@@ -246,7 +259,7 @@ class PerturbedForward:
                 at = slice(places[perturbation] * rows, (places[perturbation] + 1) * rows)
                 given = self.given(name, perturbation, x[at])
                 if given is not None:
-                    output[at] = apply(self._modules[name], given, weight)
+                    written[at] = apply(self._modules[name], given, weight)
         return output
 
     def _run_experts(
@@ -361,5 +374,21 @@ def _each(output: Any, perturbation: Callable[[torch.Tensor], torch.Tensor]) -> 
     return perturbation(output) if isinstance(output, torch.Tensor) else output
 
 
-def _repeat(tensor: torch.Tensor, forwards: int) -> torch.Tensor:
-    return tensor.repeat(forwards, *[1] * (tensor.ndim - 1))
+def _longer(value: Any, shapes: Any) -> int:
+    """Return the dimension along which copies of a layer's first tensor follow each other."""
+    if isinstance(value, Mapping):
+        value, shapes = list(value.values()), list(shapes.values())
+    if isinstance(value, tuple | list):
+        for part, shape in zip(value, shapes, strict=True):
+            if shape:
+                return _longer(part, shape)
+    if isinstance(value, torch.Tensor):
+        unlike = (at for at, one in enumerate(shapes) if value.shape[at] != one)
+        return next(unlike, 0)
+    return 0
+
+
+def _repeat(tensor: torch.Tensor, forwards: int, along: int = 0) -> torch.Tensor:
+    copies = [1] * tensor.ndim
+    copies[along] = forwards
+    return tensor.repeat(copies)

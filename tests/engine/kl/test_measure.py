@@ -61,8 +61,8 @@ def seen_inputs(samples: Samples, index: int) -> dict[str, torch.Tensor]:
     given = {"input_ids": ids}
     if samples.pictures:
         picture = samples.pictures[index]
-        given["pixel_values"] = picture.patches
-        given["image_grid_thw"] = torch.tensor([picture.grid])
+        given["pixel_values"] = picture.tensors["pixel_values"]
+        given["image_grid_thw"] = picture.tensors["image_grid_thw"]
         given["mm_token_type_ids"] = (ids == pictures.IMAGE).long()
     return given
 
