@@ -24,6 +24,7 @@ from qsens.checkpoint.files import Weights, find_weights, read_config
 from qsens.checkpoint.modules import quantizable
 from qsens.checkpoint.quantized import Quantization, read_quantization
 from qsens.checkpoint.refusals import refusals
+from qsens.checkpoint.routed import RoutedExperts, route_experts
 from qsens.checkpoint.structure import Traits, head_of, remember_traits
 from qsens.checkpoint.templates import read_chat_template
 from qsens.config import ModelConfig
@@ -171,10 +172,16 @@ def choose_experts(model: Any, device: torch.device, dtype: torch.dtype) -> None
     """Let the experts of a model run by one grouped product where a GPU has it.
 
     One expert after the other, as ModelOpt lets them run, is a launch each.
+
+    Raises:
+        UserError: They are in a layout of their own that cannot be changed.
     """
-    if any(map(is_experts, model.modules())):
-        fast = device.type == "cuda" and dtype == torch.bfloat16
-        model.set_experts_implementation("grouped_mm" if fast else "eager")
+    fast = device.type == "cuda" and dtype == torch.bfloat16
+    implementation = "grouped_mm" if fast else "eager"
+    route_experts(model, implementation)
+    experts = (module for module in model.modules() if is_experts(module))
+    if any(not isinstance(module, RoutedExperts) for module in experts):
+        model.set_experts_implementation(implementation)
 
 
 def has_tied_head(model: nn.Module) -> bool:

@@ -15,6 +15,7 @@ model is repeated here.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -38,9 +39,6 @@ from qsens.engine.activations import (
     SavedLayer,
 )
 from qsens.engine.head import Head, head_input, without_head
-
-# What layers call what they read, where it is not their first argument.
-_HIDDEN = "hidden_states"
 
 Tap = Callable[[str, torch.Tensor], None]
 """Called with the name of a module's input and the input itself.
@@ -226,8 +224,10 @@ class RecomputedModel:
 
     def _run_layer(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a layer, its record kept or not; what it gives starts a new one."""
-        hidden = args[0] if args else kwargs.pop(_HIDDEN)
-        args = args[1:]
+        if args:
+            hidden, *args = args  # type: ignore[assignment]
+        else:  # what a layer reads is its first parameter
+            hidden = kwargs.pop(next(iter(inspect.signature(self._forwards[name]).parameters)))
         # A tower that is not covered, below all that is: no gradient has to pass it.
         idle = name in self._idle and not hidden.requires_grad
         if self._looking or idle:

@@ -87,6 +87,10 @@ def _onevision(settings: Any) -> None:
     settings.image_grid_pinpoints = PINPOINTS
 
 
+def _llama4(settings: Any) -> None:
+    settings.vision_config.intermediate_size = 64 * 4  # what shuffling makes of four patches
+
+
 def _mistral3(settings: Any) -> None:
     settings.vision_config.image_size = 112
 
@@ -218,6 +222,25 @@ FAMILIES = (
         ),
         processor={"patch_size": 14, "spatial_merge_size": 2},
         configure=_mistral3,
+        needs=("torchvision",),
+    ),
+    Family(
+        "llama4",
+        {
+            511: "<|image_start|>",
+            510: "<|image_end|>",
+            509: "<|patch|>",
+            508: "<|image|>",
+            507: "<|tile_x_separator|>",
+            506: "<|tile_y_separator|>",
+        },
+        "<|image|>",
+        (
+            "llama4.image_processing_llama4.Llama4ImageProcessor",
+            {"size": {"height": 56, "width": 56}, "max_patches": 4},
+        ),
+        processor={"patch_size": 14, "pixel_shuffle_ratio": 0.5},
+        configure=_llama4,
         needs=("torchvision",),
     ),
     Family(

@@ -48,11 +48,20 @@ class Reference:
         model: The model, in evaluation mode.
         ids: Token ids, ``(samples, tokens)``.
         members: Names of the modules of each group.
+        more: What else the model is called with, such as a picture.
+        first: Index of the first token that is a label.
     """
 
-    def __init__(self, model: Any, ids: torch.Tensor, members: Sequence[Sequence[str]]) -> None:
-        self.model, self.ids, self.members = model, ids, members
-        self.inputs: dict[str, Any] = {"input_ids": ids}
+    def __init__(
+        self,
+        model: Any,
+        ids: torch.Tensor,
+        members: Sequence[Sequence[str]],
+        more: Mapping[str, torch.Tensor] | None = None,
+        first: int = 1,
+    ) -> None:
+        self.model, self.ids, self.members, self._first = model, ids, members, first
+        self.inputs: dict[str, Any] = {"input_ids": ids, **(more or {})}
         if "use_cache" in inspect.signature(model.forward).parameters:
             self.inputs["use_cache"] = False  # some have none for all of their layers
         self.modules: dict[str, nn.Module] = {
@@ -107,7 +116,7 @@ class Reference:
         with self._hooked(lambda name, args, output: note(name, args, output)), torch.enable_grad():
             logits = self.model(**self.inputs).logits.float()
             loss = sum(
-                F.cross_entropy(one[:-1], own[1:], reduction="sum")
+                F.cross_entropy(one[self._first - 1 : -1], own[self._first :], reduction="sum")
                 for one, own in zip(logits, self.ids, strict=True)
             )
             reached = [run for run in self.runs if run.output.requires_grad]
