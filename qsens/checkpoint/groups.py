@@ -1,4 +1,4 @@
-"""Groups of modules that must share one format, by ModelOpt's rules; needs torch.
+"""Groups of modules that must share one format; needs torch.
 
 ModelOpt itself is not imported: that takes longer than all else that a pass imports together.
 """
@@ -17,8 +17,10 @@ from qsens.checkpoint.experts import expert_weights, is_experts
 from qsens.checkpoint.modules import quantizable, weight_of
 from qsens.names import Kind, depth_of, kind_of
 
-# Modules of one parent that share a format, since runtimes fuse them: the parent, what they are
+# Modules of one parent that share a format, since engines fuse them: the parent, what they are
 # called below it, and what tells apart several groups of one parent. The first that matches counts.
+# The first are ModelOpt's rules (quant_grouping_rules of 0.47; a test holds them equal); the last are
+# of what vLLM loads into one weight, where ModelOpt has no rule.
 _SHARED = tuple(
     (re.compile(rf"({parent})\.(?:{names})"), suffix)
     for parent, names, suffix in (
@@ -33,6 +35,12 @@ _SHARED = tuple(
         # Linear attention: two groups.
         (r".*?\.linear_attn", r"in_proj_qkv|in_proj_z", "/qkvz"),
         (r".*?\.linear_attn", r"in_proj_a|in_proj_b", "/ba"),
+        # Latent attention's two down-projections: fused_qkv_a_proj of deepseek_v2.py.
+        (r".*?", r"q_a_proj|kv_a_proj_with_mqa", "/qkv_a"),
+        # LFM2's gated products: w1 of lfm2.py.
+        (r".*?\.feed_forward", r"w1|w3", "/w13"),
+        # Attention of BERT's names: qkv_proj of bert.py.
+        (r".*?", r"query|key|value", "/qkv"),
     )
 )
 
@@ -109,7 +117,8 @@ def shared_key(name: str) -> str:
     Args:
         name: Name of a module.
 
-    Source: ``AutoQuantizeGradientSearcher.quant_grouping_rules`` of ModelOpt 0.47.
+    Source: ``AutoQuantizeGradientSearcher.quant_grouping_rules`` of ModelOpt 0.47, and beyond those
+    ``packed_modules_mapping`` of vLLM's models.
     """
     for pattern, suffix in _SHARED:
         match = pattern.fullmatch(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from modelopt.torch.quantization.algorithms import AutoQuantizeGradientSearcher
@@ -39,6 +40,21 @@ def test_modules_share_a_format_as_modelopt_says(name: str) -> None:
     searcher.model = None
     keys = (searcher._apply_quant_group_rule(name, rule) for rule in searcher.quant_grouping_rules)
     assert shared_key(name) == next((key for key in keys if key is not None), name)
+
+
+@pytest.mark.parametrize(
+    ("fused", "apart"),
+    [
+        (("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"), "self_attn.kv_b_proj"),
+        (("feed_forward.w1", "feed_forward.w3"), "feed_forward.w2"),
+        (("attention.self.query", "attention.self.key", "attention.self.value"), "output.dense"),
+    ],
+)
+def test_what_engines_fuse_shares_a_format_too(fused: tuple[str, ...], apart: str) -> None:
+    keys = {shared_key(f"model.layers.3.{name}") for name in fused}
+    assert len(keys) == 1
+    others = [f"model.layers.4.{fused[0]}", f"model.layers.3.{apart}"]
+    assert not keys & {shared_key(name) for name in others}
 
 
 def test_a_pass_imports_no_modelopt() -> None:

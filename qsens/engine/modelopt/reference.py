@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import modelopt.torch.quantization as mtq
 import torch
@@ -95,22 +95,22 @@ def score_cell(
         for name, hparam in named_hparams(model, unique=True)
         if isinstance(hparam, QuantRecipeHparam)
     }
-    grouped = {name: tuple(hparam.quant_module_names) for name, hparam in hparams.items()}
-    expected = {group.name: group.members for group in groups}
-    grouped = {name: names for name, names in grouped.items() if name not in others}
-    if grouped != expected:
-        raise RuntimeError(
-            f"ModelOpt grouped otherwise: {sorted(set(grouped) ^ set(expected))[:5]}"
+    searched = _searched(groups, [one for name, one in hparams.items() if name not in others])
+    if method != "gradient" and (apart := next((n for n, s in searched.items() if len(s) > 1), "")):
+        raise UserError(
+            f"ModelOpt measures the modules of {apart} apart, and engines fuse them",
+            where="autoquant.engine = modelopt",
+            remedy="Use autoquant.engine=fused, or autoquant.method=gradient, whose scores add up.",
         )
     calibrated = steps.calibrated or started
     return CellScores(
-        groups=tuple(_score(group, hparams[group.name], method) for group in groups),
+        groups=tuple(_score(group, searched[group.name], method) for group in groups),
         module_types={
             name: type(model.get_submodule(name)).__name__
             for group in groups
             for name in group.members
         },
-        tensors=prefixed(_amax(model, groups, hparams)),
+        tensors=prefixed(_amax(model, groups, searched)),
         timings={"calibrate": calibrated - started, "score": ended - calibrated},
         padding_share=0.0,
     )
@@ -187,13 +187,33 @@ class _Steps:
         return (losses_of(logits, batch) * weights).sum()
 
 
-def _score(group: Group, hparam: QuantRecipeHparam, method: str) -> GroupScore:
+def _searched(
+    groups: Sequence[Group], hparams: Sequence[QuantRecipeHparam]
+) -> dict[str, list[QuantRecipeHparam]]:
+    """Return what ModelOpt searched for each group, by the group's name.
+
+    That is one group of its own, or several where engines fuse what it keeps apart.
+    """
+    by_member = {name: hparam for hparam in hparams for name in hparam.quant_module_names}
+    searched = {
+        group.name: list(dict.fromkeys(by_member[name] for name in group.members))
+        for group in groups
+        if all(name in by_member for name in group.members)
+    }
+    ours = {name for group in groups for name in group.members}
+    if by_member.keys() != ours or sum(map(len, searched.values())) != len(hparams):
+        raise RuntimeError(f"ModelOpt grouped otherwise: {sorted(by_member.keys() ^ ours)[:5]}")
+    return searched
+
+
+def _score(group: Group, hparams: Sequence[QuantRecipeHparam], method: str) -> GroupScore:
     if not group.covered:
         return GroupScore(group, "disabled", "outside the coverage")
-    recipe = _recipe(hparam)
-    # get_score() turns a missing score into 0 and the search clamps; both would hide something.
-    modules = hparam.score_modules if method == "gradient" else hparam.score_modules[:1]
-    values = [hparam._importance_dict[recipe][module] for module in modules]
+    values = []
+    for hparam in hparams:
+        # get_score() turns a missing score into 0 and the search clamps: both would hide something.
+        modules = hparam.score_modules if method == "gradient" else hparam.score_modules[:1]
+        values += [hparam._importance_dict[_recipe(hparam)][module] for module in modules]
     if any(value is None for value in values):
         return GroupScore(group, "no_gradient", "no gradient reached it")
     score = math.fsum(float(value) for value in values)
@@ -202,14 +222,19 @@ def _score(group: Group, hparam: QuantRecipeHparam, method: str) -> GroupScore:
     return GroupScore(group, "scored", sensitivity=score)
 
 
-def _amax(model: nn.Module, groups: Sequence[Group], hparams: dict[str, QuantRecipeHparam]) -> Amax:
+def _amax(
+    model: nn.Module, groups: Sequence[Group], searched: Mapping[str, Sequence[QuantRecipeHparam]]
+) -> Amax:
     """Return the calibrated maximum of every input."""
     amax: Amax = {}
     for group in groups:
         if not group.covered:
             continue
-        hparam = hparams[group.name]
-        quantizers = hparam._all_quantizer_choices[_recipe(hparam)]
+        quantizers = {
+            module: held
+            for hparam in searched[group.name]
+            for module, held in hparam._all_quantizer_choices[_recipe(hparam)].items()
+        }
         for name in group.members:
             module = model.get_submodule(name)
             for each in input_names(name, module):
