@@ -118,7 +118,7 @@ def _with_pictures(texts: Samples, config: Any, side: int, dtype: torch.dtype) -
     return Samples(
         ids=tuple((*before, *ids) for ids in texts.ids),
         truncated=texts.truncated,
-        spans=tuple((len(before), len(before) + len(ids)) for ids in texts.ids),
+        spans=tuple(((len(before), len(before) + len(ids)),) for ids in texts.ids),
         pictures=tuple(pictures),
     )
 

@@ -14,7 +14,14 @@ from typing import Any
 
 from qsens.config import ModelConfig, PairConfig, SweepConfig
 from qsens.config.base import Frozen
-from qsens.config.models import AutoquantConfig, Coverage, Modality, Size
+from qsens.config.models import (
+    CONVERSATIONS,
+    AutoquantConfig,
+    Coverage,
+    Modality,
+    RecordKind,
+    Size,
+)
 from qsens.config.pairs import QuantizerConfig
 
 # Raised whenever a method gives other numbers for the same input: by the weights' data type.
@@ -108,6 +115,8 @@ class SamplesIdentity(Frozen):
     """SHA-256 of its content."""
     available: int
     """Samples (non-empty lines) in it."""
+    kind: RecordKind = "caption"
+    """What its records are."""
     pictures: PicturesIdentity | None = None
     """Its pictures; none where no cell reads them."""
 
@@ -232,6 +241,10 @@ def _samples_identity(
 ) -> dict[str, Any]:
     """Return all that decides what the samples are, as the model reads them."""
     identity: dict[str, Any] = {"modality": modality, "samples": samples.digest}
+    if samples.kind != "caption":
+        identity["kind"] = samples.kind
+    if samples.kind in CONVERSATIONS:
+        identity["loss"] = config.dataset.loss
     if modality == "image_text":
         identity |= {
             "pictures": samples.pictures.digest if samples.pictures else None,

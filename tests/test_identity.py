@@ -196,16 +196,16 @@ def test_what_a_new_field_means_for_digests_is_decided_here() -> None:
         },
         DatasetConfig: {
             "name", "modality", "sizes", "size", "max_calib_samples", "calib_seq_len",
-            "max_pixels", "max_skipped", "prompt",
+            "max_pixels", "max_skipped", "prompt", "loss",
         },
         AutoquantConfig: {
             "method", "draws", "engine", "effective_bits", "score_size", "batch_size", "seed",
         },
     }  # fmt: skip
     outside = {
-        # Files enter by their content.
+        # Files enter by their content, and by what their records are found to be.
         ModelConfig: {"path", "language_patterns", "hub"},
-        DatasetConfig: {"directory", "files", "images"},
+        DatasetConfig: {"directory", "files", "images", "format"},
         AutoquantConfig: {"audit", "memory_budget_gb", "device"},
     }
     for model, inside in in_digest.items():

@@ -19,7 +19,7 @@ from qsens.names import Kind, depth_of, kind_of
 
 # Modules of one parent that share a format, since engines fuse them: the parent, what they are
 # called below it, and what tells apart several groups of one parent. The first that matches counts.
-# The first are ModelOpt's rules (quant_grouping_rules of 0.47; a test holds them equal); the last are
+# The first are ModelOpt's (quant_grouping_rules of 0.47, held equal by a test); the last are
 # of what vLLM loads into one weight, where ModelOpt has no rule.
 _SHARED = tuple(
     (re.compile(rf"({parent})\.(?:{names})"), suffix)

@@ -18,8 +18,12 @@ def read_chat_template(path: Path) -> str | None:
     return _template_in(path / "chat_template.json")
 
 
-def check_chat_template(path: Path) -> None:
+def check_chat_template(path: Path, reads: str) -> None:
     """Refuse a checkpoint whose files hold no chat template.
+
+    Args:
+        path: Directory of the checkpoint.
+        reads: What the sweep reads that needs one: ``pictures``, ``conversations``.
 
     Raises:
         UserError: There is none, or a file that may hold one is broken.
@@ -30,10 +34,10 @@ def check_chat_template(path: Path) -> None:
         or _template_in(path / "tokenizer_config.json", may_lack=True)
     ):
         raise UserError(
-            "has no chat template, and the sweep reads pictures",
+            f"has no chat template, and the sweep reads {reads}",
             where=f"model.path = {path}",
-            remedy="Save its chat_template.jinja beside the weights, or use coverage=lm_only with "
-            "dataset.modality=text.",
+            remedy="Save its chat_template.jinja beside the weights, or sweep coverage=lm_only "
+            "over texts alone.",
         )
 
 

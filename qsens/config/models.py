@@ -16,15 +16,24 @@ SIZES: tuple[Size, ...] = ("small", "medium", "large")
 Coverage = Literal["lm_only", "all_layers"]
 COVERAGES: tuple[Coverage, ...] = ("lm_only", "all_layers")
 Modality = Literal["text", "image_text"]
-# Suffixes of sample files, in any case: captions alone, and those that can name pictures.
+# What a record of a sample file is.
+RecordKind = Literal["caption", "text", "messages", "sharegpt", "completion"]
+CONVERSATIONS: tuple[RecordKind, ...] = ("messages", "sharegpt", "completion")
+# Suffixes of sample files, in any case: captions alone, and those of records.
 TEXT = (".txt",)
 JSONL = (".jsonl", ".ndjson")
+JSON = (".json",)
 SQLITE = (".sqlite", ".sqlite3", ".db")
+# Records may be compressed.
+GZIP = ".gz"
 
 
 def has_suffix(file: PurePath | str, suffixes: tuple[str, ...]) -> bool:
-    """Return whether a file's name ends in one of ``suffixes``, in any case."""
-    return PurePath(file).suffix.lower() in suffixes
+    """Return whether a file's name ends in one of ``suffixes``, in any case; compressed or not."""
+    name = PurePath(file).name.lower()
+    if suffixes in (JSONL, JSON):
+        name = name.removesuffix(GZIP)
+    return PurePath(name).suffix in suffixes
 
 
 class HubConfig(Frozen):
@@ -76,8 +85,14 @@ class DatasetConfig(Frozen):
         default={size: f"coco2017_captions_{size}.txt" for size in SIZES}, min_length=1
     )
     """One file a size, relative to ``directory``; each is the head of the next. One caption a line
-    (``.txt``), ``{"image": path, "caption": text}`` a line (``.jsonl``), or a table
-    (``.sqlite``), where sizes may share a file that has a split of each."""
+    (``.txt``), a record a line (``.jsonl``) or in a list (``.json``), both compressed or not
+    (``.gz``), or a table (``.sqlite``), where sizes may share a file that has a split of each. A
+    record is ``{"image": path, "caption": text}``, ``{"text": text}``, or a conversation:
+    ``messages``, ``conversations``, or ``prompt`` with ``completion``."""
+    format: Literal["auto", "caption", "text", "messages", "sharegpt", "completion"] = "auto"
+    """What the records are; by the first one's keys when ``auto``."""
+    loss: Literal["assistant", "all"] = "assistant"
+    """Which tokens of a conversation are labels: those of the assistant's turns, or all."""
     sizes: dict[Size, Annotated[int, Field(ge=1, le=1_000_000)]] = Field(
         default={"small": 16, "medium": 128, "large": 512}, min_length=1
     )

@@ -8,7 +8,18 @@ from pathlib import Path
 
 from qsens.checksums import digest_file
 from qsens.config import DatasetConfig
-from qsens.config.models import JSONL, SIZES, SQLITE, TEXT, Size, has_suffix
+from qsens.config.models import (
+    CONVERSATIONS,
+    GZIP,
+    JSON,
+    JSONL,
+    SIZES,
+    SQLITE,
+    TEXT,
+    RecordKind,
+    Size,
+    has_suffix,
+)
 from qsens.data.images import PictureReader, identify_pictures
 from qsens.data.records import CHOOSE, Record, read_records
 from qsens.errors import UserError
@@ -21,37 +32,48 @@ def read_captions(path: Path, split: str = "") -> list[str]:
     return [record.caption for record in read_samples(path, split)]
 
 
-def read_samples(path: Path, split: str = "") -> list[Record]:
+def read_samples(path: Path, split: str = "", kind: str = "auto") -> list[Record]:
     """Return the samples of a file, captions stripped, in order, without empty ones.
 
+    See :func:`read_kind`.
+    """
+    return read_kind(path, split, kind)[0]
+
+
+def read_kind(path: Path, split: str = "", kind: str = "auto") -> tuple[list[Record], RecordKind]:
+    """Return the samples of a file as :func:`read_samples` does, and what they are.
+
     A ``.txt`` file holds one a line; a byte-order mark and CRLF line ends are taken as what they
-    are. ``.jsonl`` and ``.sqlite`` are those of :mod:`qsens.data.records`.
+    are. All others are those of :mod:`qsens.data.records`.
 
     Args:
         path: The file; its suffix, in any case, says what it is.
         split: Which samples of an SQLite file: the name of the size.
+        kind: What its records are: ``dataset.format``.
 
     Raises:
         UserError: The file has another suffix, is missing, empty, broken, no regular file, or no
             UTF-8; the message names the line.
     """
-    if not has_suffix(path, (*TEXT, *JSONL, *SQLITE)):
+    if not any(has_suffix(path, suffixes) for suffixes in (TEXT, JSONL, JSON, SQLITE)):
         raise UserError(
             f"is no file of samples that qsens knows: its suffix is '{path.suffix}'",
             where=f"samples file {path}",
             remedy=f"Known are {', '.join(TEXT)} (a caption a line), {', '.join(JSONL)} "
-            '({"image": PATH, "caption": TEXT} a line) and '
-            f"{', '.join(SQLITE)} (a table).",
+            '({"image": PATH, "caption": TEXT} or a conversation a line), '
+            f"{', '.join(JSON)} (a list of them), both also {GZIP}, and {', '.join(SQLITE)} "
+            "(a table).",
         )
+    found: RecordKind = "caption"
     if has_suffix(path, TEXT):
         samples = [Record("", caption) for caption in _lines(path)]
     else:
-        samples = read_records(path, split)
+        samples, found = read_records(path, split, kind)
     if not samples:
         raise UserError(
             "holds no caption", where=f"captions file {path}", remedy="Write one caption a line."
         )
-    return samples
+    return samples, found
 
 
 def _lines(path: Path) -> list[str]:
@@ -91,11 +113,17 @@ def identify_samples(
     notices = []
     for size in sizes:
         path = dataset.path(size)
-        samples = read_samples(path, size)
+        samples, kind = read_kind(path, size, dataset.format)
         heads[size] = samples[: dataset.limit(size)]
         identities[size] = SamplesIdentity(
-            path=path, digest=digest_file(path, remedy=CHOOSE), available=len(samples)
+            path=path,
+            digest=digest_file(path, remedy=CHOOSE),
+            available=len(samples),
+            kind=kind,
         )
+        if kind in CONVERSATIONS:
+            labels = "the assistant's turns" if dataset.loss == "assistant" else "all of them"
+            notices.append(f"{path.name} holds conversations ({kind}); labels are {labels}")
         if len(samples) < dataset.asked(size):
             notices.append(
                 f"{path.name} holds {len(samples)} captions, fewer than the {dataset.asked(size)} "

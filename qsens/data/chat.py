@@ -127,7 +127,7 @@ def chat_samples(
         whole = (*asked, *caption)
         ids.append(whole[:longest])
         truncated.append(len(whole) > longest)
-        spans.append((start, len(ids[-1])))
+        spans.append(((start, len(ids[-1])),))
     return Samples(tuple(ids), tuple(truncated), tuple(spans), tuple(seen))
 
 

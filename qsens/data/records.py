@@ -1,26 +1,34 @@
-"""Sample files with more than a caption a line, read without torch: JSONL and SQLite.
+"""Sample files of records, read without torch: JSON lines, JSON lists and SQLite.
 
-JSONL: ``{"image": path, "caption": text}`` a line. SQLite: the table ``vlm_calib_samples`` with the
+JSON: ``{"image": path, "caption": text}``, ``{"text": text}``, or a conversation, see
+:mod:`qsens.data.conversations`; compressed or not. SQLite: the table ``vlm_calib_samples`` with the
 columns ``split, image_relpath, image_id, caption_id, caption``, in the order of its rows.
 """
 
 from __future__ import annotations
 
+import gzip
+import io
+import itertools
+import re
 import sqlite3
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from qsens.config.models import JSONL, has_suffix
+from qsens.config.models import GZIP, JSON, SQLITE, RecordKind, has_suffix
+from qsens.data.conversations import Conversation, kind_of, read_conversation
 from qsens.errors import UserError
-from qsens.reading import open_file, parse_json, read_bytes, shown
+from qsens.reading import MOST_BYTES, open_file, parse_json, read_bytes, shown
 from qsens.visible import visible
 
 CHOOSE = "Set dataset.directory, or choose another data set, such as dataset=demo."
 _TABLE = "vlm_calib_samples"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -30,40 +38,102 @@ class Record:
     Attributes:
         image: Path of its image relative to the images' directory, never out of it; empty where
             the file names none.
-        caption: Its caption, stripped.
+        caption: Its caption or text, stripped; of a conversation, all of it in one line.
+        conversation: The conversation; none where it is a caption or a text.
     """
 
     image: str
     caption: str
+    conversation: Conversation | None = None
 
 
-def read_records(path: Path, split: str) -> list[Record]:
-    """Return the samples of a file, in order; those without a caption are left out.
+def read_records(path: Path, split: str, kind: str = "auto") -> tuple[list[Record], RecordKind]:
+    """Return the samples of a file, in order, and what they are; empty texts are left out.
 
     Args:
         path: The file; its suffix says what it is.
         split: Which samples of an SQLite file: its only split where it has just one.
+        kind: What the records are; by the first one's keys when ``auto``.
 
     Raises:
         UserError: The file is broken, has another layout, or names an image outside the images'
             directory; the message names the line or row.
     """
-    read = _jsonl(path) if has_suffix(path, JSONL) else _sqlite(path, split)
-    return [record for record in read if record.caption]
+    if has_suffix(path, SQLITE):
+        if kind not in ("auto", "caption"):
+            raise _broken(path, f"holds captions, and dataset.format = {kind}")
+        return [record for record in _sqlite(path, split) if record.caption], "caption"
+    entries = _array(path) if has_suffix(path, JSON) else _lines(path)
+    first = next(entries, None)
+    if first is None:
+        return [], "caption"
+    found = kind_of(first[1]) if kind == "auto" else kind
+    if found is None:
+        raise _broken(path, f"{first[0]} has none of the keys that say what it is")
+    read = (_read(path, where, entry, found) for where, entry in itertools.chain([first], entries))
+    return [record for record in read if record.caption], found  # type: ignore[return-value]
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
-    data = read_bytes(path, where=f"captions file {path}", remedy=CHOOSE)
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+def _read(path: Path, where: str, entry: Mapping[str, Any], kind: str) -> Record:
+    """Return a record of that kind."""
+    if kind in ("caption", "text"):
+        if kind not in entry:
+            raise _broken(path, f"{where} is no object with a '{kind}'")
+        return _record(path, where, entry.get("image", ""), entry[kind], kind)
+    try:
+        conversation = read_conversation(entry, kind)
+    except ValueError as error:
+        raise _broken(path, f"{where} is no conversation: {error}") from error
+    text = str(conversation)
+    if _SURROGATE.search(text):
+        raise _broken(path, f"{where} holds half of a surrogate pair")
+    return Record("", text, conversation)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the records of JSON lines with their places."""
+    for number, line in enumerate(_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             entry = parse_json(line, halves=True)
         except ValueError as error:
             raise _broken(path, f"line {number} is no JSON: {error}") from error
-        if not isinstance(entry, dict) or "caption" not in entry:
+        if not isinstance(entry, dict):
             raise _broken(path, f"line {number} is no object with a 'caption'")
-        yield _record(path, f"line {number}", entry.get("image", ""), entry["caption"])
+        yield f"line {number}", entry
+
+
+def _array(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the records of a JSON list with their places."""
+    try:
+        entries = parse_json(_bytes(path), halves=True)
+    except ValueError as error:
+        raise _broken(path, f"is no JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise _broken(path, "is no list of records")
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict):
+            raise _broken(path, f"entry {number} is no object")
+        yield f"entry {number}", entry
+
+
+def _bytes(path: Path) -> bytes:
+    """Return a file's content, uncompressed."""
+    where = f"captions file {path}"
+    data = read_bytes(path, where=where, remedy=CHOOSE)
+    if not path.name.lower().endswith(GZIP):
+        return data
+    try:
+        with gzip.open(io.BytesIO(data)) as opened:
+            data = opened.read(MOST_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _broken(path, f"is no whole gzip file: {error}") from error
+    if len(data) > MOST_BYTES:
+        raise UserError(
+            f"unpacks to more than {MOST_BYTES >> 20} MiB", where=where, remedy="Split the file."
+        )
+    return data
 
 
 def _sqlite(path: Path, split: str) -> Iterator[Record]:
@@ -102,11 +172,11 @@ def _sqlite(path: Path, split: str) -> Iterator[Record]:
         raise _broken(path, visible(str(error))) from error
 
 
-def _record(path: Path, where: str, image: Any, caption: Any) -> Record:
+def _record(path: Path, where: str, image: Any, caption: Any, kind: str = "caption") -> Record:
     if not isinstance(caption, str):
-        raise _broken(path, f"the caption of {where} is no text")
-    if any("\ud800" <= character <= "\udfff" for character in caption):
-        raise _broken(path, f"the caption of {where} holds half of a surrogate pair")
+        raise _broken(path, f"the {kind} of {where} is no text")
+    if _SURROGATE.search(caption):
+        raise _broken(path, f"the {kind} of {where} holds half of a surrogate pair")
     if image is None:
         image = ""
     if not isinstance(image, str):
@@ -121,6 +191,7 @@ def _broken(path: Path, what: str) -> UserError:
     return UserError(
         what,
         where=f"samples file {path}",
-        remedy='Write {"image": PATH, "caption": TEXT} a line (.jsonl), or a table '
-        f"{_TABLE} with split, image_relpath and caption (.sqlite).",
+        remedy='Write {"image": PATH, "caption": TEXT}, {"text": TEXT}, or a conversation '
+        '({"messages": [...]}, {"conversations": [...]}, {"prompt": TEXT, "completion": TEXT}) a '
+        f"line (.jsonl), or a table {_TABLE} with split, image_relpath and caption (.sqlite).",
     )

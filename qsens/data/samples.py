@@ -61,15 +61,17 @@ class Samples:
     Attributes:
         ids: Token ids of each sample, at most ``calib_seq_len`` long, without padding.
         truncated: Whether each sample was cut.
-        spans: Where the labels of each sample begin and end; empty for text, which has a label
-            wherever a token stands before it.
+        spans: Where the labels of each sample begin and end, once or several times; empty for text,
+            which has a label wherever a token stands before it.
+        notices: What a reader should know about how they were made.
         pictures: The picture of each sample; empty for text.
     """
 
     ids: tuple[tuple[int, ...], ...]
     truncated: tuple[bool, ...]
-    spans: tuple[tuple[int, int], ...] = ()
+    spans: tuple[tuple[tuple[int, int], ...], ...] = ()
     pictures: tuple[Picture, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -82,13 +84,13 @@ class Samples:
     def labels(self, count: int | None = None) -> list[int]:
         """Return the label tokens ``T_i`` of each of the first ``count`` samples."""
         if self.spans:
-            return [end - start for start, end in self.spans[:count]]
+            return [sum(end - start for start, end in spans) for spans in self.spans[:count]]
         return [max(0, len(ids) - 1) for ids in self.ids[:count]]
 
     def predictions(self, count: int | None = None) -> int:
         """Return the positions whose distribution counts, of the first ``count`` samples.
 
-        Of text that is every real token; with a picture, every position that predicts a label.
+        Of text that is every real token; else every position that predicts a label.
         """
         return sum(self.labels(count)) if self.spans else self.tokens(count)
 
@@ -371,12 +373,14 @@ def make_batch(samples: Samples, indices: Sequence[int], width: int | None = Non
         length = len(samples.ids[index])
         ids[row, :length] = torch.tensor(samples.ids[index])
         mask[row, :length] = 1
-    if not samples.pictures:
+    if not samples.spans:
         return Batch(tuple(indices), ids, mask)
     labels = torch.zeros_like(ids, dtype=torch.bool)
     for row, index in enumerate(indices):
-        start, end = samples.spans[index]
-        labels[row, start:end] = True
+        for start, end in samples.spans[index]:
+            labels[row, start:end] = True
+    if not samples.pictures:
+        return Batch(tuple(indices), ids, mask, labels)
     pictures = [samples.pictures[index] for index in indices]
     return Batch(
         tuple(indices),

@@ -107,12 +107,13 @@ def held_out(plan: Plan, modality: Modality, captions: Path | None = None) -> li
     for cell in plan.cells:
         if cell.modality == "text" and pictures:
             continue
-        read = read_samples(cell.samples.path, cell.size)
+        read = read_samples(cell.samples.path, cell.size, cell.samples.kind)
         used |= {key(record) for record in read[: cell.taken]}
     dataset = plan.config.dataset
     largest = max(dataset.files, key=SIZES.index)
     path = captions or dataset.path(largest)
-    left = [record for record in read_samples(path, largest) if key(record) not in used]
+    kind = "auto" if captions is not None else dataset.format
+    left = [record for record in read_samples(path, largest, kind) if key(record) not in used]
     if not left:
         raise UserError(
             f"holds no {'picture' if pictures else 'caption'} that the sweep did not use",

@@ -15,11 +15,12 @@ from qsens.checkpoint.groups import Group, find_groups
 from qsens.checkpoint.loading import has_tied_head, load_model, load_tokenizer, resolve_device
 from qsens.checkpoint.quantized import shapes
 from qsens.checkpoint.unused import left_alone_notices, unused_notices
-from qsens.config.models import Modality
+from qsens.config.models import CONVERSATIONS, Modality
 from qsens.data.captions import read_samples
 from qsens.data.chat import chat_samples, load_processor
 from qsens.data.images import PictureReader
 from qsens.data.records import Record
+from qsens.data.rendering import conversation_samples
 from qsens.data.samples import Samples, refuse_unknown_tokens, tokenize
 from qsens.engine.scores import Progress
 from qsens.errors import UserError
@@ -120,7 +121,8 @@ def with_samples(plan: Plan, cell: CellSpec, checkpoint: Checkpoint) -> Loaded:
         UserError: The samples cannot be read, or their pictures are not those of the plan.
     """
     started = time.monotonic()
-    records = read_samples(cell.samples.path, cell.size)[: cell.taken]
+    kind = cell.samples.kind
+    records = read_samples(cell.samples.path, cell.size, kind)[: cell.taken]
     if cell.modality == "image_text":
         reader = PictureReader.of(plan)
         if reader.identify(records) != cell.samples.pictures:
@@ -131,7 +133,8 @@ def with_samples(plan: Plan, cell: CellSpec, checkpoint: Checkpoint) -> Loaded:
             )
     samples = read_as(cell.modality, records, plan, checkpoint)
     seconds = checkpoint.seconds + time.monotonic() - started
-    return Loaded(checkpoint.model, samples, checkpoint.device, seconds, checkpoint.notices)
+    notices = (*checkpoint.notices, *samples.notices)
+    return Loaded(checkpoint.model, samples, checkpoint.device, seconds, notices)
 
 
 def load(plan: Plan, cell: CellSpec, progress: Progress) -> Loaded:
@@ -165,6 +168,11 @@ def _read_as(
 ) -> Samples:
     config = plan.config
     longest = config.dataset.calib_seq_len
+    conversations = [one.conversation for one in records if one.conversation is not None]
+    if modality == "text" and conversations:
+        return conversation_samples(
+            conversations, checkpoint.tokenizer, loss=config.dataset.loss, longest=longest
+        )
     if modality == "text":
         return tokenize(
             [record.caption for record in records], checkpoint.tokenizer, longest=longest
@@ -210,6 +218,8 @@ def dataset_of(plan: Plan, cell: CellSpec, samples: Samples, padding_share: floa
         padding_share=padding_share,
         truncated=sum(samples.truncated[:used]),
         calib_seq_len=config.calib_seq_len,
+        records=cell.samples.kind,
+        loss=config.loss if cell.samples.kind in CONVERSATIONS else None,
         pictures_digest=pictures.digest if pictures else None,
         skipped=len(cell.skipped),
         patches=samples.patches(used) if pictures else None,

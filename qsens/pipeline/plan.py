@@ -20,6 +20,7 @@ from qsens.checkpoint.settings import check_settings
 from qsens.checkpoint.templates import check_chat_template
 from qsens.checkpoint.tokenizer_files import check_tokenizer
 from qsens.config import ModelConfig, Roots, SweepConfig, load_sweep
+from qsens.config.models import CONVERSATIONS
 from qsens.data.captions import identify_samples
 from qsens.data.images import PictureReader, cache_of, read_resolution
 from qsens.documents import dump_document
@@ -64,6 +65,8 @@ def plan_sweep(
     checkpoint = identify_checkpoint(config.model, roots.results)
     reader = picture_reader(config, roots)
     samples, notices = identify_samples(config.dataset, config.dataset.size, reader)
+    if any(one.kind in CONVERSATIONS for one in samples.values()):
+        check_chat_template(config.model.path, "conversations")
     weights = shapes(config.model.path)
     notices += check_formats(config, covered_shapes(weights, _left_alone(config)))
     plan = make_plan(
@@ -125,7 +128,7 @@ def picture_reader(config: SweepConfig, roots: Roots) -> PictureReader | None:
     if not any(config.modality(coverage) == "image_text" for coverage in config.coverage):
         return None
     resolution = read_resolution(config.model, config.dataset.max_pixels)
-    check_chat_template(config.model.path)
+    check_chat_template(config.model.path, "pictures")
     return PictureReader(config.dataset.images_root(), cache_of(roots.results), resolution)
 
 

@@ -91,6 +91,11 @@ class Dataset(Section):
     """Samples cut at ``calib_seq_len`` tokens."""
     calib_seq_len: int | None
     """Longest sample, in tokens."""
+    records: str | None = None
+    """What the file's records are: ``caption``, ``text``, ``messages``, ``sharegpt``,
+    ``completion``; null in older manifests."""
+    loss: str | None = None
+    """Which tokens of conversations are labels: ``assistant`` or ``all``; null for others."""
     pictures_digest: str | None = None
     """SHA-256 over the contents of the pictures; null for ``text``."""
     skipped: int = 0

@@ -118,7 +118,6 @@ def test_a_suffix_says_what_a_file_is_in_any_case(suffix: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     "name",
     [
-        "captions.json",
         "captions.csv",
         "captions.tsv",
         "captions.parquet",

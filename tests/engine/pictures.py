@@ -97,7 +97,7 @@ def samples(count: int) -> Samples:
         question = [*words(2), START, *[IMAGE] * (patches // 4), END, *words(3)]
         caption = words(4 + index % 4)
         ids.append((*question, *caption, *words(1)))
-        spans.append((len(question), len(question) + len(caption)))
+        spans.append(((len(question), len(question) + len(caption)),))
         tensors = {
             "pixel_values": torch.randn(patches, 3 * 2 * 8 * 8, generator=generator),
             "image_grid_thw": torch.tensor([grid]),

@@ -66,13 +66,13 @@ def modelopt(family: str, name: str, samples: Samples) -> dict[str, float]:
     """Return ModelOpt's scores with one sample a batch, each weighted by its nominal batch."""
     import modelopt.torch.quantization as mtq
 
-    lengths = [end - start for start, end in samples.spans]
+    lengths = [end - start for ((start, end),) in samples.spans]
     totals = [sum(lengths[at : at + BATCH]) for at in range(0, COUNT, BATCH)]
     loader = []
     for index in range(COUNT):
         ids = torch.tensor([samples.ids[index]])
         labels = torch.full_like(ids, -100)
-        start, end = samples.spans[index]
+        ((start, end),) = samples.spans[index]
         labels[0, start:end] = ids[0, start:end]
         picture = samples.pictures[index]
         loader.append(
@@ -119,7 +119,7 @@ def modelopt(family: str, name: str, samples: Samples) -> dict[str, float]:
 def test_every_group_equals_modelopt(family: str, name: str, samples: Samples) -> None:
     theirs = modelopt(family, name, samples)
     names, found = run(family, name, samples)
-    lengths = [end - start for start, end in samples.spans]
+    lengths = [end - start for ((start, end),) in samples.spans]
     nominal = torch.tensor(
         [
             float(sum(lengths[at : at + BATCH]))
@@ -207,7 +207,7 @@ def test_labels_are_the_caption_alone(family: str, samples: Samples) -> None:
                 image_grid_thw=picture.tensors["image_grid_thw"],
                 mm_token_type_ids=(ids == pictures.IMAGE).long(),
             ).logits[0]
-        start, end = samples.spans[index]
+        ((start, end),) = samples.spans[index]
         log_p = torch.log_softmax(logits.double(), dim=-1)
         loss = -sum(log_p[at - 1, samples.ids[index][at]] for at in range(start, end))
         assert float(found.loss[index]) == pytest.approx(float(loss), rel=1e-5)

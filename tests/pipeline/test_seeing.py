@@ -416,7 +416,7 @@ def test_samples_are_what_the_processor_and_the_template_make(place: Place) -> N
         "assistant",
         *caption.split(),
     ]
-    (span,) = samples.spans
+    ((span,),) = samples.spans
     assert words[slice(*span)] == caption.split()
     assert samples.labels() == [5]
 

@@ -98,7 +98,7 @@ def test_llama_4s_tower_equals_plain_autograd(tmp_path: Path) -> None:
             inputs.pop("input_ids"),
             [group.members for group in groups],
             inputs,
-            single.spans[0][0],
+            single.spans[0][0][0],
         )
         amax = {COUNT: {name: value.float() for name, value in reference.amax.items()}}
         expected = reference.gradient(Format(request.weight, request.input))[:, 0]

@@ -100,7 +100,7 @@ def alone(
     for at, (log_p, log_q) in enumerate(zip(before, after, strict=True)):
         tokens = (log_p.exp() * (log_p - log_q)).sum(-1)
         if samples.spans:
-            start, end = samples.spans[at]
+            ((start, end),) = samples.spans[at]
             tokens = tokens[start - 1 : end - 1]
         found.append(float(tokens.sum()))
     return found
@@ -127,7 +127,7 @@ def test_every_group_alone(takes_images: bool, tokens: int) -> None:
     losses = []
     for at, log_p in enumerate(distributions(model, samples)):
         ids = torch.tensor(samples.ids[at])
-        start, end = samples.spans[at] if takes_images else (1, len(ids))
+        ((start, end),) = samples.spans[at] if takes_images else ((1, len(ids)),)
         losses.append(float(-log_p[start - 1 : end - 1].gather(1, ids[start:end, None]).sum()))
     assert found.loss.tolist() == pytest.approx(losses, rel=1e-5)
 
