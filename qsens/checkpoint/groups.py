@@ -39,8 +39,8 @@ _SHARED = tuple(
         (r".*?", r"q_a_proj|kv_a_proj_with_mqa", "/qkv_a"),
         # LFM2's gated products: w1 of lfm2.py.
         (r".*?\.feed_forward", r"w1|w3", "/w13"),
-        # Attention of BERT's names: qkv_proj of bert.py.
-        (r".*?", r"query|key|value", "/qkv"),
+        # Attention of BERT's names: qkv_proj of bert.py. RWKV has keys and values that are others.
+        (r".*?\.(?:self|attention\.attention)", r"query|key|value", "/qkv"),
     )
 )
 

@@ -57,6 +57,15 @@ def test_what_engines_fuse_shares_a_format_too(fused: tuple[str, ...], apart: st
     assert not keys & {shared_key(name) for name in others}
 
 
+def test_keys_and_values_of_rwkv_are_apart() -> None:
+    names = [
+        f"rwkv.blocks.1.{part}.{name}"
+        for part in ("attention", "feed_forward")
+        for name in ("key", "value", "receptance")
+    ]
+    assert len({shared_key(name) for name in names}) == len(names)
+
+
 def test_a_pass_imports_no_modelopt() -> None:
     words = "import sys, qsens.pipeline.compute, qsens.pipeline.audit, qsens.pipeline.publish"
     check = "sys.exit('modelopt' in sys.modules)"
