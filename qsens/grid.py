@@ -170,11 +170,13 @@ def _resolved(plan: Plan, cell: Cell) -> CellSpec:
     pair = pairs[cell.pair].with_granularity(granularities[cell.granularity])
     pictures = samples.pictures if cell.modality == "image_text" else None
     taken = min(config.dataset.limit(cell.size), samples.available)
-    used = taken if pictures is None else pictures.valid(taken)
-    boundaries = tuple(config.dataset.sizes.values())
-    if pictures is not None:
-        boundaries = tuple(pictures.valid(count) for count in boundaries if count <= taken)
-    skipped = pictures.skipped if pictures is not None else []
+    held = samples if pictures is None else pictures
+    used = held.valid(taken)
+    boundaries = tuple(
+        held.valid(count)
+        for count in config.dataset.sizes.values()
+        if pictures is None or count <= taken
+    )
     whole = cell.coverage == "all_layers"
     names = {
         "pair": cell.pair,
@@ -190,7 +192,7 @@ def _resolved(plan: Plan, cell: Cell) -> CellSpec:
         used=used,
         scored=min(used, config.autoquant.score_size),
         boundaries=boundaries,
-        skipped=tuple(entry for entry in skipped if entry.sample <= taken),
+        skipped=tuple(entry for entry in held.skipped if entry.sample <= taken),
         scheme=(pair.all_layers_scheme if whole else pair.scheme).format(**names),
         run_dir=(pair.all_layers_run_dir if whole else pair.run_dir).format(**names),
         calibration=_calibration_digest(plan, cell, used),
@@ -241,7 +243,7 @@ def make_plan(
         identity["granularity"] = granularity.name
         identity |= inputs_identity(config, patterns, modality, checkpoint, samples[size])
         pictures = samples[size].pictures if modality == "image_text" else None
-        if pictures is not None and pictures.skipped:  # it says whether the result is PARTIAL
+        if (pictures or samples[size]).skipped:  # it says whether the result is PARTIAL
             identity["max_skipped"] = config.dataset.max_skipped
         if config.runner.force:
             identity["forced"] = stamp

@@ -83,12 +83,12 @@ class CheckpointIdentity(Frozen):
 
 
 class Skipped(Frozen):
-    """A sample that is left out because of its picture."""
+    """A sample that is left out: its picture cannot be used, or its record is no conversation."""
 
     sample: int
     """Its number in the file, from 1."""
     image: str
-    """Path of the picture, as the file has it."""
+    """Path of the picture, as the file has it; empty where it is the record that does not fit."""
     reason: str
     """What is wrong with it."""
 
@@ -117,8 +117,14 @@ class SamplesIdentity(Frozen):
     """Samples (non-empty lines) in it."""
     kind: RecordKind = "caption"
     """What its records are."""
+    skipped: list[Skipped] = []
+    """Records that are left out, in order, of those that its size may use."""
     pictures: PicturesIdentity | None = None
     """Its pictures; none where no cell reads them."""
+
+    def valid(self, count: int) -> int:
+        """Return how many of the first ``count`` samples are not left out."""
+        return count - sum(entry.sample <= count for entry in self.skipped)
 
 
 class PatternsIdentity(Frozen):

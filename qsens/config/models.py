@@ -24,6 +24,7 @@ TEXT = (".txt",)
 JSONL = (".jsonl", ".ndjson")
 JSON = (".json",)
 SQLITE = (".sqlite", ".sqlite3", ".db")
+PARQUET = (".parquet",)
 # Records may be compressed.
 GZIP = ".gz"
 
@@ -86,9 +87,10 @@ class DatasetConfig(Frozen):
     )
     """One file a size, relative to ``directory``; each is the head of the next. One caption a line
     (``.txt``), a record a line (``.jsonl``) or in a list (``.json``), both compressed or not
-    (``.gz``), or a table (``.sqlite``), where sizes may share a file that has a split of each. A
-    record is ``{"image": path, "caption": text}``, ``{"text": text}``, or a conversation:
-    ``messages``, ``conversations``, or ``prompt`` with ``completion``."""
+    (``.gz``), a table of them (``.parquet``), or a table of captions (``.sqlite``), where sizes may
+    share a file that has a split of each. A record is ``{"image": path, "caption": text}``,
+    ``{"text": text}``, or a conversation: ``messages``, ``conversations``, or ``prompt`` with
+    ``completion``."""
     format: Literal["auto", "caption", "text", "messages", "sharegpt", "completion"] = "auto"
     """What the records are; by the first one's keys when ``auto``."""
     loss: Literal["assistant", "all"] = "assistant"

@@ -13,6 +13,7 @@ from qsens.config.models import (
     GZIP,
     JSON,
     JSONL,
+    PARQUET,
     SIZES,
     SQLITE,
     TEXT,
@@ -20,10 +21,10 @@ from qsens.config.models import (
     Size,
     has_suffix,
 )
-from qsens.data.images import PictureReader, identify_pictures
+from qsens.data.images import PictureReader, identify_pictures, in_words, too_many
 from qsens.data.records import CHOOSE, Record, read_records
 from qsens.errors import UserError
-from qsens.identity import SamplesIdentity
+from qsens.identity import SamplesIdentity, Skipped
 from qsens.reading import read_bytes
 
 
@@ -55,14 +56,14 @@ def read_kind(path: Path, split: str = "", kind: str = "auto") -> tuple[list[Rec
         UserError: The file has another suffix, is missing, empty, broken, no regular file, or no
             UTF-8; the message names the line.
     """
-    if not any(has_suffix(path, suffixes) for suffixes in (TEXT, JSONL, JSON, SQLITE)):
+    if not any(has_suffix(path, suffixes) for suffixes in (TEXT, JSONL, JSON, PARQUET, SQLITE)):
         raise UserError(
             f"is no file of samples that qsens knows: its suffix is '{path.suffix}'",
             where=f"samples file {path}",
             remedy=f"Known are {', '.join(TEXT)} (a caption a line), {', '.join(JSONL)} "
             '({"image": PATH, "caption": TEXT} or a conversation a line), '
-            f"{', '.join(JSON)} (a list of them), both also {GZIP}, and {', '.join(SQLITE)} "
-            "(a table).",
+            f"{', '.join(JSON)} (a list of them), both also {GZIP}, {', '.join(PARQUET)} (a table "
+            f"of them) and {', '.join(SQLITE)} (a table).",
         )
     found: RecordKind = "caption"
     if has_suffix(path, TEXT):
@@ -115,12 +116,25 @@ def identify_samples(
         path = dataset.path(size)
         samples, kind = read_kind(path, size, dataset.format)
         heads[size] = samples[: dataset.limit(size)]
+        skipped = [
+            Skipped(sample=number, image="", reason=record.fault)
+            for number, record in enumerate(heads[size], 1)
+            if record.fault
+        ]
         identities[size] = SamplesIdentity(
             path=path,
             digest=digest_file(path, remedy=CHOOSE),
             available=len(samples),
             kind=kind,
+            skipped=skipped,
         )
+        if skipped:
+            beyond = too_many(len(skipped), len(heads[size]), dataset.max_skipped)
+            notices.append(
+                f"{len(skipped)} of {len(heads[size])} records of size '{size}' are skipped"
+                + (": its results are PARTIAL" if beyond else "")
+                + f"; {in_words(skipped)}"
+            )
         if kind in CONVERSATIONS:
             labels = "the assistant's turns" if dataset.loss == "assistant" else "all of them"
             notices.append(f"{path.name} holds conversations ({kind}); labels are {labels}")

@@ -57,6 +57,7 @@ _RESIZED = (
     "qwen3_5",
     "qwen3_5_moe",
 )
+_UNNAMED = "is not named"
 _IMAGES = "Set dataset.images to the directory that the paths in the sample files start at."
 # Decoders that run no other program and read no other file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -222,7 +223,7 @@ class PictureReader:
 
     def _bytes(self, image: str) -> bytes:
         if not image:
-            raise _Unusable("is not named")
+            raise _Unusable(_UNNAMED)
         root = self.root.resolve()
         try:
             path = (root / image).resolve()
@@ -306,7 +307,7 @@ def in_words(skipped: Sequence[Skipped], most: int = 5) -> str:
     named = [
         f"sample {entry.sample}, {entry.image!r} {entry.reason}"
         if entry.image
-        else f"sample {entry.sample} names none"
+        else f"sample {entry.sample} {'names none' if entry.reason == _UNNAMED else entry.reason}"
         for entry in skipped[:most]
     ]
     rest = len(skipped) - len(named)

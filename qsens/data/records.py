@@ -1,4 +1,4 @@
-"""Sample files of records, read without torch: JSON lines, JSON lists and SQLite.
+"""Sample files of records, read without torch: JSON lines, JSON lists, Parquet and SQLite.
 
 JSON: ``{"image": path, "caption": text}``, ``{"text": text}``, or a conversation, see
 :mod:`qsens.data.conversations`; compressed or not. SQLite: the table ``vlm_calib_samples`` with the
@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from qsens.config.models import GZIP, JSON, SQLITE, RecordKind, has_suffix
+from qsens.config.models import GZIP, JSON, PARQUET, SQLITE, RecordKind, has_suffix
 from qsens.data.conversations import Conversation, kind_of, read_conversation
 from qsens.errors import UserError
 from qsens.reading import MOST_BYTES, open_file, parse_json, read_bytes, shown
@@ -40,11 +40,13 @@ class Record:
             the file names none.
         caption: Its caption or text, stripped; of a conversation, all of it in one line.
         conversation: The conversation; none where it is a caption or a text.
+        fault: What is wrong with a record that is no conversation; it is left out.
     """
 
     image: str
     caption: str
     conversation: Conversation | None = None
+    fault: str = ""
 
 
 def read_records(path: Path, split: str, kind: str = "auto") -> tuple[list[Record], RecordKind]:
@@ -63,7 +65,10 @@ def read_records(path: Path, split: str, kind: str = "auto") -> tuple[list[Recor
         if kind not in ("auto", "caption"):
             raise _broken(path, f"holds captions, and dataset.format = {kind}")
         return [record for record in _sqlite(path, split) if record.caption], "caption"
-    entries = _array(path) if has_suffix(path, JSON) else _lines(path)
+    if has_suffix(path, PARQUET):
+        entries = _rows(path)
+    else:
+        entries = _array(path) if has_suffix(path, JSON) else _lines(path)
     first = next(entries, None)
     if first is None:
         return [], "caption"
@@ -71,7 +76,10 @@ def read_records(path: Path, split: str, kind: str = "auto") -> tuple[list[Recor
     if found is None:
         raise _broken(path, f"{first[0]} has none of the keys that say what it is")
     read = (_read(path, where, entry, found) for where, entry in itertools.chain([first], entries))
-    return [record for record in read if record.caption], found  # type: ignore[return-value]
+    records = [record for record in read if record.caption]
+    if records and all(record.fault for record in records):
+        raise _broken(path, f"none of its {len(records)} records fits; sample 1 {records[0].fault}")
+    return records, found  # type: ignore[return-value]
 
 
 def _read(path: Path, where: str, entry: Mapping[str, Any], kind: str) -> Record:
@@ -82,11 +90,12 @@ def _read(path: Path, where: str, entry: Mapping[str, Any], kind: str) -> Record
         return _record(path, where, entry.get("image", ""), entry[kind], kind)
     try:
         conversation = read_conversation(entry, kind)
+        text = str(conversation)
+        if _SURROGATE.search(text):
+            raise ValueError("it holds half of a surrogate pair")
     except ValueError as error:
-        raise _broken(path, f"{where} is no conversation: {error}") from error
-    text = str(conversation)
-    if _SURROGATE.search(text):
-        raise _broken(path, f"{where} holds half of a surrogate pair")
+        fault = f"({where}) is no conversation: {error}"
+        return Record("", fault, fault=fault)
     return Record("", text, conversation)
 
 
@@ -116,6 +125,40 @@ def _array(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if not isinstance(entry, dict):
             raise _broken(path, f"entry {number} is no object")
         yield f"entry {number}", entry
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a Parquet table with their places."""
+    where = f"samples file {path}"
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(
+            "pyarrow is not installed, which reads Parquet",
+            where=where,
+            remedy='Install it: pip install "qsens[parquet]".',
+        ) from error
+    number = 0
+    with open_file(path, where=where, remedy=CHOOSE) as opened:
+        try:
+            table = ParquetFile(opened)
+            groups = range(table.metadata.num_row_groups)
+            size = sum(table.metadata.row_group(group).total_byte_size for group in groups)
+            if size > MOST_BYTES:
+                raise UserError(
+                    f"unpacks to more than {MOST_BYTES >> 20} MiB",
+                    where=where,
+                    remedy="Split the file.",
+                )
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    # A column that a row leaves out is null in it.
+                    given = {key: value for key, value in row.items() if value is not None}
+                    yield f"row {number}", given
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
+            raise _broken(path, f"is no whole Parquet file: {visible(str(error))}") from error
 
 
 def _bytes(path: Path) -> bytes:

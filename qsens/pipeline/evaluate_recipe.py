@@ -113,7 +113,11 @@ def held_out(plan: Plan, modality: Modality, captions: Path | None = None) -> li
     largest = max(dataset.files, key=SIZES.index)
     path = captions or dataset.path(largest)
     kind = "auto" if captions is not None else dataset.format
-    left = [record for record in read_samples(path, largest, kind) if key(record) not in used]
+    left = [
+        record
+        for record in read_samples(path, largest, kind)
+        if key(record) not in used and not record.fault
+    ]
     if not left:
         raise UserError(
             f"holds no {'picture' if pictures else 'caption'} that the sweep did not use",

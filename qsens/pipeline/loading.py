@@ -168,6 +168,7 @@ def _read_as(
 ) -> Samples:
     config = plan.config
     longest = config.dataset.calib_seq_len
+    records = [record for record in records if not record.fault]
     conversations = [one.conversation for one in records if one.conversation is not None]
     if modality == "text" and conversations:
         return conversation_samples(

@@ -186,12 +186,13 @@ def _experts(score: GroupScore) -> Experts | None:
 
 
 def _skipped(cell: CellSpec) -> list[str]:
-    """Say which pictures are skipped."""
+    """Say which samples are skipped."""
     skipped = cell.skipped
     if not skipped:
         return []
     taken = cell.taken
-    return [f"{len(skipped)} of {taken} pictures are skipped; {in_words(skipped)}"]
+    what = "pictures" if cell.modality == "image_text" else "records"
+    return [f"{len(skipped)} of {taken} {what} are skipped; {in_words(skipped)}"]
 
 
 def _partial(plan: Plan, cell: CellSpec, dataset: Dataset, covered: list[GroupScore]) -> list[str]:

@@ -259,7 +259,8 @@ def facts(report: CellReport) -> list[tuple[str, str]]:
             f"{look.known(dataset.samples_scored)} scored"
         )
         if dataset.skipped:
-            samples += f", {look.count(dataset.skipped, 'picture')} skipped"
+            what = "picture" if dataset.modality == "image_text" else "record"
+            samples += f", {look.count(dataset.skipped, what)} skipped"
         known += [
             ("Dataset", f"{look.shown(dataset.name)}, {dataset.size}"),
             ("Read as", samples_words(dataset.modality)),

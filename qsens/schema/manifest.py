@@ -99,7 +99,7 @@ class Dataset(Section):
     pictures_digest: str | None = None
     """SHA-256 over the contents of the pictures; null for ``text``."""
     skipped: int = 0
-    """Samples left out because of their pictures."""
+    """Samples left out because of their pictures, or since their records do not fit."""
     patches: int | None = None
     """Patches of the pictures of the samples used, as the vision tower reads them."""
     max_pixels: int | None = None

@@ -120,7 +120,6 @@ def test_a_suffix_says_what_a_file_is_in_any_case(suffix: str, tmp_path: Path) -
     [
         "captions.csv",
         "captions.tsv",
-        "captions.parquet",
         "captions.txt.gz",
         "captions.jsonl.bak",
         "captions",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from qsens.config import DatasetConfig
@@ -59,7 +62,7 @@ def test_a_format_can_be_fixed(tmp_path: Path) -> None:
     assert read_kind(path)[1] == "messages"
     records, found = read_kind(path, kind="text")
     assert (found, records[0].caption) == ("text", "Something else.")
-    with pytest.raises(UserError, match="line 1 is no conversation: its prompt are no list"):
+    with pytest.raises(UserError, match="is no conversation: its prompt are no list"):
         read_kind(path, kind="completion")
 
 
@@ -143,10 +146,16 @@ def test_what_is_no_conversation_is_named(entry: dict[str, Any], said: str, tmp_
     path = tmp_path / "c.jsonl"
     good = {"messages": MESSAGES, "conversations": SHARED, "prompt": COMPLETION}[next(iter(entry))]
     path.write_text(json.dumps(good) + "\n" + json.dumps(entry) + "\n")
+    (first, second), _ = read_kind(path)
+    assert (first.fault, second.conversation) == ("", None)
+    assert second.fault.startswith("(line 2) is no conversation: ")
+    assert said in second.fault
+    path.write_text(json.dumps(entry) + "\n")
     with pytest.raises(UserError) as caught:
         read_kind(path)
-    assert caught.value.what.startswith("line 2 is no conversation: ")
-    assert said in caught.value.what
+    assert caught.value.what.startswith(
+        "none of its 1 records fits; sample 1 (line 1) is no conversation: "
+    )
     assert str(path) in caught.value.where
 
 
@@ -166,7 +175,7 @@ def test_what_is_no_conversation_is_named(entry: dict[str, Any], said: str, tmp_
         (
             "a.jsonl",
             b'{"messages": [{"role": "assistant", "content": "\\ud83d"}]}',
-            "line 1 holds half of a surrogate pair",
+            "it holds half of a surrogate pair",
         ),
     ],
 )
@@ -185,3 +194,35 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
             opened.write(bytes(1 << 20))
     with pytest.raises(UserError, match="unpacks to more than"):
         read_kind(path)
+
+
+def test_parquet_with_nested_columns(tmp_path: Path) -> None:
+    """A column that one row has and another has not is null in the other."""
+    tool = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    call = {"role": "assistant", "content": None, "tool_calls": [tool]}
+    rows = [MESSAGES, {"messages": [USER, call, {"role": "tool", "content": "1"}, ANSWER]}]
+    path = tmp_path / "c.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    records, found = read_kind(path)
+    assert found == "messages"
+    first, second = (record.conversation for record in records)
+    assert first is not None
+    assert second is not None
+    assert [dict(message) for message in first.messages] == [USER, ANSWER]
+    assert [message["role"] for message in second.messages] == [
+        *("user", "assistant", "tool", "assistant")
+    ]
+    (made,) = second.messages[1]["tool_calls"]
+    assert made["function"] == {"name": "f", "arguments": {}}
+    whole = path.read_bytes()
+    for data in (b"", b"PAR1", whole[:-20], whole[:40] + bytes(40) + whole[80:]):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="is no whole Parquet file"):
+            read_kind(path)
+
+
+def test_parquet_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match="pyarrow is not installed") as caught:
+        read_kind(tmp_path / "c.parquet")
+    assert 'pip install "qsens[parquet]"' in caught.value.remedy

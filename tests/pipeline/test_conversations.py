@@ -52,6 +52,7 @@ CHATS = [
 
 
 def planned(checkpoint: Path, root: Path, *overrides: str, chats: Any = CHATS) -> Plan:
+    root.mkdir(exist_ok=True)
     (root / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     return plan_of(
         checkpoint,
@@ -128,6 +129,35 @@ def test_a_sweep_says_what_it_read(method: str, checkpoint: Path, tmp_path: Path
         for message in chat["messages"]
         if message["role"] == "assistant"
     )
+
+
+@pytest.mark.parametrize("allowed", [0.25, 0.1])
+def test_records_that_do_not_fit_are_skipped_and_named(
+    allowed: float, checkpoint: Path, tmp_path: Path
+) -> None:
+    """The numbers are those of the others; beyond the share that may be, the result is PARTIAL."""
+    whole = run_sweep(planned(checkpoint, tmp_path / "a", "dataset.sizes.small=3", chats=CHATS[1:]))
+    broken = [CHATS[1], turns("a user alone"), *CHATS[2:]]
+    plan = planned(checkpoint, tmp_path / "b", f"dataset.max_skipped={allowed}", chats=broken)
+    said = "sample 2 (line 2) is no conversation: it has no turn of the assistant"
+    assert any(said in notice for notice in plan.notices)
+    found = run_sweep(plan)
+    manifests = []
+    for published, errors in (whole, found):
+        assert errors == []
+        manifests.append(read_manifest(Path(published["cells"][0]["manifest"])))
+    before, after = manifests
+    scores = [
+        {name: row.sensitivity for name, row in each.layer_sensitivity.items()}
+        for each in manifests
+    ]
+    assert scores[0] == scores[1]
+    assert before.dataset is not None
+    assert after.dataset is not None
+    assert (before.dataset.skipped, after.dataset.skipped) == (0, 1)
+    assert (after.dataset.samples_asked, after.dataset.samples_used) == (4, 3)
+    assert any("1 of 4 records are skipped" in notice for notice in after.notices)
+    assert bool(after.partial) == (allowed < 0.25)
 
 
 def test_what_changes_numbers_changes_digests(checkpoint: Path, tmp_path: Path) -> None:
