@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -165,6 +166,56 @@ def captions(
         stdout.print(f"{name}: {file['samples']} samples, {file['path']}")
     for reason, count in made["left_out"].items():
         stderr.print(f"note: left out: {count} {reason}", style="yellow")
+
+
+@app.command()
+def traces(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Directory of a checkpoint.")],
+    prompts: Annotated[
+        Path, typer.Argument(metavar="PROMPTS", help="A file of texts or conversations.")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the conversations go: .jsonl.")],
+    server: Annotated[
+        str | None, typer.Option(help="Address of a server of OpenAI's API that has the model.")
+    ] = None,
+    served_name: Annotated[
+        str | None, typer.Option(help="What the server calls it; its first model.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Share that is drawn from.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are asked at once.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts to take; all.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, cpu.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let the unquantized model answer prompts; its answers are samples for a sweep.
+
+    A run that was interrupted goes on where it ended. OPENAI_API_KEY is sent to a server.
+    """
+    from qsens.tools.traces import Local, Sampling, Server, write_traces
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    answerer = Server(server, served_name) if server else Local(model.resolve(), dtype, device)
+    with ProgressLine(stderr, cells=[]) as line:
+        written = write_traces(
+            prompts,
+            out,
+            answerer,
+            sampling,
+            batch_size=batch_size,
+            limit=limit,
+            progress=lambda done, total: line.update("traces", "answer", done, total),
+        )
+    if as_json:
+        print_json({**asdict(written), "file": str(written.file)})
+        return
+    stdout.print(
+        f"{written.answers} answers in {written.file}, {written.before} of them from before, "
+        f"{written.cut} cut at {max_new_tokens} tokens"
+    )
 
 
 @app.command()

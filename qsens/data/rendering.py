@@ -111,6 +111,21 @@ def render(conversation: Conversation, tokenizer: Any, number: int) -> Rendered:
     return rendered
 
 
+def ask(conversation: Conversation, tokenizer: Any, number: int) -> str:
+    """Return a conversation as the text that a model is asked with, up to its answer.
+
+    Args:
+        conversation: What comes before the answer.
+        tokenizer: The tokenizer, with its chat template.
+        number: Which one it is, for messages.
+
+    Raises:
+        UserError: The template refuses it.
+    """
+    count = len(conversation.messages)
+    return _text(conversation, count, tokenizer, number, add_generation_prompt=True)
+
+
 def _by_tags(conversation: Conversation, tokenizer: Any, template: str, number: int) -> Rendered:
     """Find what stands between the template's tags."""
     with _named(number):
