@@ -97,7 +97,7 @@ def dequantize(
         if weight.block is not None:
             expert.copy_(_scaled(own["codes"], own["scale"], weight.block))
         elif weight.layout == "mxfp4":
-            scale = torch.ldexp(torch.ones(own["scale"].shape), own["scale"].int() - _BIAS)
+            scale = _powers(own["scale"])
             expert.copy_((_four_bits(own["codes"]) * scale.unsqueeze(-1)).flatten(-2))
         else:
             scale = own["scale"].float() * parts["scale_2"].float()
@@ -116,9 +116,15 @@ def _stored_shape(weight: QuantizedWeight) -> tuple[int, ...]:
 def _scaled(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """Return codes times the scale of each block; the last blocks may be cut off."""
     rows, columns = codes.shape
-    grid = scale.float().reshape(-(-rows // block[0]), -(-columns // block[1]))
+    grid = _powers(scale) if scale.dtype == torch.uint8 else scale.float()
+    grid = grid.reshape(-(-rows // block[0]), -(-columns // block[1]))
     spread = grid.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
     return codes.float() * spread
+
+
+def _powers(exponents: Tensor) -> Tensor:
+    """Return the powers of two that bytes are the exponents of (E8M0)."""
+    return torch.ldexp(torch.ones(exponents.shape), exponents.int() - _BIAS)
 
 
 def _four_bits(codes: Tensor) -> Tensor:

@@ -39,6 +39,10 @@ _IS_SCALE = re.compile(r"[._]scale(_inv|_2)?$")
 _BESIDE = re.compile(
     r"\.(input_(global_)?scale(_ub)?|input_zero_point|activation_scale|([kv]|[kv]_cache)_scale)$"
 )
+# What inputs are multiplied by, and weights were divided by (AWQ, SmoothQuant).
+_SMOOTHED = ".pre_quant_scale"
+# Data types that scales of floats have; of bytes, those of an exponent (E8M0).
+_SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 # What ModelOpt keeps of its quantizers.
 _QUANTIZER = re.compile(r"(weight|input|output)_quantizer\.")
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
@@ -189,6 +193,8 @@ def _scaled(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: s
     """Yield weights of FP8 with scales, and ModelOpt's of NVFP4."""
     size = settings.get("weight_block_size")
     stated = size if isinstance(size, list) and len(size) == 2 else None
+    if stated is not None and not all(type(each) is int and each > 0 for each in stated):
+        raise _refusal(f"its weight_block_size is {shown(size)}", where)
     for name, codes in tensors.items():
         scales = (f"{name}_scale_inv", f"{name}_scale", f"{name.removesuffix('.weight')}.scale")
         scale = next((one for one in scales if one in tensors and one != name), None)
@@ -197,16 +203,18 @@ def _scaled(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: s
             if scale is None:
                 raise _refusal(f"{shown(name)} is {codes.dtype} and has no scale", where)
             block = _block(codes.shape, tensors[scale].shape, stated)
-            if block is None:
+            if block is None or tensors[scale].dtype not in _SCALE_TYPES:
                 raise _refusal(
-                    f"{shown(scale)} of shape {list(tensors[scale].shape)} does not fit "
-                    f"{shown(name)} of {list(codes.shape)}",
+                    f"{shown(scale)} of {tensors[scale].dtype} and shape "
+                    f"{list(tensors[scale].shape)} does not fit {shown(name)} of "
+                    f"{list(codes.shape)}",
                     where,
                 )
             yield name, QuantizedWeight("scaled", codes, {"codes": name, "scale": scale}, block)
         elif codes.dtype == "U8" and scale is not None and second in tensors:
             *rows, columns = codes.shape
-            if tensors[scale].shape != (*rows, columns * 2 // 16):
+            fits = tensors[scale].shape == (*rows, columns * 2 // 16)
+            if not fits or tensors[scale].dtype != "F8_E4M3":
                 raise _refusal(f"{shown(scale)} does not fit {shown(name)}", where)
             yield (
                 name,
@@ -225,8 +233,10 @@ def _block(
     if len(shape) < 2:
         return None
     rows, columns = shape[-2:]
-    if len(scale) < 2:  # one number, or one a row
-        return {(): (rows, columns), (1,): (rows, columns), (rows,): (1, columns)}.get(scale)
+    if set(scale) <= {1}:
+        return rows, columns
+    if len(scale) < 2:  # one a row
+        return (1, columns) if scale == (rows,) else None
     if len(scale) == 4 and scale[1] == scale[3] == 1:  # as ModelOpt keeps blocks
         scale = (scale[0], scale[2])
     across, along = scale[-2:]
@@ -260,13 +270,16 @@ def _mxfp4(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: st
 
 def _compressed(tensors: Mapping[str, Tensor], settings: Mapping[str, Any], where: str) -> Read:
     """Yield the weights of a checkpoint of compressed-tensors."""
-    groups = settings.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, dict) else []
+    held = settings.get("config_groups")
+    groups = list(held.values()) if isinstance(held, dict) else []
+    groups = [group for group in groups if isinstance(group, dict)]
     formats = {str(group.get("format") or settings.get("format")) for group in groups}
     others = sorted(formats - set(_COMPRESSED))
     sparse = settings.get("sparsity_config") or {}
-    if sparse.get("format") not in (None, "dense"):
-        others.append(f"sparse {sparse.get('format')}")
+    if not isinstance(sparse, dict) or sparse.get("format") not in (None, "dense"):
+        others.append("with sparse weights")
+    if settings.get("transform_config"):  # weights are rotated, and inputs have to be
+        others.append("with a transform_config")
     if others or not groups:
         named = shown(others[0]) if others else "without config_groups"
         raise _refusal(f"compressed-tensors {named} is not read", where)
@@ -363,7 +376,7 @@ def _scale(tensors: Mapping[str, Tensor]) -> str | None:
         for weight in weights:
             if weight in tensors and len(tensors[weight].shape) > 1:
                 return f"{shown(weight)} has {shown(name)} beside it"
-        if _QUANTIZER.search(name):
+        if _QUANTIZER.search(name) or name.endswith(_SMOOTHED):
             return f"it holds {shown(name)}"
     return None
 

@@ -225,7 +225,7 @@ class RecomputedModel:
     def _run_layer(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a layer, its record kept or not; what it gives starts a new one."""
         if args:
-            hidden, *args = args  # type: ignore[assignment]
+            hidden, args = args[0], args[1:]
         else:  # what a layer reads is its first parameter
             hidden = kwargs.pop(next(iter(inspect.signature(self._forwards[name]).parameters)))
         # A tower that is not covered, below all that is: no gradient has to pass it.

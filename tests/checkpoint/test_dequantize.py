@@ -258,9 +258,11 @@ def test_weights_are_rounded_once_to_what_the_model_file_says(dtype: str, tmp_pa
     [
         (torch.tensor([[[[0.5]], [[0.25]]]]).reshape(1, 1, 2, 1), [[0.5, 0.25]]),
         (torch.tensor([[126, 125]], dtype=torch.uint8).view(torch.float8_e8m0fnu), [[0.5, 0.25]]),
+        (torch.tensor([[126, 125]], dtype=torch.uint8), [[0.5, 0.25]]),
         (torch.tensor([0.5, 0.25]), [[0.5], [0.25]]),
+        (torch.tensor([[0.5]]), [[0.5]]),
     ],
-    ids=["modelopt-blocks", "e8m0", "one a row"],
+    ids=["modelopt-blocks", "e8m0", "bytes", "one a row", "one"],
 )
 def test_scales_of_other_shapes_and_types(
     scale: torch.Tensor, spread: list[list[float]], tmp_path: Path

@@ -140,14 +140,51 @@ FP8 = {WEIGHT: ("F8_E4M3", [300, 130])}
         pytest.param(
             FP8 | {f"{WEIGHT}_scale_inv": ("F32", [3, 1])},
             {"quant_method": "fp8", "weight_block_size": [128, 128]},
-            f": {WEIGHT}_scale_inv of shape [3, 1] does not fit {WEIGHT} of [300, 130]",
+            f": {WEIGHT}_scale_inv of F32 and shape [3, 1] does not fit {WEIGHT} of [300, 130]",
             id="cut-scale",
         ),
         pytest.param(
             FP8 | {f"{WEIGHT}_scale_inv": ("F32", [7, 2])},
             {"quant_method": "fp8"},
-            f": {WEIGHT}_scale_inv of shape [7, 2] does not fit {WEIGHT} of [300, 130]",
+            f": {WEIGHT}_scale_inv of F32 and shape [7, 2] does not fit {WEIGHT} of [300, 130]",
             id="blocks-that-nobody-states",
+        ),
+        pytest.param(
+            FP8 | {f"{WEIGHT}_scale_inv": ("I32", [3, 2])},
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            f": {WEIGHT}_scale_inv of I32 and shape [3, 2] does not fit {WEIGHT} of [300, 130]",
+            id="scales-of-integers",
+        ),
+        pytest.param(
+            FP8 | {f"{WEIGHT}_scale_inv": ("F32", [3, 2])},
+            {"quant_method": "fp8", "weight_block_size": [0, "a"]},
+            ": its weight_block_size is [0, 'a']",
+            id="blocks-of-nothing",
+        ),
+        pytest.param(
+            FP8 | {f"{WEIGHT}_scale": ("F32", []), f"{PROJ}.pre_quant_scale": ("F32", [130])},
+            {"quant_method": "modelopt"},
+            f": of modelopt it is not known what to do where it holds {PROJ}.pre_quant_scale",
+            id="smoothed",
+        ),
+        *(
+            pytest.param(
+                FP8 | {f"{WEIGHT}_scale": ("F32", [])},
+                {
+                    "quant_method": "compressed-tensors",
+                    "format": "float-quantized",
+                    "config_groups": {"group_0": {"targets": ["Linear"]}, "group_1": 5},
+                    **more,
+                },
+                f": compressed-tensors {said} is not read",
+                id=said,
+            )
+            for more, said in (
+                ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "with sparse weights"),
+                ({"sparsity_config": [1]}, "with sparse weights"),
+                ({"transform_config": {"config_groups": {"R1": {}}}}, "with a transform_config"),
+                ({"config_groups": []}, "without config_groups"),
+            )
         ),
         pytest.param(
             {f"{EXPERTS}_blocks": ("U8", [2, 8, 1, 16]), f"{EXPERTS}_scales": ("U8", [2, 8, 2])},
