@@ -162,6 +162,12 @@ def _picture(made: Any, settings: Any, shown: int, dtype: torch.dtype) -> Pictur
         for name, tensor in made.items()
         if tensor.shape == ids.shape and name not in ("input_ids", "attention_mask")
     }
+    if _PIXELS not in tensors:
+        raise UserError(
+            f"its image processor gives no {_PIXELS}, but {', '.join(tensors) or 'nothing'}",
+            where="the preprocessor_config.json of model.path",
+            remedy="Use coverage=lm_only with dataset.modality=text for this checkpoint.",
+        )
     return Picture(tensors, tokens, _patches(tensors[_PIXELS], settings.vision_config), shown)
 
 
