@@ -172,7 +172,7 @@ def _read(group: str, name: str, roots: Roots, *, where: str) -> tuple[dict[str,
         close = difflib.get_close_matches(name, files, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise UserError(
-            f"unknown {group.replace('_', ' ')} '{name}'",
+            f"unknown {group.replace('_', ' ')} '{shown(name)}'",
             where=where,
             remedy=f"Allowed: {', '.join(files)}.{hint} Files: {roots.configs[0]}/{group}/.",
         )
@@ -198,6 +198,10 @@ def _merge(*trees: dict[str, Any], label: str, resolve: bool = False) -> dict[An
             where=f"{getattr(error, 'full_key', None) or 'an interpolation'} ({label})",
             remedy="Mend the ${...} in the file.",
         ) from error
+    except RecursionError:
+        raise UserError(
+            "nests too deeply", where=label, remedy="Write it with fewer levels."
+        ) from None
     assert isinstance(data, dict)
     return data
 
@@ -206,8 +210,10 @@ def _resolve(*trees: dict[str, Any], label: str) -> dict[str, Any]:
     """Fill in the interpolations of files, then drop what only they needed."""
     data = _merge(*trees, label=label, resolve=True)
     for group, several in CHOICES.items():
-        for section in data[group] if several else [data[group]]:
-            section.pop(_HERE, None)
+        held = data[group] if several else [data[group]]
+        for section in held if isinstance(held, list) else ():
+            if isinstance(section, dict):  # what else it may be is refused when it is validated
+                section.pop(_HERE, None)
     return {str(key): value for key, value in data.items()}
 
 

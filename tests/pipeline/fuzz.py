@@ -8,6 +8,7 @@ A program of its own: what it took is measured.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import logging
 import random
@@ -22,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pyarrow
+import pyarrow.parquet
 import yaml
 
 from qsens.analysis.audit import judge
@@ -228,7 +231,7 @@ class Checkpoint:
         words = ["dataset=demo", "quant_pair=wint8_afp16", f"model.path={self.path}"]
         plan = plan_sweep("single", words, roots=self.roots)
         read_resolution(plan.config.model, 262144)
-        check_chat_template(self.path)
+        check_chat_template(self.path, "pictures")
 
 
 class Stored:
@@ -330,6 +333,22 @@ class Stored:
 class Samples:
     """Sample files of every kind."""
 
+    CALL: ClassVar = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    MESSAGES: ClassVar = [
+        {"role": "system", "content": "kind"},
+        {"role": "user", "content": [{"type": "text", "text": "red"}, "square"]},
+        {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "so"},
+        {"role": "tool", "content": "1", "tool_call_id": "a"},
+        {"role": "assistant", "content": "a square"},
+    ]
+    ENTRIES: ClassVar = [
+        {"image": "a.jpg", "caption": "a red square"},
+        {"text": "a red square"},
+        {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"prompt": MESSAGES[:2], "completion": "a square"},
+    ]
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "samples"
         self.directory.mkdir()
@@ -337,17 +356,26 @@ class Samples:
 
     def damage(self, rng: random.Random) -> str:
         """Damage a file, and return which."""
-        kind = rng.choice(["txt", "jsonl", "sqlite"])
+        kind = rng.choice(["txt", "jsonl", "json", "jsonl.gz", "parquet", "sqlite"])
         self.path = self.directory / f"samples.{kind}"
         self.path.unlink(missing_ok=True)
         if kind == "sqlite":
             self._database(rng)
             if rng.random() < 0.6:
                 self.path.write_bytes(noisy(self.path.read_bytes(), rng))
-        elif kind == "jsonl":
-            entry = {"image": "a.jpg", "caption": "a red square"}
-            lines = [text_of(change(entry, rng), rng) for _ in range(3)]
-            self.path.write_bytes(b"\n".join(lines))
+        elif kind.startswith("jsonl"):
+            entry = rng.choice(self.ENTRIES)
+            data = b"\n".join(text_of(change(entry, rng), rng) for _ in range(3))
+            if kind.endswith(".gz"):
+                data = gzip.compress(data)
+                data = noisy(data, rng) if rng.random() < 0.5 else data
+            self.path.write_bytes(data)
+        elif kind == "json":
+            self.path.write_bytes(text_of(change([rng.choice(self.ENTRIES)] * 3, rng), rng))
+        elif kind == "parquet":
+            table = pyarrow.Table.from_pylist([rng.choice(self.ENTRIES[:2] + self.ENTRIES[3:4])])
+            pyarrow.parquet.write_table(table, self.path)
+            self.path.write_bytes(noisy(self.path.read_bytes(), rng))
         else:
             self.path.write_bytes(noisy(b"a red square\n\xc3\xa4 blue one\r\n" * 9, rng))
         return str(self.path)
