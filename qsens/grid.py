@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from qsens.checksums import digest_of
 from qsens.config import PairConfig, Roots, SweepConfig
@@ -130,6 +130,20 @@ class Plan(Frozen):
     """Which of its model's sweeps it is, from 1, in the order of their publication."""
     checksum: str | None = None
     """SHA-256 over the canonical JSON of all other keys; null in plans older than this key."""
+
+    @model_validator(mode="after")
+    def _cells_are_of_what_it_names(self) -> Self:
+        pairs = {pair.name for pair in self.config.quant_pair}
+        granularities = {entry.name for entry in self.config.quant_granularity}
+        for cell in self.grid:
+            for what, name, known in (
+                ("size", cell.size, self.samples.keys()),
+                ("pair", cell.pair, pairs),
+                ("granularity", cell.granularity, granularities),
+            ):
+                if name not in known:
+                    raise ValueError(f"cell '{cell.cell}' is of {what} '{name}', which it lacks")
+        return self
 
     def cell(self, cell_id: str) -> CellSpec:
         """Return the cell of that id, resolved.
