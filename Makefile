@@ -10,8 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Set WORKERS=1 to run tests one by one. Each takes one thread: two of torch's pools on two cores
-# slow each other down tenfold.
-WORKERS ?= 2
+# slow each other down tenfold. Three on two cores: those that start an Airflow wait much of the time.
+WORKERS ?= 3
 # What pip installs as torch; for the index's own build, by its hashes:
 # make TORCH='--require-hashes --no-deps --requirement constraints-torch.txt' ...
 TORCH ?= $(TORCH_PIN)
