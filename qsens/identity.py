@@ -93,20 +93,25 @@ class Skipped(Frozen):
     """What is wrong with it."""
 
 
-class PicturesIdentity(Frozen):
-    """What the pictures of a sample file are, as many as its size may use."""
+class Skipping(Frozen):
+    """What leaves out some of the samples that its size may use."""
 
-    digest: str
-    """SHA-256 over the contents of the pictures, in order, with what is wrong with the others."""
     skipped: list[Skipped] = []
-    """Samples that are left out, in order."""
+    """Those, in order."""
 
     def valid(self, count: int) -> int:
         """Return how many of the first ``count`` samples are not left out."""
         return count - sum(entry.sample <= count for entry in self.skipped)
 
 
-class SamplesIdentity(Frozen):
+class PicturesIdentity(Skipping):
+    """What the pictures of a sample file are, as many as its size may use."""
+
+    digest: str
+    """SHA-256 over the contents of the pictures, in order, with what is wrong with the others."""
+
+
+class SamplesIdentity(Skipping):
     """What a sample file is."""
 
     path: Path
@@ -117,14 +122,8 @@ class SamplesIdentity(Frozen):
     """Samples (non-empty lines) in it."""
     kind: RecordKind = "caption"
     """What its records are."""
-    skipped: list[Skipped] = []
-    """Records that are left out, in order, of those that its size may use."""
     pictures: PicturesIdentity | None = None
     """Its pictures; none where no cell reads them."""
-
-    def valid(self, count: int) -> int:
-        """Return how many of the first ``count`` samples are not left out."""
-        return count - sum(entry.sample <= count for entry in self.skipped)
 
 
 class PatternsIdentity(Frozen):

@@ -48,8 +48,9 @@ def lazy_tensors(
         tensor: Tensor = opened(tensors[name].file).get_tensor(name)
         return tensor
 
+    schemes = _schemes(quantization)
     return {
-        name: _Dequantized(quantization.weights[name], quantization, read, dtype)
+        name: _Dequantized(quantization.weights[name], schemes, read, dtype)
         if name in quantization.weights
         else opened(tensor.file).get_slice(name)
         for name, tensor in quantization.dequantized(tensors).items()
@@ -60,22 +61,22 @@ class _Dequantized:
     """A weight that is dequantized when it is sliced."""
 
     def __init__(
-        self, weight: QuantizedWeight, quantization: Quantization, read: Any, dtype: torch.dtype
+        self, weight: QuantizedWeight, schemes: Mapping[str, Any], read: Any, dtype: torch.dtype
     ) -> None:
         self._weight = weight
-        self._quantization = quantization
+        self._schemes = schemes
         self._read = read
         self._dtype = dtype
 
     def __getitem__(self, index: Any) -> Tensor:
         parts = {part: self._read(name) for part, name in self._weight.parts.items()}
-        return dequantize(self._weight, parts, self._quantization.settings, self._dtype)[index]
+        return dequantize(self._weight, parts, self._schemes, self._dtype)[index]
 
 
 def dequantize(
     weight: QuantizedWeight,
     parts: Mapping[str, Tensor],
-    settings: Mapping[str, Any],
+    schemes: Mapping[str, Any],
     dtype: torch.dtype,
 ) -> Tensor:
     """Return a weight's numbers, in float32 rounded once to ``dtype``.
@@ -83,11 +84,11 @@ def dequantize(
     Args:
         weight: How it is quantized.
         parts: Its parts, as the files hold them.
-        settings: ``quantization_config``.
+        schemes: Those of compressed-tensors, see :func:`_schemes`.
         dtype: Data type of the result.
     """
     if weight.layout == "compressed-tensors":
-        return _decompressed(weight, parts, settings).to(dtype)
+        return _decompressed(weight, parts, schemes).to(dtype)
     out = torch.empty(_stored_shape(weight), dtype=dtype)
     # One expert after the other: in float32 all of them are several times the codes.
     experts = out.unsqueeze(0) if out.ndim == 2 else out
@@ -134,23 +135,35 @@ def _four_bits(codes: Tensor) -> Tensor:
     return values[pairs.int()]
 
 
+def _schemes(quantization: Quantization) -> Mapping[str, Any]:
+    """Return the groups of compressed-tensors, each with its format; none of other layouts."""
+    if all(weight.layout != "compressed-tensors" for weight in quantization.weights.values()):
+        return {}
+    from compressed_tensors.quantization import QuantizationConfig
+
+    settings = quantization.settings
+    groups: dict[str, Any] = QuantizationConfig.model_validate(settings).config_groups
+    for scheme in groups.values():
+        scheme.format = scheme.format or settings["format"]
+    return groups
+
+
 def _decompressed(
-    weight: QuantizedWeight, parts: Mapping[str, Tensor], settings: Mapping[str, Any]
+    weight: QuantizedWeight, parts: Mapping[str, Tensor], schemes: Mapping[str, Any]
 ) -> Tensor:
     """Return what compressed-tensors' own code makes of a weight."""
     from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils.match import match_name
 
     _, _, codes = weight.parts["codes"].rpartition(".")
     module = weight.parts["codes"].removesuffix(f".{codes}")
-    groups = QuantizationConfig.model_validate(settings).config_groups
-    named = [one for one in groups.values() if any(match_name(module, to) for to in one.targets)]
-    scheme = (named or [one for one in groups.values() if "Linear" in one.targets])[0]
-    compressor = BaseCompressor.get_value_from_registry(scheme.format or settings["format"])
+    groups = schemes.values()
+    named = [one for one in groups if any(match_name(module, to) for to in one.targets)]
+    scheme = (named or [one for one in groups if "Linear" in one.targets])[0]
+    compressor = BaseCompressor.get_value_from_registry(scheme.format)
     state = {codes if name == "codes" else name: part for name, part in parts.items()}
-    found: Tensor = compressor.decompress(state, scheme)["weight"]
-    return found
+    weights: Tensor = compressor.decompress(state, scheme)["weight"]
+    return weights
 
 
 def without_quantization(settings: Any) -> None:

@@ -30,11 +30,13 @@ GZIP = ".gz"
 
 
 def has_suffix(file: PurePath | str, suffixes: tuple[str, ...]) -> bool:
-    """Return whether a file's name ends in one of ``suffixes``, in any case; compressed or not."""
-    name = PurePath(file).name.lower()
-    if suffixes in (JSONL, JSON):
-        name = name.removesuffix(GZIP)
-    return PurePath(name).suffix in suffixes
+    """Return whether a file's name ends in one of ``suffixes``, in any case."""
+    return PurePath(file).suffix.lower() in suffixes
+
+
+def uncompressed(file: PurePath | str) -> str:
+    """Return a file's name in lower case, as it is once it is unpacked."""
+    return PurePath(file).name.lower().removesuffix(GZIP)
 
 
 class HubConfig(Frozen):

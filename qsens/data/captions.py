@@ -20,8 +20,9 @@ from qsens.config.models import (
     RecordKind,
     Size,
     has_suffix,
+    uncompressed,
 )
-from qsens.data.images import PictureReader, identify_pictures, in_words, too_many
+from qsens.data.images import PictureReader, identify_pictures, skipped_notices
 from qsens.data.records import CHOOSE, Record, read_records
 from qsens.errors import UserError
 from qsens.identity import SamplesIdentity, Skipped
@@ -56,7 +57,10 @@ def read_kind(path: Path, split: str = "", kind: str = "auto") -> tuple[list[Rec
         UserError: The file has another suffix, is missing, empty, broken, no regular file, or no
             UTF-8; the message names the line.
     """
-    if not any(has_suffix(path, suffixes) for suffixes in (TEXT, JSONL, JSON, PARQUET, SQLITE)):
+    if not (
+        has_suffix(path, (*TEXT, *PARQUET, *SQLITE))
+        or has_suffix(uncompressed(path), (*JSONL, *JSON))
+    ):
         raise UserError(
             f"is no file of samples that qsens knows: its suffix is '{path.suffix}'",
             where=f"samples file {path}",
@@ -128,13 +132,7 @@ def identify_samples(
             kind=kind,
             skipped=skipped,
         )
-        if skipped:
-            beyond = too_many(len(skipped), len(heads[size]), dataset.max_skipped)
-            notices.append(
-                f"{len(skipped)} of {len(heads[size])} records of size '{size}' are skipped"
-                + (": its results are PARTIAL" if beyond else "")
-                + f"; {in_words(skipped)}"
-            )
+        notices += skipped_notices("records", size, skipped, len(heads[size]), dataset)
         if kind in CONVERSATIONS:
             labels = "the assistant's turns" if dataset.loss == "assistant" else "all of them"
             notices.append(f"{path.name} holds conversations ({kind}); labels are {labels}")

@@ -280,13 +280,7 @@ def identify_pictures(
     for size, taken in records.items():
         identities[size] = reader.identify(taken)
         skipped = identities[size].skipped
-        if skipped:
-            beyond = too_many(len(skipped), len(taken), dataset.max_skipped)
-            notices.append(
-                f"{len(skipped)} of {len(taken)} pictures of size '{size}' are skipped"
-                + (": its results are PARTIAL" if beyond else "")
-                + f"; {in_words(skipped)}"
-            )
+        notices += skipped_notices("pictures", size, skipped, len(taken), dataset)
     if (longest := reader.largest()) >= dataset.calib_seq_len:
         raise UserError(
             f"a picture takes {longest} tokens, and a sample has at most {dataset.calib_seq_len}",
@@ -295,6 +289,28 @@ def identify_pictures(
             remedy="Raise dataset.calib_seq_len, or lower dataset.max_pixels.",
         )
     return identities, notices
+
+
+def skipped_notices(
+    what: str, size: Size, skipped: Sequence[Skipped], taken: int, dataset: DatasetConfig
+) -> list[str]:
+    """Say which samples of a size are skipped, if any are, and whether those are too many.
+
+    Args:
+        what: What they are skipped for: ``pictures``, ``records``.
+        size: The size.
+        skipped: The samples.
+        taken: How many the size may use.
+        dataset: The data set.
+    """
+    if not skipped:
+        return []
+    beyond = too_many(len(skipped), taken, dataset.max_skipped)
+    return [
+        f"{len(skipped)} of {taken} {what} of size '{size}' are skipped"
+        + (": its results are PARTIAL" if beyond else "")
+        + f"; {in_words(skipped)}"
+    ]
 
 
 def too_many(skipped: int, taken: int, share: float) -> bool:

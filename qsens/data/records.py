@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
-from qsens.config.models import GZIP, JSON, PARQUET, SQLITE, RecordKind, has_suffix
+from qsens.config.models import GZIP, JSON, PARQUET, SQLITE, RecordKind, has_suffix, uncompressed
 from qsens.data.conversations import Conversation, kind_of, read_conversation
 from qsens.errors import UserError
 from qsens.reading import MOST_BYTES, open_file, parse_json, read_bytes, shown
@@ -68,7 +68,7 @@ def read_records(path: Path, split: str, kind: str = "auto") -> tuple[list[Recor
     if has_suffix(path, PARQUET):
         entries = _rows(path)
     else:
-        entries = _array(path) if has_suffix(path, JSON) else _lines(path)
+        entries = _array(path) if has_suffix(uncompressed(path), JSON) else _lines(path)
     first = next(entries, None)
     if first is None:
         return [], "caption"

@@ -59,7 +59,7 @@ def plan_sweep(
     roots = roots or Roots.from_environment()
     loaded = load_sweep(preset, overrides, roots=roots)
     given = loaded.config.model
-    shapes(given.path)  # whatever else is wrong, first that weights can be read
+    weights = shapes(given.path)  # whatever else is wrong, first that weights can be read
     check_settings(given)
     config = loaded.config.model_copy(update={"model": resolve_components(given, roots.results)})
     checkpoint = identify_checkpoint(config.model, roots.results)
@@ -67,7 +67,6 @@ def plan_sweep(
     samples, notices = identify_samples(config.dataset, config.dataset.size, reader)
     if any(one.kind in CONVERSATIONS for one in samples.values()):
         check_chat_template(config.model.path, "conversations")
-    weights = shapes(config.model.path)
     notices += check_formats(config, covered_shapes(weights, _left_alone(config)))
     plan = make_plan(
         config,
