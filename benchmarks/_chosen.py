@@ -40,7 +40,7 @@ class Chosen:
 
     Args:
         words: Overrides of the sweep: model, captions, pairs, device.
-        held_out: Returns the captions to measure on.
+        held_out: Returns the captions to measure on, by data set.
         parts: Where what was measured is kept, and the results of the sweep.
         tied_head: Whether a tied head may be quantized; its bits count either way.
     """
@@ -48,7 +48,7 @@ class Chosen:
     def __init__(
         self,
         words: Sequence[str],
-        held_out: Callable[[Plan], Sequence[Record]],
+        held_out: Callable[[Plan], Mapping[str, Sequence[Record]]],
         parts: Parts,
         *,
         tied_head: bool = True,

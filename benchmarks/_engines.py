@@ -311,7 +311,7 @@ def _sensitivities(
 ) -> Scores:
     scores: Scores = {}
     for cell in cells:
-        labels = nominal_labels(samples, scored=cell.scored, batch_size=load.batch_size)
+        labels = nominal_labels(samples.labels(cell.scored), load.batch_size)
         index = candidates.of_cell[cell.name]
         weights = torch.tensor(labels, dtype=torch.float64).clamp_min(1).square()
         sums = (pass_scores.per_sample[:, index, : cell.scored] / weights).sum(dim=1).tolist()

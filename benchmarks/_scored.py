@@ -17,7 +17,7 @@ from benchmarks._workload import Cell, Workload, pair_configs
 from qsens.analysis.audit import judge
 from qsens.checkpoint.groups import find_groups
 from qsens.config import AutoquantConfig
-from qsens.engine.amax import Amax
+from qsens.engine.amax import AmaxBySize
 from qsens.engine.candidates import Candidates
 from qsens.engine.scoring_pass import ScoringPass, calibrate, run_pass
 from qsens.schema.audit import Point
@@ -39,7 +39,7 @@ class Scored:
         self.count = min(load.score_size, len(load.samples))
         self.cells = [load.cell(pair, self.count) for pair in pair_configs(pairs)]
         self.groups = [group for group in find_groups(load.model, load.disabled) if group.covered]
-        self._amax: dict[int, Amax] | None = None
+        self._amax: AmaxBySize | None = None
 
     def truth(self) -> dict[str, dict[str, Any]]:
         """Return of every pair the divergence of each group alone, in nats, and the seconds."""
@@ -87,7 +87,7 @@ class Scored:
             calibrated=self._calibrated,
         )
 
-    def _calibrated(self, candidates: Candidates) -> dict[int, Amax]:
+    def _calibrated(self, candidates: Candidates) -> AmaxBySize:
         sizes = candidates.calibration_sizes()
         if sizes and self._amax is None:
             self._amax = calibrate(self.load.model, self.load.samples, self.groups, sizes, [])

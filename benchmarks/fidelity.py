@@ -169,10 +169,12 @@ def _recipes(
         f"autoquant.device={given.device}",
     ]
 
-    def unseen(plan: Plan) -> list[Record]:
+    def unseen(plan: Plan) -> dict[str, list[Record]]:
+        left = held_out(plan, "text")
         if read_record(path) is not None:
-            return [Record("", caption) for caption in held_out_captions(RECIPE)]
-        return held_out(plan, "text")[:HELD_OUT]
+            own = [Record("", caption) for caption in held_out_captions(RECIPE)]
+            return dict.fromkeys(left, own)
+        return {name: records[:HELD_OUT] for name, records in left.items()}
 
     chosen = Chosen(words, unseen, parts, tied_head=given.head == "quantized")
     recipes = {

@@ -14,9 +14,9 @@ from typing import Any, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from qsens.checksums import digest_of
-from qsens.config import PairConfig, Roots, SweepConfig
+from qsens.config import DatasetConfig, PairConfig, Roots, SweepConfig
 from qsens.config.base import Frozen
-from qsens.config.models import Coverage, Modality, Size
+from qsens.config.models import SIZES, Coverage, Modality, Size
 from qsens.config.pairs import DEFAULT_GRANULARITY
 from qsens.documents import read_document
 from qsens.errors import Damaged, UserError
@@ -29,9 +29,10 @@ from qsens.identity import (
     Skipped,
     cell_identity,
     inputs_identity,
+    set_identity,
 )
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 # The time in it is when the plan was made, in UTC.
 SWEEP_ID = re.compile(r"(\d{8}T\d{9})Z-[0-9a-f]{8}")
 
@@ -40,7 +41,8 @@ class Cell(Frozen):
     """One point of the grid."""
 
     cell: str
-    """Id: ``<pair>[-<granularity>][-all_layers][-image_text]-<size>``, defaults left out."""
+    """Id: ``<pair>[-<granularity>][-all_layers][-image_text][-<data set>]-<size>``, defaults left
+    out."""
     pair: str
     """Precision pair."""
     granularity: str
@@ -51,21 +53,27 @@ class Cell(Frozen):
     """What a sample is."""
     size: Size
     """Calibration size."""
+    domain: str | None = None
+    """The data set that it is of; none where it is of all of the sweep's, one or several."""
     lane: int = 0
     """The share of the grid that computes this cell, from 0."""
     digest: str
     """SHA-256 of all that changes this cell's numbers."""
 
 
-class CellSpec(Cell):
-    """A cell as its plan resolves it: all that its computation and its publication ask of it."""
+class CalibrationSet(Frozen):
+    """The samples of one data set that a cell reads."""
 
-    precision: PairConfig
-    """Its pair, its granularity applied."""
+    dataset: DatasetConfig
+    """The data set."""
+    size: Size
+    """Calibration size."""
+    modality: Modality
+    """What a sample is."""
     samples: SamplesIdentity
     """Its sample file."""
     taken: int
-    """Samples of its file that it takes, those to skip counted."""
+    """Samples of its file that are taken, those to skip counted."""
     used: int
     """Samples that calibration uses."""
     scored: int
@@ -73,7 +81,23 @@ class CellSpec(Cell):
     boundaries: tuple[int, ...]
     """Counts of samples that no batch crosses: where sizes end."""
     skipped: tuple[Skipped, ...]
-    """Samples that it leaves out because of their pictures."""
+    """Samples that are left out because of their pictures, or since their records do not fit."""
+    calibration: str
+    """SHA-256 of all that changes the amax that is calibrated on it alone."""
+
+    @property
+    def pictures(self) -> PicturesIdentity | None:
+        """Its pictures; none where none are read."""
+        return self.samples.pictures if self.modality == "image_text" else None
+
+
+class CellSpec(Cell):
+    """A cell as its plan resolves it: all that its computation and its publication ask of it."""
+
+    precision: PairConfig
+    """Its pair, its granularity applied."""
+    sets: tuple[CalibrationSet, ...] = Field(min_length=1)
+    """What it reads: one data set's samples, or those of all, in the order of the configuration."""
     scheme: str
     """Name of the scheme that it is published as."""
     run_dir: str
@@ -82,9 +106,14 @@ class CellSpec(Cell):
     """SHA-256 of all that changes the calibrated amax that it reads."""
 
     @property
-    def pictures(self) -> PicturesIdentity | None:
-        """Its pictures; none where it reads none."""
-        return self.samples.pictures if self.modality == "image_text" else None
+    def used(self) -> int:
+        """Samples that calibration uses."""
+        return sum(one.used for one in self.sets)
+
+    @property
+    def scored(self) -> int:
+        """Samples that the score uses."""
+        return sum(one.scored for one in self.sets)
 
     @property
     def needs_calibration(self) -> bool:
@@ -116,8 +145,8 @@ class Plan(Frozen):
     """The configuration, every path absolute."""
     checkpoint: CheckpointIdentity
     """The checkpoint."""
-    samples: dict[Size, SamplesIdentity]
-    """The sample file of each size in the grid."""
+    samples: dict[str, dict[Size, SamplesIdentity]]
+    """The sample file of each size in the grid, by data set."""
     versions: dict[str, str]
     """Installed versions of ``qsens``, ``torch``, ``transformers``, ``nvidia-modelopt``."""
     patterns: PatternsIdentity | None = None
@@ -131,13 +160,27 @@ class Plan(Frozen):
     checksum: str | None = None
     """SHA-256 over the canonical JSON of all other keys; null in plans older than this key."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_data_set(cls, given: Any) -> Any:
+        """Take the samples of an older plan, which are by size alone, for its data set's."""
+        match given:
+            case {"samples": {**samples}, "config": {"dataset": {"name": str(name)}}} if (
+                samples.keys() <= set(SIZES)
+            ):
+                return {**given, "samples": {name: samples}}
+        return given
+
     @model_validator(mode="after")
     def _cells_are_of_what_it_names(self) -> Self:
         pairs = {pair.name for pair in self.config.quant_pair}
         granularities = {entry.name for entry in self.config.quant_granularity}
+        datasets = [dataset.name for dataset in self.config.dataset]
+        sizes = set.intersection(*(set(self.samples.get(name, ())) for name in datasets))
         for cell in self.grid:
             for what, name, known in (
-                ("size", cell.size, self.samples.keys()),
+                ("size", cell.size, sizes),
+                ("data set", cell.domain or datasets[0], datasets),
                 ("pair", cell.pair, pairs),
                 ("granularity", cell.granularity, granularities),
             ):
@@ -178,38 +221,57 @@ class Plan(Frozen):
 
 def _resolved(plan: Plan, cell: Cell) -> CellSpec:
     """Return ``cell`` with all that the plan says of it."""
-    config, samples = plan.config, plan.samples[cell.size]
+    config = plan.config
     pairs = {pair.name: pair for pair in config.quant_pair}
     granularities = {entry.name: entry for entry in config.quant_granularity}
     pair = pairs[cell.pair].with_granularity(granularities[cell.granularity])
-    pictures = samples.pictures if cell.modality == "image_text" else None
-    taken = min(config.dataset.limit(cell.size), samples.available)
-    held = samples if pictures is None else pictures
-    used = held.valid(taken)
-    boundaries = tuple(
-        held.valid(count)
-        for count in config.dataset.sizes.values()
-        if pictures is None or count <= taken
+    sets = tuple(
+        _calibration_set(plan, cell, dataset)
+        for dataset in config.dataset
+        if cell.domain in (None, dataset.name)
     )
     whole = cell.coverage == "all_layers"
     names = {
         "pair": cell.pair,
-        "size": "_".join([*unusual(cell.coverage, cell.modality), cell.size]),
+        "size": "_".join([*_marks(cell.coverage, cell.modality, cell.domain), cell.size]),
         "model": config.model.name,
         "short_name": config.model.short_name,
     }
     return CellSpec(
         **dict(cell),
         precision=pair,
+        sets=sets,
+        scheme=(pair.all_layers_scheme if whole else pair.scheme).format(**names),
+        run_dir=(pair.all_layers_run_dir if whole else pair.run_dir).format(**names),
+        # Amax over several data sets are the largest of each one's own.
+        calibration=sets[0].calibration
+        if len(sets) == 1
+        else digest_of({"union": [one.calibration for one in sets]}),
+    )
+
+
+def _calibration_set(plan: Plan, cell: Cell, dataset: DatasetConfig) -> CalibrationSet:
+    """Return the samples of a data set that ``cell`` reads."""
+    samples = plan.samples[dataset.name][cell.size]
+    pictures = samples.pictures if cell.modality == "image_text" else None
+    taken = min(dataset.limit(cell.size), samples.available)
+    held = samples if pictures is None else pictures
+    used = held.valid(taken)
+    return CalibrationSet(
+        dataset=dataset,
+        size=cell.size,
+        modality=cell.modality,
         samples=samples,
         taken=taken,
         used=used,
-        scored=min(used, config.autoquant.score_size),
-        boundaries=boundaries,
+        scored=min(used, plan.config.autoquant.score_size),
+        boundaries=tuple(
+            held.valid(count)
+            for count in dataset.sizes.values()
+            if pictures is None or count <= taken
+        ),
         skipped=tuple(entry for entry in held.skipped if entry.sample <= taken),
-        scheme=(pair.all_layers_scheme if whole else pair.scheme).format(**names),
-        run_dir=(pair.all_layers_run_dir if whole else pair.run_dir).format(**names),
-        calibration=_calibration_digest(plan, cell, used),
+        calibration=_calibration_digest(plan, cell, dataset, used),
     )
 
 
@@ -218,7 +280,7 @@ def make_plan(
     roots: Roots,
     *,
     checkpoint: CheckpointIdentity,
-    samples: Mapping[Size, SamplesIdentity],
+    samples: Mapping[str, Mapping[Size, SamplesIdentity]],
     versions: Mapping[str, str],
     patterns: PatternsIdentity | None = None,
     lanes: int = 1,
@@ -233,7 +295,7 @@ def make_plan(
         config: The sweep, paths absolute.
         roots: Where results go.
         checkpoint: What the checkpoint is.
-        samples: The sample file of each size in the grid.
+        samples: The sample file of each size in the grid, by data set.
         versions: Installed versions, by distribution name.
         patterns: Those of the model's parts as digests spell them; as the configuration has them
             when not given.
@@ -246,29 +308,39 @@ def make_plan(
     cells = []
     weights = {}
     axes = itertools.product(
-        config.quant_pair, config.quant_granularity, config.coverage, config.dataset.size
+        config.quant_pair, config.quant_granularity, config.coverage, config.domains, config.sizes
     )
-    for own, granularity, coverage, size in axes:
+    for own, granularity, coverage, domain, size in axes:
         if own.refusal(granularity) is not None:
             continue
         pair = own.with_granularity(granularity)
         modality = config.modality(coverage)
         identity = cell_identity(config, pair, coverage, size, versions)
         identity["granularity"] = granularity.name
-        identity |= inputs_identity(config, patterns, modality, checkpoint, samples[size])
-        pictures = samples[size].pictures if modality == "image_text" else None
-        if (pictures or samples[size]).skipped:  # it says whether the result is PARTIAL
-            identity["max_skipped"] = config.dataset.max_skipped
+        of_sets = {
+            dataset.name: set_identity(
+                config, dataset, patterns, modality, checkpoint, samples[dataset.name][size]
+            )
+            for dataset in config.dataset
+            if domain in (None, dataset.name)
+        }
+        if len(of_sets) == 1:
+            identity |= of_sets.popitem()[1]
+        else:
+            identity["union"] = of_sets
+        if domain is not None:
+            identity["domain"] = domain
         if config.runner.force:
             identity["forced"] = stamp
         cells.append(
             Cell(
-                cell=cell_id(pair.name, granularity.name, coverage, modality, size),
+                cell=cell_id(pair.name, granularity.name, coverage, modality, size, domain),
                 pair=pair.name,
                 granularity=granularity.name,
                 coverage=coverage,
                 modality=modality,
                 size=size,
+                domain=domain,
                 digest=digest_of(identity),
             )
         )
@@ -290,7 +362,7 @@ def make_plan(
         results=roots.results,
         config=config,
         checkpoint=checkpoint,
-        samples=dict(samples),
+        samples={name: dict(of_sizes) for name, of_sizes in samples.items()},
         versions=dict(versions),
         patterns=patterns,
         notices=list(notices),
@@ -332,23 +404,36 @@ def refuse_another_sweep(path: Path, sweep_id: str) -> None:
         )
 
 
-def cell_id(pair: str, granularity: str, coverage: Coverage, modality: Modality, size: str) -> str:
+def cell_id(
+    pair: str,
+    granularity: str,
+    coverage: Coverage,
+    modality: Modality,
+    size: str,
+    domain: str | None = None,
+) -> str:
     """Return a cell's id; defaults are left out."""
     parts = [pair, *([granularity] if granularity != DEFAULT_GRANULARITY else [])]
     parts += ["all_layers"] if coverage == "all_layers" else []
-    return "-".join([*parts, *unusual(coverage, modality), size])
+    return "-".join([*parts, *_marks(coverage, modality, domain), size])
 
 
-def _calibration_digest(plan: Plan, cell: Cell, used: int) -> str:
-    """Return the SHA-256 of all that changes the calibrated amax that ``cell`` reads.
+def _marks(coverage: Coverage, modality: Modality, domain: str | None) -> list[str]:
+    """Return what names hold before the size, of cells that are not of the default kind."""
+    return [*unusual(coverage, modality), *([domain] if domain is not None else [])]
+
+
+def _calibration_digest(plan: Plan, cell: Cell, dataset: DatasetConfig, used: int) -> str:
+    """Return the SHA-256 of all that changes the amax calibrated on a data set for ``cell``.
 
     Cells of one modality and size read the same, of the tower as well where one of them covers it.
     """
     tower = any(
         other.coverage == "all_layers" and other.modality == cell.modality for other in plan.grid
     )
+    samples = plan.samples[dataset.name][cell.size]
     identity = inputs_identity(
-        plan.config, plan.patterns, cell.modality, plan.checkpoint, plan.samples[cell.size]
+        plan.config, dataset, plan.patterns, cell.modality, plan.checkpoint, samples
     )
     return digest_of(
         {

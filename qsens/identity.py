@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from qsens.config import ModelConfig, PairConfig, SweepConfig
+from qsens.config import DatasetConfig, ModelConfig, PairConfig, SweepConfig
 from qsens.config.base import Frozen
 from qsens.config.models import (
     CONVERSATIONS,
@@ -182,6 +182,8 @@ def cell_identity(
 ) -> dict[str, Any]:
     """Return what the configuration adds to the digest of a cell's result: numbers and names.
 
+    What its data set adds is :func:`set_identity`.
+
     Args:
         config: The sweep.
         pair: The pair, its granularity applied.
@@ -189,14 +191,12 @@ def cell_identity(
         size: Calibration size.
         versions: Installed versions, by distribution name.
     """
-    autoquant, dataset, model = config.autoquant, config.dataset, config.model
+    autoquant, model = config.autoquant, config.model
     computing = ["torch", "transformers"]
     if autoquant.engine == "modelopt":
         computing.append("nvidia-modelopt")
     identity: dict[str, Any] = {
-        "names": [model.name, model.short_name, dataset.name],
         "size": size,
-        "max_calib_samples": dataset.max_calib_samples,
         "pair": _pair(pair, coverage),
         "coverage": coverage,
         "method": autoquant.method,
@@ -214,8 +214,27 @@ def cell_identity(
     return identity
 
 
+def set_identity(
+    config: SweepConfig,
+    dataset: DatasetConfig,
+    patterns: PatternsIdentity | None,
+    modality: Modality,
+    checkpoint: CheckpointIdentity,
+    samples: SamplesIdentity,
+) -> dict[str, Any]:
+    """Return what a data set adds to the digest of a cell's result, the model it is read by too."""
+    identity = inputs_identity(config, dataset, patterns, modality, checkpoint, samples)
+    identity["names"] = [config.model.name, config.model.short_name, dataset.name]
+    identity["max_calib_samples"] = dataset.max_calib_samples
+    pictures = samples.pictures if modality == "image_text" else None
+    if (pictures or samples).skipped:  # it says whether the result is PARTIAL
+        identity["max_skipped"] = dataset.max_skipped
+    return identity
+
+
 def inputs_identity(
     config: SweepConfig,
+    dataset: DatasetConfig,
     patterns: PatternsIdentity | None,
     modality: Modality,
     checkpoint: CheckpointIdentity,
@@ -232,14 +251,14 @@ def inputs_identity(
         "trust_remote_code": model.trust_remote_code,
         "vision_patterns": patterns.vision if patterns else model.vision_patterns,
         "head_patterns": patterns.head if patterns else model.head_patterns,
-        "sizes": dict(sorted(config.dataset.sizes.items())),
-        "calib_seq_len": config.dataset.calib_seq_len,
-        **_samples_identity(config, modality, checkpoint, samples),
+        "sizes": dict(sorted(dataset.sizes.items())),
+        "calib_seq_len": dataset.calib_seq_len,
+        **_samples_identity(dataset, modality, checkpoint, samples),
     }
 
 
 def _samples_identity(
-    config: SweepConfig,
+    dataset: DatasetConfig,
     modality: Modality,
     checkpoint: CheckpointIdentity,
     samples: SamplesIdentity,
@@ -249,13 +268,13 @@ def _samples_identity(
     if samples.kind != "caption":
         identity["kind"] = samples.kind
     if samples.kind in CONVERSATIONS:
-        identity["loss"] = config.dataset.loss
+        identity["loss"] = dataset.loss
     if modality == "image_text":
         identity |= {
             "pictures": samples.pictures.digest if samples.pictures else None,
             "processor": checkpoint.processor_digest,
-            "max_pixels": config.dataset.max_pixels,
-            "prompt": config.dataset.prompt,
+            "max_pixels": dataset.max_pixels,
+            "prompt": dataset.prompt,
         }
     return identity
 

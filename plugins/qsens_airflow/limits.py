@@ -57,15 +57,13 @@ def allowed_roots(roots: Roots) -> list[Path]:
 
 def _paths(config: SweepConfig) -> dict[str, Path]:
     """Return every path that a sweep reads, by key, symbolic links resolved."""
-    dataset = config.dataset
-    paths = {
-        "model.path": config.model.path,
-        "dataset.directory": dataset.directory,
-        "dataset.images": dataset.images_root(),
-    }
-    paths |= {
-        f"dataset.files.{size}": dataset.directory / dataset.files[size] for size in dataset.files
-    }
+    paths = {"model.path": config.model.path}
+    for dataset in config.dataset:
+        of = "dataset" if len(config.dataset) == 1 else f"dataset {dataset.name}"
+        paths |= {f"{of}.directory": dataset.directory, f"{of}.images": dataset.images_root()}
+        paths |= {
+            f"{of}.files.{size}": dataset.directory / dataset.files[size] for size in dataset.files
+        }
     return {key: path.resolve() for key, path in paths.items()}
 
 

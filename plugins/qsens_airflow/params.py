@@ -141,7 +141,7 @@ def dag_params(preset: str, roots: Roots | None = None) -> dict[str, Param]:
         preset: Default of the param ``preset``.
         roots: Where configuration files lie; from the environment when not given.
     """
-    sizes = load_sweep(preset, roots=roots).config.dataset.sizes
+    sizes = load_sweep(preset, roots=roots).config.dataset[0].sizes
     shown: dict[str, dict[str, str]] = {
         "size": {size: f"{size} · {count} samples" for size, count in sizes.items()}
     }
@@ -206,6 +206,8 @@ def _section(key: str) -> tuple[type[BaseModel], str]:
     *parents, leaf = key.split(".")
     for parent in parents:
         section = model.model_fields[parent].annotation
+        if get_origin(section) is tuple:
+            section = get_args(section)[0]
         assert isinstance(section, type)
         assert issubclass(section, BaseModel)
         model = section

@@ -70,7 +70,10 @@ def settings(config: Mapping[str, Any]) -> dict[tuple[Cause, str], str]:
     kept = ("batch_size", "score_size", "seed", "draws", "effective_bits", "method", "engine")
     autoquant = config.get("autoquant", {})
     values = {f"autoquant.{name}": autoquant.get(name) for name in kept}
-    values |= {f"dataset.sizes.{size}": n for size, n in config.get("dataset", {})["sizes"].items()}
+    given = config.get("dataset", {})
+    for one in given if isinstance(given, list) else [given]:
+        of = f"dataset.{one['name']}" if isinstance(given, list) else "dataset"
+        values |= {f"{of}.sizes.{size}": count for size, count in one["sizes"].items()}
     return {
         ("configuration", name): str(value) for name, value in values.items() if value is not None
     }

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 from qsens.analysis.ranking import normalise_name
 from qsens.analysis.stability import compare_sizes
 from qsens.analysis.statistic import compared_by, value_of
 from qsens.config.models import COVERAGES, SIZES, Coverage, Modality
 from qsens.schema.summary import Row, SizesCompared, Statistic, SummaryCell
+
+Series: TypeAlias = tuple[str, str, Coverage, Modality, str | None]
+"""Pair, granularity, coverage, modality and data set."""
 
 
 class OfSeries(Protocol):
@@ -32,6 +35,10 @@ class OfSeries(Protocol):
     def modality(self) -> Modality:
         """Return what a sample is."""
 
+    @property
+    def domain(self) -> str | None:
+        """Return the data set; none for all of the sweep's together."""
+
 
 def scores(rows: Iterable[Row], statistic: Statistic) -> dict[str, float]:
     """Return the score of every scored group by name, as names compare."""
@@ -41,12 +48,12 @@ def scores(rows: Iterable[Row], statistic: Statistic) -> dict[str, float]:
 
 def compare_all_sizes(cells: Sequence[SummaryCell]) -> tuple[SizesCompared, ...]:
     """Compare each size with the next one that has a result, pair by pair, per token."""
-    series: dict[tuple[str, str, Coverage, Modality], list[SummaryCell]] = {}
+    series: dict[Series, list[SummaryCell]] = {}
     for cell in cells:
         if cell.done:
             series.setdefault(series_of(cell), []).append(cell)
     compared = []
-    for (pair, granularity, coverage, modality), members in series.items():
+    for (pair, granularity, coverage, modality, domain), members in series.items():
         members.sort(key=lambda cell: SIZES.index(cell.size))
         for one, other in itertools.pairwise(members):
             statistic = compared_by(one.rows, other.rows)
@@ -57,6 +64,7 @@ def compare_all_sizes(cells: Sequence[SummaryCell]) -> tuple[SizesCompared, ...]
                     granularity=granularity,
                     coverage=coverage,
                     modality=modality,
+                    domain=domain,
                     smaller=one.size,
                     larger=other.size,
                     scored_smaller=one.samples_scored,
@@ -71,14 +79,14 @@ def compare_all_sizes(cells: Sequence[SummaryCell]) -> tuple[SizesCompared, ...]
     return tuple(compared)
 
 
-def series_of(cell: OfSeries) -> tuple[str, str, Coverage, Modality]:
+def series_of(cell: OfSeries) -> Series:
     """Return what the cells that differ in size alone have in common, and their audit."""
-    return cell.pair, cell.granularity, cell.coverage, cell.modality
+    return cell.pair, cell.granularity, cell.coverage, cell.modality, cell.domain
 
 
 def largest_cells(cells: Iterable[SummaryCell]) -> list[SummaryCell]:
     """Return of each pair the cell of the largest size that has a result."""
-    largest: dict[tuple[str, str, Coverage, Modality], SummaryCell] = {}
+    largest: dict[Series, SummaryCell] = {}
     for cell in cells:
         key = series_of(cell)
         if cell.done and (

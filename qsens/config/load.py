@@ -19,7 +19,15 @@ from pydantic import BaseModel, ValidationError
 from qsens.config.base import LONGEST_NAME, NAME
 from qsens.config.files import read_mapping
 from qsens.config.models import SweepConfig
-from qsens.config.overrides import CHOICES, COMMAND_LINE, nest, parse_overrides, quoted, unknown_key
+from qsens.config.overrides import (
+    CHOICES,
+    COMMAND_LINE,
+    SHARED,
+    nest,
+    parse_overrides,
+    quoted,
+    unknown_key,
+)
 from qsens.config.pairs import GranularityConfig, PairConfig
 from qsens.config.roots import Roots
 from qsens.errors import UserError
@@ -116,9 +124,9 @@ def load_sweep(
 
     # A data set may lie beside the checkpoint, wherever that is.
     path = {"model": {"path": given["model.path"]}} if given.get("model.path") else {}
-    resolved = _resolve(tree, sweep, path, label=label)
+    resolved = _resolve(_over(tree, sweep, label), path, label=label)
     notices = _names_from_path(nested, given, roots)
-    config = _validate(_merge(resolved, nested, label=label), sources)
+    config = _validate(_over(resolved, nested, label), sources)
     config = _absolute(config, roots)
     notices += [
         f"{pair.name} is experimental: nobody is known to deploy it"
@@ -204,6 +212,18 @@ def _merge(*trees: dict[str, Any], label: str, resolve: bool = False) -> dict[An
         ) from None
     assert isinstance(data, dict)
     return data
+
+
+def _over(tree: dict[str, Any], given: dict[str, Any], label: str) -> dict[str, Any]:
+    """Return a tree with what is given over it; what is given of the data sets, over each."""
+    rest = {key: value for key, value in given.items() if key != SHARED}
+    merged = _merge(tree, rest, label=label)
+    shared = given.get(SHARED, {})
+    if isinstance(shared, dict):
+        merged[SHARED] = [_merge(section, shared, label=label) for section in merged[SHARED]]
+    else:  # refused when it is validated
+        merged[SHARED] = shared
+    return merged
 
 
 def _resolve(*trees: dict[str, Any], label: str) -> dict[str, Any]:
@@ -316,15 +336,18 @@ def _siblings(location: Sequence[int | str]) -> list[str]:
 
 def _absolute(config: SweepConfig, roots: Roots) -> SweepConfig:
     """Resolve every path, so that nothing depends on a working directory later."""
-    output, images = config.runner.output_dir, config.dataset.images
+    output = config.runner.output_dir
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": roots.resolve(config.model.path)}),
-            "dataset": config.dataset.model_copy(
-                update={
-                    "directory": roots.resolve(config.dataset.directory),
-                    "images": roots.resolve(images) if images else None,
-                }
+            "dataset": tuple(
+                dataset.model_copy(
+                    update={
+                        "directory": roots.resolve(dataset.directory),
+                        "images": roots.resolve(dataset.images) if dataset.images else None,
+                    }
+                )
+                for dataset in config.dataset
             ),
             "runner": config.runner.model_copy(
                 update={"output_dir": roots.resolve(output) if output else None}

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from qsens.config.base import Frozen, Name
 from qsens.config.pairs import GranularityConfig, PairConfig
@@ -37,6 +37,11 @@ def has_suffix(file: PurePath | str, suffixes: tuple[str, ...]) -> bool:
 def uncompressed(file: PurePath | str) -> str:
     """Return a file's name in lower case, as it is once it is unpacked."""
     return PurePath(file).name.lower().removesuffix(GZIP)
+
+
+def _words(value: Any) -> str:
+    """Return a value as messages show it."""
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
 
 
 class HubConfig(Frozen):
@@ -134,6 +139,10 @@ class DatasetConfig(Frozen):
             if size not in self.sizes or size not in self.files:
                 raise ValueError(f"size '{size}' has no entry in both 'sizes' and 'files'")
         return self
+
+    def read_as(self, coverage: Coverage) -> Modality:
+        """Return what a sample is at ``coverage``."""
+        return "image_text" if coverage == "all_layers" else self.modality
 
     def path(self, size: Size) -> Path:
         """Return the sample file of ``size``."""
@@ -240,6 +249,11 @@ class DagConfig(Frozen):
     """``remarkable``: a run that failed, is PARTIAL, or moved beyond noise; ``always``: any."""
 
 
+def _listed(given: Any) -> Any:
+    """Return sections as a list where they are one alone, as files and older plans have it."""
+    return given if isinstance(given, list | tuple) else (given,)
+
+
 class SweepConfig(Frozen):
     """A sweep: presets under ``configs/sweep/``, overridden by dotted keys."""
 
@@ -247,8 +261,11 @@ class SweepConfig(Frozen):
     """Name of the sweep file that this started from."""
     model: ModelConfig = ModelConfig()
     """The checkpoint."""
-    dataset: DatasetConfig = DatasetConfig()
-    """The calibration samples."""
+    dataset: Annotated[tuple[DatasetConfig, ...], BeforeValidator(_listed)] = Field(
+        default=(DatasetConfig(),), min_length=1
+    )
+    """The calibration samples: one data set, or several, each scored apart and all together. A key
+    below it, ``dataset.size``, is that of all of them."""
     quant_pair: tuple[PairConfig, ...] = Field(default=(), min_length=1)
     """Precision pairs to sweep."""
     quant_granularity: tuple[GranularityConfig, ...] = Field(
@@ -267,12 +284,18 @@ class SweepConfig(Frozen):
     output_layout: Literal["tmp", "publish"] = "publish"
     """Where results go: ``tmp/<sweep id>/`` or the model's ``layer-analysis/``."""
 
+    @field_serializer("dataset", mode="wrap")
+    def _one_stands_alone(self, datasets: tuple[DatasetConfig, ...], dump: Any) -> Any:
+        dumped = dump(datasets)
+        return dumped[0] if len(datasets) == 1 else dumped
+
     @model_validator(mode="after")
     def _axes_name_each_value_once(self) -> Self:
         axes: dict[str, list[str]] = {
             "quant_pair": [pair.name for pair in self.quant_pair],
             "quant_granularity": [granularity.name for granularity in self.quant_granularity],
             "coverage": list(self.coverage),
+            "dataset": [dataset.name for dataset in self.dataset],
         }
         for axis, names in axes.items():
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -282,11 +305,11 @@ class SweepConfig(Frozen):
 
     @model_validator(mode="after")
     def _pictures_have_a_file(self) -> Self:
-        for coverage in self.coverage:
-            if self.modality(coverage) == "text":
+        for coverage, dataset in itertools.product(self.coverage, self.dataset):
+            if dataset.read_as(coverage) == "text":
                 continue
-            for size in self.dataset.size:
-                file = self.dataset.files[size]
+            for size in dataset.size:
+                file = dataset.files[size]
                 if not has_suffix(file, (*JSONL, *SQLITE)):
                     raise ValueError(
                         f"coverage {coverage} reads pictures, and dataset.files.{size} = {file} "
@@ -294,6 +317,35 @@ class SweepConfig(Frozen):
                     )
         return self
 
+    @model_validator(mode="after")
+    def _datasets_go_together(self) -> Self:
+        first = self.dataset[0]
+        for other in self.dataset[1:]:
+            for key in ("size", "modality"):
+                one, another = getattr(first, key), getattr(other, key)
+                if one != another:
+                    raise ValueError(
+                        f"dataset.{key} is {_words(one)} of {first.name}, and {_words(another)} of "
+                        f"{other.name}: data sets of one sweep share it"
+                    )
+        if len(self.dataset) > 1 and self.autoquant.engine == "modelopt":
+            raise ValueError(
+                "engine=modelopt calibrates on the samples that it scores, one data set: leave "
+                "one, or use engine=fused"
+            )
+        return self
+
     def modality(self, coverage: Coverage) -> Modality:
-        """Return what a sample is at ``coverage``."""
-        return "image_text" if coverage == "all_layers" else self.dataset.modality
+        """Return what a sample is at ``coverage``, in all data sets."""
+        return self.dataset[0].read_as(coverage)
+
+    @property
+    def domains(self) -> tuple[str | None, ...]:
+        """Data sets that are scored apart; none stands for all of them, of one or several."""
+        names = [dataset.name for dataset in self.dataset]
+        return (*names, None) if len(names) > 1 else (None,)
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Sizes to sweep, those of all data sets."""
+        return self.dataset[0].size

@@ -20,7 +20,9 @@ from qsens.errors import UserError
 
 COMMAND_LINE = "the command line"
 # Keys that choose a file below configs/, and whether several may be chosen.
-CHOICES = {"model": False, "dataset": False, "quant_pair": True, "quant_granularity": True}
+CHOICES = {"model": False, "dataset": True, "quant_pair": True, "quant_granularity": True}
+# That of them whose keys, below it, are those of every file chosen.
+SHARED = "dataset"
 # Characters of an override at most: a prompt may be long, and a path has 4,096.
 LONGEST = 10_000
 _SHOWN = 200
@@ -112,6 +114,8 @@ def _annotation(key: str) -> Any:
             if part not in node.model_fields:
                 raise unknown_key(dotted, list(node.model_fields), COMMAND_LINE)
             node = node.model_fields[part].annotation
+            if dotted == SHARED and at + 1 < len(parts):
+                (node, _) = get_args(node)
         elif get_origin(node) is dict:
             node = get_args(node)[1]
         elif above in CHOICES:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from qsens.config.models import SweepConfig
+from qsens.config.overrides import SHARED
 
 
 def describe_keys(model: type[BaseModel] = SweepConfig, prefix: str = "") -> list[dict[str, str]]:
@@ -26,6 +27,8 @@ def describe_keys(model: type[BaseModel] = SweepConfig, prefix: str = "") -> lis
     rows: list[dict[str, str]] = []
     for name, field in model.model_fields.items():
         annotation = field.annotation
+        if f"{prefix}{name}" == SHARED:
+            (annotation, _) = typing.get_args(annotation)
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             rows += describe_keys(annotation, f"{prefix}{name}.")
             continue

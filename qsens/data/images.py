@@ -120,11 +120,10 @@ class PictureReader:
     _found: dict[str, tuple[str, Path | None]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, plan: Plan) -> PictureReader:
-        """Return the reader of a plan's pictures."""
-        config = plan.config
-        resolution = read_resolution(config.model, config.dataset.max_pixels)
-        return cls(config.dataset.images_root(), cache_of(plan.results), resolution)
+    def of(cls, plan: Plan, dataset: DatasetConfig) -> PictureReader:
+        """Return the reader of the pictures of a plan's data set."""
+        resolution = read_resolution(plan.config.model, dataset.max_pixels)
+        return cls(dataset.images_root(), cache_of(plan.results), resolution)
 
     def find(self, image: str) -> tuple[str, Path | None]:
         """Return the digest of a picture with where it lies decoded, or what is wrong with it.

@@ -77,6 +77,37 @@ class Samples:
         """Return the number of samples."""
         return len(self.ids)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Samples]) -> Samples:
+        """Return samples of several files as those of one, in that order.
+
+        What has a label wherever a token stands before it, says so where others do not.
+        """
+        spans: tuple[tuple[tuple[int, int], ...], ...] = ()
+        if any(part.spans for part in parts):
+            spans = tuple(
+                entry
+                for part in parts
+                for entry in (part.spans or [((1, len(ids)),) for ids in part.ids])
+            )
+        return cls(
+            ids=tuple(ids for part in parts for ids in part.ids),
+            truncated=tuple(cut for part in parts for cut in part.truncated),
+            spans=spans,
+            pictures=tuple(picture for part in parts for picture in part.pictures),
+            notices=tuple(dict.fromkeys(notice for part in parts for notice in part.notices)),
+        )
+
+    def part(self, start: int, stop: int | None = None) -> Samples:
+        """Return the samples from ``start`` up to ``stop``, which is left out."""
+        return Samples(
+            ids=self.ids[start:stop],
+            truncated=self.truncated[start:stop],
+            spans=self.spans[start:stop],
+            pictures=self.pictures[start:stop],
+            notices=self.notices,
+        )
+
     def tokens(self, count: int | None = None) -> int:
         """Return the real tokens of the first ``count`` samples."""
         return sum(len(ids) for ids in self.ids[:count])
@@ -259,14 +290,18 @@ def refuse_unknown_tokens(samples: Samples, rows: int) -> None:
             )
 
 
-def nominal_labels(samples: Samples, *, scored: int, batch_size: int) -> list[int]:
+def nominal_labels(labels: Sequence[int], batch_size: int) -> list[int]:
     """Return ``T_b(i)`` of each scored sample: the label tokens of its nominal batch.
 
-    Nominal batches are consecutive ``batch_size`` samples, in file order, of the first ``scored``.
+    Nominal batches are consecutive ``batch_size`` samples, in file order, of those scored.
+
+    Args:
+        labels: Label tokens of each of them.
+        batch_size: Samples of a nominal batch.
     """
-    labels = samples.labels(scored)
-    totals = [sum(labels[start : start + batch_size]) for start in range(0, scored, batch_size)]
-    return [totals[index // batch_size] for index in range(scored)]
+    starts = range(0, len(labels), batch_size)
+    totals = [sum(labels[start : start + batch_size]) for start in starts]
+    return [totals[index // batch_size] for index in range(len(labels))]
 
 
 def equal_length_batches(

@@ -8,6 +8,7 @@ every nested size on its way.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -16,11 +17,15 @@ from qsens.checkpoint.experts import input_names
 from qsens.checkpoint.groups import Group, tower_of
 from qsens.checkpoint.structure import traits_of
 from qsens.data.samples import Batch, Samples, batch_tokens, padded_batches
+from qsens.engine.candidates import CalibrationSize
 from qsens.engine.recompute import RecomputedModel
 from qsens.engine.scores import Progress, silent
 
 Amax = dict[str, torch.Tensor]
 """The largest magnitude of each module's inputs over the real tokens: float32 scalars on a CPU."""
+
+AmaxBySize: TypeAlias = dict[CalibrationSize, Amax]
+"""Amax by what they come from."""
 
 _PREFIX = "amax.input."
 
@@ -65,7 +70,7 @@ class RunningAmax:
         largest = torch.linalg.vector_norm(rows, ord=torch.inf, dtype=torch.float32)
         self._largest[name] = torch.maximum(self._largest[name], largest)
 
-    def calibration_sizes(self) -> dict[int, Amax]:
+    def calibration_sizes(self) -> AmaxBySize:
         """Return the amax at every calibration size, all batches begun and done."""
         self._last = None
         return {
@@ -85,7 +90,7 @@ def calibrate(
     max_tokens: int | None = None,
     batches: Sequence[Batch] | None = None,
     progress: Progress = silent,
-) -> dict[int, Amax]:
+) -> AmaxBySize:
     """Return the amax over the first ``n`` samples, for every ``n`` in ``calibration_sizes``.
 
     A model without gradients is run over all samples; a pass that runs it anyway can do without,

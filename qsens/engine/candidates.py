@@ -5,11 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from qsens.config.block_sizes import needs_calibration
 
 Cfg = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SharedCalibration:
+    """A calibration on more than the samples of a pass: its amax are given, never found on the way.
+
+    Attributes:
+        digest: What tells it from others.
+    """
+
+    digest: str
+
+
+CalibrationSize: TypeAlias = int | SharedCalibration
+"""How many samples of a pass amax come from, from the first; or where else they come from."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,7 @@ class Request:
     cell: str
     weight: Cfg
     input: Cfg | None
-    calibrated: int
+    calibrated: CalibrationSize
     scored: int
 
 
@@ -41,7 +56,7 @@ class Input:
     """
 
     cfg: Cfg | None
-    calibration_size: int | None
+    calibration_size: CalibrationSize | None
 
 
 @dataclass(frozen=True)
@@ -65,8 +80,17 @@ class Candidates:
     def calibration_sizes(self) -> list[int]:
         """Return the sample counts that calibration has to stop at, ascending."""
         return sorted(
-            {entry.calibration_size for entry in self.inputs if entry.calibration_size is not None}
+            {
+                entry.calibration_size
+                for entry in self.inputs
+                if isinstance(entry.calibration_size, int)
+            }
         )
+
+    @property
+    def shares(self) -> bool:
+        """Whether some amax are those of more than the samples of the pass."""
+        return any(isinstance(entry.calibration_size, SharedCalibration) for entry in self.inputs)
 
     def active(self, first_sample: int) -> dict[int, list[tuple[int, int]]]:
         """Return the candidates that score a batch which starts at ``first_sample``.
@@ -87,13 +111,13 @@ def distinct(requests: Sequence[Request]) -> Candidates:
     A weight-only or dynamic pair has one candidate whatever its size: nothing is calibrated.
     """
     weights: dict[str, Cfg] = {}
-    inputs: dict[tuple[str, int | None], Input] = {}
+    inputs: dict[tuple[str, CalibrationSize | None], Input] = {}
     pairs: dict[tuple[int, int], int] = {}
     scored: dict[int, int] = {}
     of_cell = {}
     for request in requests:
         weights.setdefault(_key(request.weight), request.weight)
-        calibration_size = None
+        calibration_size: CalibrationSize | None = None
         if request.input is not None and needs_calibration(request.input):
             calibration_size = request.calibrated
         key = (_key(request.input), calibration_size)

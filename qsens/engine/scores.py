@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qsens.checkpoint.groups import Group
+from qsens.engine.candidates import CalibrationSize
 from qsens.errors import Fault, UserError
 from qsens.schema.manifest import Status
 
@@ -107,6 +108,7 @@ class GroupScore:
             off the divergence of these very samples may be. None for other methods.
         relative_error: ``||dY||^2 / ||Y||^2``, summed over members; none where not measured.
         experts: Of a mixture, its experts apart, where they were measured.
+        by_domain: Of several data sets: ``sensitivity_per_token`` over the samples of each.
     """
 
     group: Group
@@ -117,6 +119,7 @@ class GroupScore:
     relative_error: float | None = None
     standard_error: float | None = None
     experts: ExpertScores | None = None
+    by_domain: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -175,18 +178,10 @@ class PassScores:
     loss: torch.Tensor
     seconds: float
     padding_share: float
-    amax: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    amax: Mapping[CalibrationSize, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     draws: torch.Tensor | None = None
     experts: Mapping[str, ExpertTable] = field(default_factory=dict)
     floor: torch.Tensor | None = None
-
-    def relative_errors(self, candidate: int, scored: int) -> torch.Tensor | None:
-        """Return ``||dY||^2 / ||Y||^2`` of each group over the first samples, where measured."""
-        if self.errors is None or self.norms is None:
-            return None
-        norms = self.norms[:, :scored].sum(dim=1)
-        tiny = torch.finfo(norms.dtype).tiny
-        return self.errors[:, candidate, :scored].sum(dim=1) / norms.clamp_min(tiny)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from qsens.checkpoint.groups import Group
 from qsens.config.models import AutoquantConfig
 from qsens.data.samples import Samples, batch_tokens
 from qsens.engine import amax as calibration
-from qsens.engine.amax import Amax
+from qsens.engine.amax import AmaxBySize
 from qsens.engine.batching import calibrates
 from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.gradient import fisher, scorer
@@ -56,7 +56,7 @@ def run_pass(
     autoquant: AutoquantConfig,
     *,
     boundaries: Sequence[int],
-    calibrated: Callable[[Candidates], dict[int, Amax]] = lambda _: {},
+    calibrated: Callable[[Candidates], AmaxBySize] = lambda _: {},
     only: Collection[tuple[str, str]] | None = None,
     progress: Progress = silent,
 ) -> ScoringPass:
@@ -69,7 +69,8 @@ def run_pass(
         requests: What to compute.
         autoquant: The method, its draws and seed, and the limit of memory.
         boundaries: Sample counts that no batch crosses.
-        calibrated: Returns what is calibrated already, by calibration size.
+        calibrated: Returns what is calibrated already, by calibration size; what is shared with
+            other passes has to be.
         only: Names of groups and cells to measure, with method ``kl_div``; all when not given.
         progress: Called as work goes on.
     """
@@ -86,7 +87,7 @@ def run_pass(
     amax = calibrated(candidates)
     missing = [count for count in candidates.calibration_sizes() if count not in amax]
     in_passing = (
-        not amax
+        not (amax or candidates.shares)
         and method != "kl_div"
         and calibrates(model, samples, candidates, boundaries=boundaries, budget=budget)
     )
@@ -133,7 +134,7 @@ def calibrate(
     sizes: Sequence[int],
     boundaries: Sequence[int],
     progress: Progress = silent,
-) -> dict[int, Amax]:
+) -> AmaxBySize:
     """Return the amax at each of ``sizes``, in batches that fit this process' share of memory.
 
     What does not fit in one batch goes through in several: no maximum depends on it.

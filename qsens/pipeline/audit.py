@@ -148,9 +148,9 @@ def is_audited(plan: Plan) -> bool:
 
 
 def audited_cells(plan: Plan) -> list[CellSpec]:
-    """Return the cells that stand for their pairs: those of the plan's smallest size."""
+    """Return the cells that stand for their pairs: those of the smallest size, of all data sets."""
     smallest = min((cell.size for cell in plan.cells), key=SIZES.index)
-    return [cell for cell in plan.cells if cell.size == smallest]
+    return [cell for cell in plan.cells if cell.size == smallest and cell.domain is None]
 
 
 def find_audits(store: Store, manifests: Mapping[str, Manifest] | None = None) -> list[Audit]:

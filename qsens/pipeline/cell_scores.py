@@ -1,8 +1,9 @@
-"""One cell's scores, read off a pass that served many. Needs torch."""
+"""One cell's scores, read off the passes that served many. Needs torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,42 +11,69 @@ from qsens.checkpoint.experts import input_names
 from qsens.checkpoint.groups import Group
 from qsens.data.samples import nominal_labels
 from qsens.engine.amax import prefixed
-from qsens.engine.candidates import Candidates, Request
+from qsens.engine.candidates import Candidates
 from qsens.engine.quantizer import needs_fallback
-from qsens.engine.scores import CellScores, ExpertScores, GroupScore, PassScores
-from qsens.grid import CellSpec, Plan
+from qsens.engine.scores import CellScores, ExpertScores, ExpertTable, GroupScore, PassScores
+from qsens.grid import CalibrationSet, CellSpec, Plan
 from qsens.pipeline.loading import Loaded, groups_of
 
 
-def cell_scores(
-    plan: Plan,
-    cell: CellSpec,
-    request: Request,
-    candidates: Candidates,
-    pass_scores: PassScores,
-    loaded: Loaded,
-) -> CellScores:
-    """Read one cell's scores off a pass.
+@dataclass(frozen=True)
+class Share:
+    """What a pass over the samples of one data set found for a cell.
+
+    Attributes:
+        of: The data set.
+        loaded: What the pass ran on.
+        candidates: What it computed.
+        index: The cell's candidate.
+        found: What it found; of the tower as well where another cell covers it.
+        seconds: Seconds by phase.
+        memory: GiB above the weights, predicted and taken.
+    """
+
+    of: CalibrationSet
+    loaded: Loaded
+    candidates: Candidates
+    index: int
+    found: PassScores
+    seconds: Mapping[str, float]
+    memory: Mapping[str, float]
+
+    @property
+    def per_sample(self) -> torch.Tensor:
+        """What each scored sample adds to each group, ``(groups, samples)``, float64."""
+        return self.found.per_sample[:, self.index, : self.of.scored]
+
+    @property
+    def labels(self) -> list[int]:
+        """Label tokens of each scored sample."""
+        return self.loaded.samples.labels(self.of.scored)
+
+    @property
+    def predictions(self) -> int:
+        """Positions whose distribution counts, of the scored samples."""
+        return self.loaded.samples.predictions(self.of.scored)
+
+
+def cell_scores(plan: Plan, cell: CellSpec, shares: Sequence[Share]) -> CellScores:
+    """Read one cell's scores off the passes over its data sets.
 
     Args:
         plan: The plan.
         cell: The cell.
-        request: What it asked of the pass.
-        candidates: What the pass computed.
-        pass_scores: What the pass found; of the tower as well where another cell covers it.
-        loaded: What it ran on.
+        shares: What was found, in the order of its data sets.
     """
-    groups = groups_of(plan, cell, loaded.model)
-    index = candidates.of_cell[cell.cell]
-    scored = request.scored
-    per_sample = pass_scores.per_sample[:, index, :scored]
-    labels = loaded.samples.labels(scored)
-    predictions = loaded.samples.predictions(scored)
-    nominal = torch.tensor(
-        nominal_labels(loaded.samples, scored=scored, batch_size=plan.config.autoquant.batch_size),
-        dtype=torch.float64,
-    ).clamp_min(1)
+    model = shares[0].loaded.model
+    passes = [share.found for share in shares]
+    groups = groups_of(plan, cell, model)
     gradient = plan.config.autoquant.method == "gradient"
+    per_sample = torch.cat([share.per_sample for share in shares], dim=1)
+    labels = [count for share in shares for count in share.labels]
+    predictions = sum(share.predictions for share in shares)
+    nominal = torch.tensor(
+        nominal_labels(labels, plan.config.autoquant.batch_size), dtype=torch.float64
+    ).clamp_min(1)
     weights = nominal.square().reciprocal() if gradient else torch.ones_like(nominal)
     if gradient:
         sensitivity = (per_sample / nominal.square()).sum(dim=1)
@@ -55,25 +83,33 @@ def cell_scores(
         per_token = sensitivity / predictions
     kl_div = plan.config.autoquant.method == "kl_div"
     unreached = "no sample ran through it" if kl_div else "no gradient reached it"
-    spread = None
-    if pass_scores.draws is not None:
-        drawn = pass_scores.draws[:, index, :scored]
-        spread = (drawn.var(dim=-1) / drawn.shape[-1]).sum(dim=1).sqrt()
-        spread /= predictions
-    errors = pass_scores.relative_errors(index, scored)
-    at = {group.name: position for position, group in enumerate(pass_scores.groups)}
+    spread = _together(shares, _draws)
+    if spread is not None:
+        spread = (spread.var(dim=-1) / spread.shape[-1]).sum(dim=1).sqrt() / predictions
+    errors = _relative_errors(shares)
+    at = {group.name: position for position, group in enumerate(passes[0].groups)}
+    refused = {
+        position: reason
+        for share in reversed(shares)
+        for (position, index), reason in share.found.failures.refused.items()
+        if index == share.index
+    }
+    by_domain = {
+        share.of.dataset.name: share.per_sample.sum(dim=1)
+        / max(1, sum(share.labels) if gradient else share.predictions)
+        for share in shares
+        if len(shares) > 1
+    }
     entries = []
-    spoilt = _spoilt_weights(loaded.model) if not bool(per_sample.isfinite().all()) else ""
+    spoilt = _spoilt_weights(model) if not bool(per_sample.isfinite().all()) else ""
     for group in groups:
         if not group.covered:
             entries.append(GroupScore(group, "disabled", "outside the coverage"))
             continue
         position = at[group.name]
-        if (position, index) in pass_scores.failures.refused:
-            entries.append(
-                GroupScore(group, "failed", pass_scores.failures.refused[position, index])
-            )
-        elif not pass_scores.reached[position]:
+        if position in refused:
+            entries.append(GroupScore(group, "failed", refused[position]))
+        elif not all(found.reached[position] for found in passes):
             entries.append(GroupScore(group, "no_gradient", unreached))
         elif not bool(per_sample[position].isfinite().all()):
             first = int((~per_sample[position].isfinite()).nonzero()[0, 0])
@@ -89,46 +125,108 @@ def cell_scores(
                     sensitivity_per_token=float(per_token[position]),
                     relative_error=None if errors is None else float(errors[position]),
                     standard_error=None if spread is None else float(spread[position]),
-                    experts=_experts(pass_scores, group, index, weights),
+                    experts=_experts(shares, group, weights),
+                    by_domain={name: float(values[position]) for name, values in by_domain.items()}
+                    or None,
                 )
             )
-    calibration_size = candidates.inputs[candidates.pairs[index][1]].calibration_size
-    calibrated = pass_scores.amax[calibration_size] if calibration_size is not None else {}
+    of_first = shares[0]
+    _, entry = of_first.candidates.pairs[of_first.index]
+    calibration_size = of_first.candidates.inputs[entry].calibration_size
+    calibrated = passes[0].amax[calibration_size] if calibration_size is not None else {}
     covered = [group for group in groups if group.covered]
     notices = []
-    if any(needs_fallback(cfg) for cfg in (request.weight, request.input) if cfg is not None):
+    weight, given = cell.precision.weight_quantizer, cell.precision.input_quantizer
+    cfgs = [each.modelopt() for each in (weight, given) if each is not None]
+    if any(needs_fallback(cfg) for cfg in cfgs):
         notices.append("ModelOpt's own quantizer computed this format")
-    if len(candidates.of_cell) > 1:
-        notices.append(f"computed in one pass with {len(candidates.of_cell) - 1} other cells")
+    others = {name for share in shares for name in share.candidates.of_cell} - {cell.cell}
+    if others:
+        notices.append(f"computed in one pass with {len(others)} other cells")
     notices += _without_tokens(entries)
+    tensors = {
+        "per_sample": per_sample[[at[group.name] for group in covered]],
+        "label_tokens": torch.tensor(labels, dtype=torch.int64),
+        "loss": torch.cat([share.found.loss[: share.of.scored] for share in shares]),
+    }
+    if len(shares) > 1:
+        tensors["domain"] = torch.tensor(
+            [number for number, share in enumerate(shares) for _ in share.labels]
+        )
+    floors = [
+        float(share.found.floor[: share.of.scored].sum())
+        for share in shares
+        if share.found.floor is not None
+    ]
     return CellScores(
         groups=tuple(entries),
         module_types={
-            name: f"Quant{type(loaded.model.get_submodule(name)).__name__}"
+            name: f"Quant{type(model.get_submodule(name)).__name__}"
             for group in groups
             for name in group.members
         },
         tensors={
-            "per_sample": per_sample[[at[group.name] for group in covered]],
-            "label_tokens": torch.tensor(labels, dtype=torch.int64),
-            "loss": pass_scores.loss[:scored].contiguous(),
+            **tensors,
             **prefixed(
                 {
                     each: calibrated[each]
                     for group in covered
                     for name in group.members
-                    for each in input_names(name, loaded.model.get_submodule(name))
+                    for each in input_names(name, model.get_submodule(name))
                     if each in calibrated
                 }
             ),
         },
-        timings={},
-        padding_share=pass_scores.padding_share,
+        timings={
+            phase: sum(share.seconds[phase] for share in shares) for phase in of_first.seconds
+        },
+        padding_share=_padding_share(shares),
         notices=tuple(notices),
-        floor=None
-        if pass_scores.floor is None
-        else float(pass_scores.floor[:scored].sum()) / predictions,
+        floor=sum(floors) / predictions if floors else None,
     )
+
+
+def _together(
+    shares: Sequence[Share], of: Callable[[Share], torch.Tensor | None]
+) -> torch.Tensor | None:
+    """Return what every share has of its samples, put together along them; none without."""
+    parts = [of(share) for share in shares]
+    known = [part for part in parts if part is not None]
+    return torch.cat(known, dim=1) if len(known) == len(parts) else None
+
+
+def _draws(share: Share) -> torch.Tensor | None:
+    draws = share.found.draws
+    return None if draws is None else draws[:, share.index, : share.of.scored]
+
+
+def _relative_errors(shares: Sequence[Share]) -> torch.Tensor | None:
+    """Return ``||dY||^2 / ||Y||^2`` of each group over the scored samples, where measured."""
+
+    def errors(share: Share) -> torch.Tensor | None:
+        found = share.found.errors
+        return None if found is None else found[:, share.index, : share.of.scored]
+
+    def norms(share: Share) -> torch.Tensor | None:
+        found = share.found.norms
+        return None if found is None else found[:, : share.of.scored]
+
+    of_errors, of_outputs = _together(shares, errors), _together(shares, norms)
+    if of_errors is None or of_outputs is None:
+        return None
+    tiny = torch.finfo(of_outputs.dtype).tiny
+    return of_errors.sum(dim=1) / of_outputs.sum(dim=1).clamp_min(tiny)
+
+
+def _padding_share(shares: Sequence[Share]) -> float:
+    """Return padded tokens over all tokens that went through the model, 0 to 1."""
+    if len(shares) == 1:
+        return shares[0].found.padding_share
+    real = [share.loaded.samples.tokens(share.of.scored) for share in shares]
+    through = sum(
+        tokens / (1 - share.found.padding_share) for tokens, share in zip(real, shares, strict=True)
+    )
+    return 1 - sum(real) / through
 
 
 def _spoilt_weights(model: torch.nn.Module) -> str:
@@ -145,23 +243,24 @@ def _spoilt_weights(model: torch.nn.Module) -> str:
     return f": {name} holds NaN or infinity, {count} of its values{more}"
 
 
-def _experts(
-    pass_scores: PassScores, group: Group, candidate: int, weights: torch.Tensor
-) -> ExpertScores | None:
+def _experts(shares: Sequence[Share], group: Group, weights: torch.Tensor) -> ExpertScores | None:
     """Return the scores of the experts of a mixture.
 
     Args:
-        pass_scores: What the pass found.
+        shares: What the passes found.
         group: The group.
-        candidate: Index of the candidate.
         weights: What each sample's score counts.
     """
-    if group.name not in pass_scores.experts:
+    if group.name not in shares[0].found.experts:
         return None
-    table = pass_scores.experts[group.name]
-    scored = len(weights)
-    tokens = table.tokens[:, :scored].sum(dim=1)
-    sums = table.per_sample[:, candidate, :scored].double() @ weights
+
+    def table(share: Share) -> ExpertTable:
+        return share.found.experts[group.name]
+
+    tokens = sum(table(share).tokens[:, : share.of.scored].sum(dim=1) for share in shares)
+    assert isinstance(tokens, torch.Tensor)
+    scores = [table(share).per_sample[:, share.index, : share.of.scored] for share in shares]
+    sums = torch.cat(scores, dim=1).double() @ weights
     known = (tokens > 0) & sums.isfinite()
     return ExpertScores(
         sensitivity=tuple(

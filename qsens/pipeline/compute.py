@@ -14,43 +14,62 @@ from safetensors.torch import save
 
 from qsens.checkpoint.loading import device_name
 from qsens.data.samples import Samples, equal_length_batches
-from qsens.engine.amax import Amax
+from qsens.engine.amax import Amax, AmaxBySize
 from qsens.engine.amax import calibrate as run_calibration
-from qsens.engine.candidates import Request, distinct
+from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.gradient import scorer
 from qsens.engine.scores import CellScores, Progress
 from qsens.engine.scoring_pass import calibrate, run_pass
 from qsens.errors import QsensError, UserError
-from qsens.grid import CellSpec, Plan
-from qsens.pipeline.cell_scores import cell_scores
+from qsens.grid import CalibrationSet, CellSpec, Plan
+from qsens.pipeline.cell_scores import Share, cell_scores
 from qsens.pipeline.failures import keep_failure
 from qsens.pipeline.loading import (
+    Checkpoint,
     Loaded,
     dataset_of,
     groups_of,
     load,
     load_checkpoint,
-    with_samples,
+    together,
+    with_set,
 )
 from qsens.pipeline.result import build_manifest
 from qsens.pipeline.shared_checkpoint import SharedCheckpoint
-from qsens.pipeline.stored_amax import read_calibrated, write_calibrated
+from qsens.pipeline.stored_amax import largest, read_calibrated, size_of, write_calibrated
 from qsens.store import Store
 
 
 @torch.inference_mode(False)
 def calibrate_sizes(store: Store, cells: Sequence[CellSpec], progress: Progress) -> None:
-    """Compute the amax that ``cells`` read: one run over the samples of each modality."""
+    """Compute the amax that ``cells`` read: one run over the samples of each data set."""
+    checkpoint = load_checkpoint(store.plan, progress)
+    found = _calibrated(store, cells, checkpoint, progress)
+    for cell in cells:
+        write_calibrated(store, cell, found[cell.calibration])
+
+
+def _calibrated(
+    store: Store, cells: Sequence[CellSpec], checkpoint: Checkpoint, progress: Progress
+) -> dict[str, Amax]:
+    """Return the amax that ``cells`` read, by digest: those that are there, the others computed."""
     plan = store.plan
-    checkpoint = load_checkpoint(plan, progress)
-    for share in by_modality(cells):
-        loaded = with_samples(plan, _longest(share), checkpoint)
-        groups = groups_of(plan, widest(plan.cells, share[0]), loaded.model)
-        counts = sorted({cell.used for cell in share})
-        bounds = _longest(share).boundaries
+    found = read_calibrated(store, (one.calibration for cell in cells for one in cell.sets))
+    for share in by_set(cells):
+        missing = [one for _, one in share if one.calibration not in found]
+        if not missing:
+            continue
+        longest = _longest(missing)
+        loaded = with_set(plan, longest, checkpoint)
+        groups = groups_of(plan, widest(plan.cells, share[0][0]), loaded.model)
+        counts = sorted({one.used for one in missing})
+        bounds = longest.boundaries
         amax = calibrate(loaded.model, loaded.samples, groups, counts, bounds, progress)
-        for cell in share:
-            write_calibrated(store, cell, amax[cell.used])
+        found |= {one.calibration: amax[one.used] for one in missing}
+    for cell in cells:
+        if cell.calibration not in found:
+            found[cell.calibration] = largest(found[one.calibration] for one in cell.sets)
+    return found
 
 
 @torch.inference_mode(False)
@@ -61,7 +80,7 @@ def score_reference(store: Store, cell: CellSpec, progress: Progress) -> None:
     plan = store.plan
     config = plan.config
     loaded = load(plan, cell, progress)
-    refused = _without_labels(plan, cell, loaded.samples)
+    refused = _without_labels(plan, cell, cell.sets[0], loaded.samples)
     if refused is not None:
         raise refused
     scores = reference.score_cell(
@@ -70,13 +89,13 @@ def score_reference(store: Store, cell: CellSpec, progress: Progress) -> None:
         cell.precision,
         vision=config.model.vision_patterns,
         all_layers=cell.coverage == "all_layers",
-        sizes=cell.boundaries,
+        sizes=cell.sets[0].boundaries,
         scored=cell.scored,
         batch_size=config.autoquant.batch_size,
         method=config.autoquant.method,
         progress=progress,
     )
-    _write(store, cell, scores, loaded)
+    _write(store, cell, scores, [loaded])
 
 
 @torch.inference_mode(False)
@@ -96,28 +115,45 @@ def score_fused(
     """
     checkpoint = shared.load(progress)
     failed: dict[str, QsensError] = {}
-    for share in by_modality(cells):
+    together = [cell for cell in cells if len(cell.sets) > 1 and cell.needs_calibration]
+    given = read_calibrated(store, (cell.calibration for cell in together))
+    missing = [cell for cell in together if cell.calibration not in given]
+    given |= _calibrated(store, missing, checkpoint, progress) if missing else {}
+    found: dict[str, list[Share]] = {cell.cell: [] for cell in cells}
+    for share in by_set(cells):
+        share = [(cell, one) for cell, one in share if cell.cell not in failed]
+        if not share:
+            continue
         try:
-            loaded = with_samples(store.plan, _longest(share), checkpoint)
-            failed |= _score_pass(store, share, loaded, progress)
+            loaded = with_set(store.plan, _longest([one for _, one in share]), checkpoint)
+            shares = _score_set(store, share, loaded, given, progress)
         except QsensError as error:
-            for cell in share:
-                failed[cell.cell] = error
-                keep_failure(store, cell, error)
+            failed |= _failed(store, [cell for cell, _ in share], error)
+            continue
+        for cell, of_set in zip((cell for cell, _ in share), shares, strict=True):
+            fault = of_set.found.failures.fault(of_set.index, cell.cell)
+            refused = _without_labels(store.plan, cell, of_set.of, loaded.samples) or fault
+            if refused is not None:
+                failed |= _failed(store, [cell], refused)
+                continue
+            found[cell.cell].append(of_set)
+            if len(found[cell.cell]) == len(cell.sets):
+                failed |= _finish(store, cell, found.pop(cell.cell))
     return failed
 
 
-def by_modality(cells: Sequence[CellSpec]) -> list[list[CellSpec]]:
-    """Return the cells that read the same samples, each of their own size, together."""
-    shares: dict[str, list[CellSpec]] = {}
+def by_set(cells: Sequence[CellSpec]) -> list[list[tuple[CellSpec, CalibrationSet]]]:
+    """Return cells with what they read of each data set, those of the same samples together."""
+    shares: dict[tuple[str, str], list[tuple[CellSpec, CalibrationSet]]] = {}
     for cell in cells:
-        shares.setdefault(cell.modality, []).append(cell)
+        for one in cell.sets:
+            shares.setdefault((one.modality, one.dataset.name), []).append((cell, one))
     return list(shares.values())
 
 
-def _longest(cells: Sequence[CellSpec]) -> CellSpec:
-    """Return the cell with the most samples."""
-    return max(cells, key=lambda cell: cell.taken)
+def _longest(sets: Sequence[CalibrationSet]) -> CalibrationSet:
+    """Return the one with the most samples."""
+    return max(sets, key=lambda one: one.taken)
 
 
 def widest(cells: Sequence[CellSpec], like: CellSpec) -> CellSpec:
@@ -126,48 +162,83 @@ def widest(cells: Sequence[CellSpec], like: CellSpec) -> CellSpec:
     return next((cell for cell in alike if cell.coverage == "all_layers"), like)
 
 
-def _score_pass(
-    store: Store, cells: Sequence[CellSpec], loaded: Loaded, progress: Progress
-) -> dict[str, QsensError]:
-    """Compute cells of one modality in one pass; the tower is scored where one of them covers it.
+def _score_set(
+    store: Store,
+    share: Sequence[tuple[CellSpec, CalibrationSet]],
+    loaded: Loaded,
+    given: Mapping[str, Amax],
+    progress: Progress,
+) -> list[Share]:
+    """Score one data set for cells in one pass; the tower too where one of them covers it.
 
     A cell that does not cover it has the same numbers either way.
+
+    Args:
+        store: Where results lie.
+        share: The cells, with what they read of it.
+        loaded: Its samples, as many as the longest of them asks for.
+        given: Amax over several data sets, by digest.
+        progress: Called as work goes on.
     """
     plan = store.plan
-    model, samples = loaded.model, loaded.samples
-    groups = groups_of(plan, widest(cells, cells[0]), model)
-    requests = [request_of(cell) for cell in cells]
+    cells = [cell for cell, _ in share]
+    groups = groups_of(plan, widest(cells, cells[0]), loaded.model)
+
+    def calibrated(asked: Candidates) -> AmaxBySize:
+        there = {
+            size_of(cell): given[cell.calibration] for cell in cells if cell.calibration in given
+        }
+        sizes = asked.calibration_sizes()
+        digests = {one.calibration: one.used for _, one in share if one.used in sizes}
+        own = read_calibrated(store, digests)
+        return {**there, **{digests[digest]: amax for digest, amax in own.items()}}
+
     done = run_pass(
-        model,
-        samples,
+        loaded.model,
+        loaded.samples,
         groups,
-        requests,
+        [request_of(cell, one) for cell, one in share],
         plan.config.autoquant,
-        boundaries=_longest(cells).boundaries,
-        calibrated=lambda asked: read_calibrated(store, cells, asked.calibration_sizes()),
+        boundaries=_longest([one for _, one in share]).boundaries,
+        calibrated=calibrated,
         progress=progress,
     )
-    candidates, pass_scores = done.candidates, done.scores
-    failed: dict[str, QsensError] = {}
-    for cell, request in zip(cells, requests, strict=True):
-        fault = pass_scores.failures.fault(candidates.of_cell[cell.cell], cell.cell)
-        refused: QsensError | None = _without_labels(plan, cell, samples) or fault
-        if refused is not None:
-            failed[cell.cell] = refused
-            keep_failure(store, cell, refused)
-            continue
-        scores = cell_scores(plan, cell, request, candidates, pass_scores, loaded)
-        reasons = [entry.reason for entry in scores.groups if entry.status == "failed"]
-        if reasons and len(reasons) == sum(entry.group.covered for entry in scores.groups):
-            failed[cell.cell] = UserError(
-                str(reasons[0]),
-                where=cell.cell,
-                remedy=f"Mend the pair '{cell.pair}', or leave it out.",
-            )
-            keep_failure(store, cell, failed[cell.cell])
-            continue
-        _write(store, cell, scores, loaded, done.seconds, done.memory())
-    return failed
+    of_cell = done.candidates.of_cell
+    return [
+        Share(
+            of=one,
+            loaded=loaded,
+            candidates=done.candidates,
+            index=of_cell[cell.cell],
+            found=done.scores,
+            seconds=done.seconds,
+            memory=done.memory(),
+        )
+        for cell, one in share
+    ]
+
+
+def _finish(store: Store, cell: CellSpec, shares: Sequence[Share]) -> dict[str, QsensError]:
+    """Write the result of a cell; return why there is none, by cell, where no group has a score."""
+    scores = cell_scores(store.plan, cell, shares)
+    reasons = [entry.reason for entry in scores.groups if entry.status == "failed"]
+    if reasons and len(reasons) == sum(entry.group.covered for entry in scores.groups):
+        refused = UserError(
+            str(reasons[0]),
+            where=cell.cell,
+            remedy=f"Mend the pair '{cell.pair}', or leave it out.",
+        )
+        return _failed(store, [cell], refused)
+    memory = {name: max(share.memory[name] for share in shares) for name in shares[0].memory}
+    _write(store, cell, scores, [share.loaded for share in shares], memory)
+    return {}
+
+
+def _failed(store: Store, cells: Sequence[CellSpec], error: QsensError) -> dict[str, QsensError]:
+    """Keep why cells have no result, and return it by cell."""
+    for cell in cells:
+        keep_failure(store, cell, error)
+    return {cell.cell: error for cell in cells}
 
 
 @torch.inference_mode(False)
@@ -188,15 +259,16 @@ def both_engines(
     model, samples = loaded.model, loaded.samples
     groups = groups_of(plan, cell, model)
     reference.check_device(model, groups, cell.precision)
-    refused = _without_labels(plan, cell, samples)
+    (one,) = cell.sets
+    refused = _without_labels(plan, cell, one, samples)
     if refused is not None:
         raise refused
     scored, batch_size = cell.scored, config.autoquant.batch_size
-    sizes = cell.boundaries
-    request = request_of(cell)
+    sizes = one.boundaries
+    request = request_of(cell, one)
     candidates = distinct([request])
     started = time.monotonic()
-    amax: dict[int, Amax] = {}
+    amax: AmaxBySize = {}
     batches = equal_length_batches(samples, boundaries=[*sizes, scored], batch_size=batch_size)
     if candidates.calibration_sizes():
         amax = run_calibration(
@@ -208,7 +280,8 @@ def both_engines(
         )
     pass_scores = scorer.score(model, samples, groups, candidates, amax, batches=batches)
     seconds = {"fused": time.monotonic() - started}
-    ours = cell_scores(plan, cell, request, candidates, pass_scores, loaded)
+    share = Share(one, loaded, candidates, candidates.of_cell[cell.cell], pass_scores, {}, {})
+    ours = cell_scores(plan, cell, [share])
     started = time.monotonic()
     theirs = reference.score_cell(
         model,
@@ -233,26 +306,28 @@ def _by_name(scores: CellScores) -> dict[str, float]:
     }
 
 
-def request_of(cell: CellSpec) -> Request:
-    """Return what ``cell`` asks of a pass."""
+def request_of(cell: CellSpec, one: CalibrationSet | None = None) -> Request:
+    """Return what ``cell`` asks of a pass over one of its data sets; over all when not given."""
     pair = cell.precision
     return Request(
         cell=cell.cell,
         weight=pair.weight_quantizer.modelopt(),
         input=pair.input_quantizer.modelopt() if pair.input_quantizer else None,
-        calibrated=cell.used,
-        scored=cell.scored,
+        calibrated=size_of(cell),
+        scored=(one or cell).scored,
     )
 
 
-def _without_labels(plan: Plan, cell: CellSpec, samples: Samples) -> UserError | None:
+def _without_labels(
+    plan: Plan, cell: CellSpec, one: CalibrationSet, samples: Samples
+) -> UserError | None:
     """Refuse a gradient of nothing: its zeros would not be measured."""
-    scored = cell.scored
+    scored = one.scored
     if plan.config.autoquant.method != "gradient" or any(samples.labels(scored)):
         return None
     return UserError(
         f"none of its {scored} samples has a second token: there is nothing to predict",
-        where=f"{cell.cell}: samples file {cell.samples.path}",
+        where=f"{cell.cell}: samples file {one.samples.path}",
         remedy="Use longer captions.",
     )
 
@@ -261,19 +336,20 @@ def _write(
     store: Store,
     cell: CellSpec,
     scores: CellScores,
-    loaded: Loaded,
-    timings: Mapping[str, float] | None = None,
+    read: Sequence[Loaded],
     memory: Mapping[str, float] | None = None,
 ) -> None:
+    sets = zip(cell.sets, read, strict=True)
+    datasets = [dataset_of(one, loaded.samples, scores.padding_share) for one, loaded in sets]
     manifest = build_manifest(
         store.plan,
         cell,
         scores,
-        dataset=dataset_of(store.plan, cell, loaded.samples, scores.padding_share),
-        device=device_name(loaded.device),
-        timings={"load": loaded.seconds, **scores.timings, **(timings or {})},
+        dataset=datasets[0] if len(datasets) == 1 else together(datasets),
+        device=device_name(read[0].device),
+        timings={"load": max(loaded.seconds for loaded in read), **scores.timings},
         memory=memory or {},
-        notices=loaded.notices,
+        notices=list(dict.fromkeys(notice for loaded in read for notice in loaded.notices)),
     )
     names = [entry.group.name for entry in scores.groups if entry.group.covered]
     known = {"cell": cell.cell, "groups": "\n".join(names), "modality": cell.modality}

@@ -87,13 +87,15 @@ def check_recipe(
     }
 
 
-def held_out(plan: Plan, modality: Modality, captions: Path | None = None) -> list[Record]:
-    """Return samples that no cell of ``plan`` used: other captions, or other pictures.
+def held_out(
+    plan: Plan, modality: Modality, captions: Path | None = None
+) -> dict[str, list[Record]]:
+    """Return samples that no cell of ``plan`` used, by data set.
 
     Args:
         plan: The plan.
         modality: What a sample is.
-        captions: Where to take them from; the data set's largest file when not given.
+        captions: Where to take them from; the data sets' largest files when not given.
 
     Raises:
         UserError: None are left.
@@ -107,42 +109,53 @@ def held_out(plan: Plan, modality: Modality, captions: Path | None = None) -> li
     for cell in plan.cells:
         if cell.modality == "text" and pictures:
             continue
-        read = read_samples(cell.samples.path, cell.size, cell.samples.kind)
-        used |= {key(record) for record in read[: cell.taken]}
-    dataset = plan.config.dataset
-    largest = max(dataset.files, key=SIZES.index)
-    path = captions or dataset.path(largest)
-    kind = "auto" if captions is not None else dataset.format
-    left = [
-        record
-        for record in read_samples(path, largest, kind)
-        if key(record) not in used and not record.fault
-    ]
-    if not left:
-        raise UserError(
-            f"holds no {'picture' if pictures else 'caption'} that the sweep did not use",
-            where=f"captions file {path}",
-            remedy="Name a file of other captions with --captions FILE.",
-        )
+        for one in cell.sets:
+            read = read_samples(one.samples.path, one.size, one.samples.kind)
+            used |= {key(record) for record in read[: one.taken]}
+    left: dict[str, list[Record]] = {}
+    for dataset in plan.config.dataset[: 1 if captions is not None else None]:
+        largest = max(dataset.files, key=SIZES.index)
+        path = captions or dataset.path(largest)
+        kind = "auto" if captions is not None else dataset.format
+        left[dataset.name] = [
+            record
+            for record in read_samples(path, largest, kind)
+            if key(record) not in used and not record.fault
+        ]
+        if not left[dataset.name]:
+            raise UserError(
+                f"holds no {'picture' if pictures else 'caption'} that the sweep did not use",
+                where=f"captions file {path}",
+                remedy="Name a file of other captions with --captions FILE.",
+            )
     return left
 
 
 def end_to_end_of(
-    plan: Plan, cell: CellSpec, records: Sequence[Record], kept: Sequence[str]
+    plan: Plan,
+    cell: CellSpec,
+    held_out: Mapping[str, Sequence[Record]],
+    kept: Sequence[str],
 ) -> EndToEnd:
     """Load the checkpoint, with the samples of a cell to calibrate on, and others to measure on.
 
     Args:
         plan: The plan.
         cell: The cell.
-        records: What to measure on.
+        held_out: What to measure on, by data set.
         kept: Names of modules that stay at 16 bits.
     """
+    from qsens.data.samples import Samples
     from qsens.engine.modelopt.end_to_end import EndToEnd
     from qsens.pipeline.loading import groups_of, load_checkpoint, read_as, with_samples
 
     checkpoint = load_checkpoint(plan, lambda *_: None)
     loaded = with_samples(plan, cell, checkpoint)
+    measured_on = [
+        read_as(cell.modality, held_out[dataset.name], plan, dataset, checkpoint)
+        for dataset in plan.config.dataset
+        if dataset.name in held_out
+    ]
     outside = () if cell.coverage == "all_layers" else plan.config.model.vision_patterns
     return EndToEnd(
         model=loaded.model,
@@ -150,6 +163,6 @@ def end_to_end_of(
         excluded=outside,
         kept=[modelopt.literal(name) for name in kept],
         calibration=loaded.samples,
-        held_out=read_as(cell.modality, records, plan, checkpoint),
+        held_out=Samples.joined(measured_on),
         scored=cell.scored,
     )

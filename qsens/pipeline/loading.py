@@ -15,6 +15,8 @@ from qsens.checkpoint.groups import Group, find_groups
 from qsens.checkpoint.loading import has_tied_head, load_model, load_tokenizer, resolve_device
 from qsens.checkpoint.quantized import shapes
 from qsens.checkpoint.unused import left_alone_notices, unused_notices
+from qsens.checksums import digest_of
+from qsens.config import DatasetConfig
 from qsens.config.models import CONVERSATIONS, Modality
 from qsens.data.captions import read_samples
 from qsens.data.chat import chat_samples, load_processor
@@ -24,7 +26,7 @@ from qsens.data.rendering import conversation_samples
 from qsens.data.samples import Samples, refuse_unknown_tokens, tokenize
 from qsens.engine.scores import Progress
 from qsens.errors import UserError
-from qsens.grid import CellSpec, Plan
+from qsens.grid import CalibrationSet, CellSpec, Plan
 from qsens.pipeline.plan import identify_checkpoint
 from qsens.schema.manifest import Dataset
 
@@ -117,21 +119,43 @@ def _check_identity(plan: Plan, model: nn.Module) -> None:
 def with_samples(plan: Plan, cell: CellSpec, checkpoint: Checkpoint) -> Loaded:
     """Return the model with the samples of ``cell``.
 
+    Those of several data sets follow one another, the samples that are scored first.
+
+    Raises:
+        UserError: The samples cannot be read, or their pictures are not those of the plan.
+    """
+    read = [with_set(plan, one, checkpoint) for one in cell.sets]
+    if len(read) == 1:
+        return read[0]
+    sets = list(zip(cell.sets, (loaded.samples for loaded in read), strict=True))
+    parts = [samples.part(0, one.scored) for one, samples in sets]
+    parts += [samples.part(one.scored) for one, samples in sets]
+    return Loaded(
+        checkpoint.model,
+        Samples.joined(parts),
+        checkpoint.device,
+        sum(loaded.seconds for loaded in read) - (len(read) - 1) * checkpoint.seconds,
+        tuple(dict.fromkeys(notice for loaded in read for notice in loaded.notices)),
+    )
+
+
+def with_set(plan: Plan, one: CalibrationSet, checkpoint: Checkpoint) -> Loaded:
+    """Return the model with the samples of one data set.
+
     Raises:
         UserError: The samples cannot be read, or their pictures are not those of the plan.
     """
     started = time.monotonic()
-    kind = cell.samples.kind
-    records = read_samples(cell.samples.path, cell.size, kind)[: cell.taken]
-    if cell.modality == "image_text":
-        reader = PictureReader.of(plan)
-        if reader.identify(records) != cell.samples.pictures:
+    records = read_samples(one.samples.path, one.size, one.samples.kind)[: one.taken]
+    if one.modality == "image_text":
+        reader = PictureReader.of(plan, one.dataset)
+        if reader.identify(records) != one.samples.pictures:
             raise UserError(
                 "the pictures are not those of the plan: some were changed, added or removed",
                 where=f"dataset.images = {reader.root}",
                 remedy="Plan the sweep again.",
             )
-    samples = read_as(cell.modality, records, plan, checkpoint)
+    samples = read_as(one.modality, records, plan, one.dataset, checkpoint)
     seconds = checkpoint.seconds + time.monotonic() - started
     notices = (*checkpoint.notices, *samples.notices)
     return Loaded(checkpoint.model, samples, checkpoint.device, seconds, notices)
@@ -143,42 +167,51 @@ def load(plan: Plan, cell: CellSpec, progress: Progress) -> Loaded:
 
 
 def read_as(
-    modality: Modality, records: Sequence[Record], plan: Plan, checkpoint: Checkpoint
+    modality: Modality,
+    records: Sequence[Record],
+    plan: Plan,
+    dataset: DatasetConfig,
+    checkpoint: Checkpoint,
 ) -> Samples:
     """Return records as the model reads them; one whose picture cannot be used is left out.
 
     Args:
         modality: ``text``, the captions alone, or ``image_text``.
         records: The records.
-        plan: The plan, which says how long a sample is and where pictures lie.
+        plan: The plan.
+        dataset: Their data set, which says how long a sample is and where pictures lie.
         checkpoint: The model with its tokenizer.
 
     Raises:
         UserError: The checkpoint's tokenizer or processor cannot make samples of them, or makes
             tokens that its embedding does not have.
     """
-    samples = _read_as(modality, records, plan, checkpoint)
+    samples = _read_as(modality, records, plan, dataset, checkpoint)
     embedding = checkpoint.model.get_input_embeddings()  # type: ignore[operator]
     refuse_unknown_tokens(samples, embedding.weight.shape[0])
     return samples
 
 
 def _read_as(
-    modality: Modality, records: Sequence[Record], plan: Plan, checkpoint: Checkpoint
+    modality: Modality,
+    records: Sequence[Record],
+    plan: Plan,
+    dataset: DatasetConfig,
+    checkpoint: Checkpoint,
 ) -> Samples:
     config = plan.config
-    longest = config.dataset.calib_seq_len
+    longest = dataset.calib_seq_len
     records = [record for record in records if not record.fault]
     conversations = [one.conversation for one in records if one.conversation is not None]
     if modality == "text" and conversations:
         return conversation_samples(
-            conversations, checkpoint.tokenizer, loss=config.dataset.loss, longest=longest
+            conversations, checkpoint.tokenizer, loss=dataset.loss, longest=longest
         )
     if modality == "text":
         return tokenize(
             [record.caption for record in records], checkpoint.tokenizer, longest=longest
         )
-    reader = PictureReader.of(plan)
+    reader = PictureReader.of(plan, dataset)
     pictures = [(record, reader.read(record.image)) for record in records]
     kept = [(record, pixels) for record, pixels in pictures if pixels is not None]
     return chat_samples(
@@ -187,9 +220,47 @@ def _read_as(
         load_processor(config.model, checkpoint.tokenizer),
         checkpoint.model.config,
         resize=reader.resolution.unit == 1,
-        prompt=config.dataset.prompt,
+        prompt=dataset.prompt,
         longest=longest,
         dtype=getattr(torch, config.model.dtype),
+    )
+
+
+def together(datasets: Sequence[Dataset]) -> Dataset:
+    """Return what a manifest says of the samples of several data sets, scored together."""
+    first = datasets[0]
+
+    def total(key: str) -> int:
+        return sum(getattr(one, key) or 0 for one in datasets)
+
+    def common(key: str) -> Any:
+        values = {getattr(one, key) for one in datasets}
+        return values.pop() if len(values) == 1 else None
+
+    return Dataset(
+        name="+".join(one.name for one in datasets),
+        path=", ".join(one.path for one in datasets),
+        digest=digest_of([one.digest for one in datasets]),
+        modality=first.modality,
+        size=first.size,
+        samples_asked=total("samples_asked"),
+        samples_used=total("samples_used"),
+        samples_scored=total("samples_scored"),
+        tokens=total("tokens"),
+        label_tokens=total("label_tokens"),
+        padding_share=first.padding_share,
+        truncated=total("truncated"),
+        calib_seq_len=max(one.calib_seq_len or 0 for one in datasets),
+        records=common("records"),
+        loss=common("loss"),
+        pictures_digest=digest_of([one.pictures_digest for one in datasets])
+        if first.pictures_digest
+        else None,
+        skipped=total("skipped"),
+        patches=total("patches") if first.patches is not None else None,
+        max_pixels=common("max_pixels"),
+        prompt=common("prompt"),
+        domains=list(datasets),
     )
 
 
@@ -200,18 +271,18 @@ def groups_of(plan: Plan, cell: CellSpec, model: nn.Module) -> list[Group]:
     )
 
 
-def dataset_of(plan: Plan, cell: CellSpec, samples: Samples, padding_share: float) -> Dataset:
-    """Return what the manifest of ``cell`` says of its samples."""
-    config = plan.config.dataset
-    used, scored = cell.used, cell.scored
-    pictures = cell.pictures
+def dataset_of(one: CalibrationSet, samples: Samples, padding_share: float) -> Dataset:
+    """Return what a manifest says of the samples of a data set."""
+    config = one.dataset
+    used, scored = one.used, one.scored
+    pictures = one.pictures
     return Dataset(
         name=config.name,
-        path=str(cell.samples.path),
-        digest=cell.samples.digest,
-        modality=cell.modality,
-        size=cell.size,
-        samples_asked=config.asked(cell.size),
+        path=str(one.samples.path),
+        digest=one.samples.digest,
+        modality=one.modality,
+        size=one.size,
+        samples_asked=config.asked(one.size),
         samples_used=used,
         samples_scored=scored,
         tokens=samples.tokens(used),
@@ -219,10 +290,10 @@ def dataset_of(plan: Plan, cell: CellSpec, samples: Samples, padding_share: floa
         padding_share=padding_share,
         truncated=sum(samples.truncated[:used]),
         calib_seq_len=config.calib_seq_len,
-        records=cell.samples.kind,
-        loss=config.loss if cell.samples.kind in CONVERSATIONS else None,
+        records=one.samples.kind,
+        loss=config.loss if one.samples.kind in CONVERSATIONS else None,
         pictures_digest=pictures.digest if pictures else None,
-        skipped=len(cell.skipped),
+        skipped=len(one.skipped),
         patches=samples.patches(used) if pictures else None,
         max_pixels=config.max_pixels if pictures else None,
         prompt=config.prompt if pictures else None,

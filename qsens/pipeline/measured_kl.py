@@ -59,13 +59,14 @@ def measured_kl(
         shared: The checkpoint.
 
     Yields:
-        What was measured of the cells of each modality.
+        What was measured of the cells that read the same samples.
     """
     checkpoint = shared.load(progress)
-    modalities: dict[str, dict[str, Sequence[str]]] = {}
+    shares: dict[tuple[str, str | None], dict[str, Sequence[str]]] = {}
     for name, layers in wanted.items():
-        modalities.setdefault(store.plan.cell(name).modality, {})[name] = layers
-    for share in modalities.values():
+        cell = store.plan.cell(name)
+        shares.setdefault((cell.modality, cell.domain), {})[name] = layers
+    for share in shares.values():
         yield _measured(store, share, checkpoint, progress)
 
 
@@ -85,8 +86,8 @@ def _measured(
         groups,
         [request_of(cell) for cell in cells],
         plan.config.autoquant.model_copy(update={"method": "kl_div"}),
-        boundaries=cells[0].boundaries,
-        calibrated=lambda asked: read_scored(store, cells, asked.calibration_sizes()),
+        boundaries=cells[0].sets[0].boundaries if len(cells[0].sets) == 1 else (),
+        calibrated=lambda _: read_scored(store, [cell for cell in cells if cell.needs_calibration]),
         only={(name, cell) for cell, names in wanted.items() for name in names},
         progress=progress,
     )

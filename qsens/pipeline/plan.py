@@ -19,13 +19,13 @@ from qsens.checkpoint.quantized import read_quantization, shapes
 from qsens.checkpoint.settings import check_settings
 from qsens.checkpoint.templates import check_chat_template
 from qsens.checkpoint.tokenizer_files import check_tokenizer
-from qsens.config import ModelConfig, Roots, SweepConfig, load_sweep
-from qsens.config.models import CONVERSATIONS
+from qsens.config import DatasetConfig, ModelConfig, Roots, SweepConfig, load_sweep
+from qsens.config.models import CONVERSATIONS, Size
 from qsens.data.captions import identify_samples
 from qsens.data.images import PictureReader, cache_of, read_resolution
 from qsens.documents import dump_document
-from qsens.grid import Plan, make_plan
-from qsens.identity import CheckpointIdentity, identify_patterns
+from qsens.grid import Cell, Plan, make_plan
+from qsens.identity import CheckpointIdentity, SamplesIdentity, identify_patterns
 from qsens.pipeline.preflight import check_disk, check_formats, covered_shapes
 from qsens.reading import read_bytes
 from qsens.store import CELLS, Store
@@ -63,9 +63,14 @@ def plan_sweep(
     check_settings(given)
     config = loaded.config.model_copy(update={"model": resolve_components(given, roots.results)})
     checkpoint = identify_checkpoint(config.model, roots.results)
-    reader = picture_reader(config, roots)
-    samples, notices = identify_samples(config.dataset, config.dataset.size, reader)
-    if any(one.kind in CONVERSATIONS for one in samples.values()):
+    samples: dict[str, dict[Size, SamplesIdentity]] = {}
+    readers, notices = [], []
+    for dataset in config.dataset:
+        reader = picture_reader(config, dataset, roots)
+        samples[dataset.name], said = identify_samples(dataset, dataset.size, reader)
+        notices += said
+        readers += [reader] if reader is not None else []
+    if any(one.kind in CONVERSATIONS for sizes in samples.values() for one in sizes.values()):
         check_chat_template(config.model.path, "conversations")
     notices += check_formats(config, covered_shapes(weights, _left_alone(config)))
     plan = make_plan(
@@ -85,7 +90,7 @@ def plan_sweep(
     )
     check_disk(plan, weights)
     _mark_used(plan)
-    if reader is not None:
+    for reader in readers:
         with contextlib.suppress(OSError):
             reader.mark_used()
     if out is not None:
@@ -118,17 +123,19 @@ def identify_checkpoint(config: ModelConfig, results: Path | None) -> Checkpoint
     return identity.model_copy(update={"quantization": quantization.format, "notices": notices})
 
 
-def picture_reader(config: SweepConfig, roots: Roots) -> PictureReader | None:
-    """Return what reads the pictures of a sweep; none where no cell of it reads any.
+def picture_reader(
+    config: SweepConfig, dataset: DatasetConfig, roots: Roots
+) -> PictureReader | None:
+    """Return what reads the pictures of a data set; none where no cell of the sweep reads any.
 
     Raises:
         UserError: The checkpoint cannot be given pictures.
     """
-    if not any(config.modality(coverage) == "image_text" for coverage in config.coverage):
+    if not any(dataset.read_as(coverage) == "image_text" for coverage in config.coverage):
         return None
-    resolution = read_resolution(config.model, config.dataset.max_pixels)
+    resolution = read_resolution(config.model, dataset.max_pixels)
     check_chat_template(config.model.path, "pictures")
-    return PictureReader(config.dataset.images_root(), cache_of(roots.results), resolution)
+    return PictureReader(dataset.images_root(), cache_of(roots.results), resolution)
 
 
 def _left_alone(config: SweepConfig) -> tuple[str, ...]:
@@ -162,9 +169,7 @@ def describe(plan: Plan, path: Path | None) -> dict[str, Any]:
         "notices": plan.notices,
         "cells": [
             {
-                **cell.model_dump(
-                    include={"cell", "pair", "granularity", "coverage", "modality", "size", "lane"}
-                ),
+                **cell.model_dump(include=Cell.model_fields.keys() - {"digest"}),
                 "done": store.is_done(cell),
             }
             for cell in plan.cells

@@ -8,7 +8,7 @@ from typing import Any
 
 from qsens.data.images import in_words, too_many
 from qsens.engine.scores import CellScores, GroupScore
-from qsens.grid import CellSpec, Plan
+from qsens.grid import CalibrationSet, CellSpec, Plan
 from qsens.names import GROUP_SUFFIX
 from qsens.recipes.allocation import allocate_one
 from qsens.schema.manifest import (
@@ -108,7 +108,7 @@ def build_manifest(
             modelopt=plan.versions["nvidia-modelopt"],
             device=device,
         ),
-        partial=_partial(plan, cell, dataset, covered),
+        partial=_partial(cell, covered),
         notices=[*notices, *_skipped(cell), *scores.notices],
         timings={phase: round(seconds, 3) for phase, seconds in timings.items()},
         memory={name: round(value, 4) for name, value in memory.items()},
@@ -159,6 +159,7 @@ def _rows(groups: tuple[GroupScore, ...], form: str, bits: float) -> dict[str, G
             relative_error=score.relative_error,
             size_cost=cost,
             experts=_experts(score),
+            by_domain=None if score.by_domain is None else dict(score.by_domain),
         )
     return rows
 
@@ -187,24 +188,31 @@ def _experts(score: GroupScore) -> Experts | None:
 
 def _skipped(cell: CellSpec) -> list[str]:
     """Say which samples are skipped."""
-    skipped = cell.skipped
-    if not skipped:
-        return []
-    taken = cell.taken
     what = "pictures" if cell.modality == "image_text" else "records"
-    return [f"{len(skipped)} of {taken} {what} are skipped; {in_words(skipped)}"]
+    return [
+        f"{_of(one, cell)}{len(one.skipped)} of {one.taken} {what} are skipped; "
+        f"{in_words(one.skipped)}"
+        for one in cell.sets
+        if one.skipped
+    ]
 
 
-def _partial(plan: Plan, cell: CellSpec, dataset: Dataset, covered: list[GroupScore]) -> list[str]:
+def _of(one: CalibrationSet, cell: CellSpec) -> str:
+    """Return whose samples are meant, where there are those of several data sets."""
+    return f"{one.dataset.name}: " if len(cell.sets) > 1 else ""
+
+
+def _partial(cell: CellSpec, covered: list[GroupScore]) -> list[str]:
     reasons = []
-    taken, allowed = cell.taken, plan.config.dataset.max_skipped
-    beyond = too_many(dataset.skipped, taken, allowed)
-    asked = plan.config.dataset.asked(cell.size)
-    if taken < asked or beyond:
-        reasons.append(
-            f"{dataset.samples_used} of {asked} samples of size '{dataset.size}'"
-            + (f", {dataset.skipped} skipped where {allowed:.0%} may be" if beyond else "")
-        )
+    for one in cell.sets:
+        allowed, asked = one.dataset.max_skipped, one.dataset.asked(one.size)
+        skipped = len(one.skipped)
+        beyond = too_many(skipped, one.taken, allowed)
+        if one.taken < asked or beyond:
+            reasons.append(
+                f"{_of(one, cell)}{one.used} of {asked} samples of size '{one.size}'"
+                + (f", {skipped} skipped where {allowed:.0%} may be" if beyond else "")
+            )
     for status, words in (
         ("non_finite", "no finite score"),
         ("no_gradient", "no gradient"),

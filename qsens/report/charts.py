@@ -204,10 +204,14 @@ def _half_width(standard_error: float | None) -> float | None:
 
 
 def column_name(cell: Any) -> str:
-    """Return a pair's name, with granularity, coverage and modality unless they are defaults."""
+    """Return a pair's name, with granularity, coverage and modality unless they are defaults.
+
+    The data set follows where a sweep scored several apart.
+    """
     parts = [cell.pair, *([cell.granularity] if cell.granularity != "default" else [])]
     parts += ["all_layers"] if cell.coverage == "all_layers" else []
     parts += unusual(cell.coverage, cell.modality)
+    parts += [cell.domain] if cell.domain is not None else []
     return " ".join(parts)
 
 

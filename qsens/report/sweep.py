@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qsens.analysis.series import compare_all_sizes, of_coverage, series_of
+from qsens.analysis.series import compare_all_sizes, of_coverage
 from qsens.analysis.statistic import statistic_of
 from qsens.config.models import SIZES
 from qsens.documents import dump_document
@@ -18,6 +18,7 @@ from qsens.report import charts
 from qsens.report import format as look
 from qsens.report.assets import embedded, linked, page_data
 from qsens.report.cell import BASENAME, PROTECTED, CellReport
+from qsens.report.charts import column_name
 from qsens.report.prose import statistic_words
 from qsens.report.render import render_html, render_markdown
 from qsens.report.svg import heat_svg
@@ -175,12 +176,12 @@ def write_sweep(summary: Summary, directory: Path, *, single_file: bool = False)
 
 def _pareto(plan: Plan, cells: Sequence[SummaryCell], audits: Sequence[Audit]) -> list[ParetoPoint]:
     """Return the curve that recipes of this sweep lie on: those of the widest coverage."""
-    done = of_coverage([cell for cell in cells if cell.done])
+    done = of_coverage([cell for cell in cells if cell.done and cell.domain is None])
     size = max((cell.size for cell in done), key=SIZES.index, default=None)
-    largest = {"-".join(series_of(cell)): cell for cell in done if cell.size == size}
+    largest = {column_name(cell): cell for cell in done if cell.size == size}
     corrected = correct(
         {name: cell.rows for name, cell in largest.items()},
-        {"-".join(series_of(audit)): audit for audit in audits},
+        {column_name(audit): audit for audit in audits},
         {name: cell.digest for name, cell in largest.items()},
     )
     rows = (row for each in corrected.rows.values() for row in each)
@@ -192,15 +193,16 @@ def _pareto(plan: Plan, cells: Sequence[SummaryCell], audits: Sequence[Audit]) -
 def _in_order(plan: Plan) -> list[CellSpec]:
     """Return the cells in the order of the configuration's axes."""
     config = plan.config
-    axes: Sequence[Sequence[str]] = (
+    axes: Sequence[Sequence[str | None]] = (
         [pair.name for pair in config.quant_pair],
         [granularity.name for granularity in config.quant_granularity],
         list(config.coverage),
-        list(config.dataset.size),
+        list(config.domains),
+        list(config.sizes),
     )
 
     def place(cell: CellSpec) -> tuple[int, ...]:
-        values = (cell.pair, cell.granularity, cell.coverage, cell.size)
+        values = (cell.pair, cell.granularity, cell.coverage, cell.domain, cell.size)
         return tuple(axis.index(value) for axis, value in zip(axes, values, strict=True))
 
     return sorted(plan.cells, key=place)
@@ -214,7 +216,7 @@ def _done(
 ) -> SummaryCell:
     dataset, quantization = report.dataset, report.quantization
     # The older layout does not say how many samples it used.
-    limits = (plan.config.dataset.limit(cell.size), report.scheme.auto_quantize_score_size)
+    limits = (cell.sets[0].dataset.limit(cell.size), report.scheme.auto_quantize_score_size)
     scored = min(limit for limit in limits if limit is not None)
     return SummaryCell(
         **_identity(cell),

@@ -64,10 +64,11 @@ def protected(summary: Summary) -> Protected:
     """Rank the groups by the mean of their shares of the total, over the whole cells.
 
     Where no cell is whole, the partial ones are used. The mean is over the cells that score the
-    group.
+    group; of several data sets, over those that score all of them together.
     """
-    whole = [cell.rows for cell in summary.cells if cell.whole]
-    used = whole or [cell.rows for cell in summary.done]
+    together = [cell for cell in summary.done if cell.domain is None] or list(summary.done)
+    whole = [cell.rows for cell in together if cell.whole]
+    used = whole or [cell.rows for cell in together]
     return Protected(groups=tuple(mean_shares(used)), cells=len(used), whole=bool(whole))
 
 

@@ -71,6 +71,8 @@ class Audit(Section):
     """Part of the model that may be quantized."""
     modality: Modality = "text"
     """What a sample is."""
+    domain: str | None = None
+    """The data set that was audited; null for all of the sweep's."""
     size: Size
     """Calibration size of that cell."""
     cell_digest: str

@@ -106,6 +106,8 @@ class Dataset(Section):
     """Pixels of a picture at most; null for ``text``."""
     prompt: str | None = None
     """What the user says beside a picture; null for ``text``."""
+    domains: list[Dataset] = []
+    """Where several data sets were scored together: each of them; empty otherwise."""
 
 
 class Quantization(Section):
@@ -212,6 +214,9 @@ class GroupSensitivity(Section):
     """Weight elements x effective bits / 16: the group's size in 16-bit words."""
     experts: Experts | None = None
     """Of a mixture: its experts apart; null for other groups, and where they were not measured."""
+    by_domain: dict[str, float] | None = None
+    """Where several data sets were scored together: ``sensitivity_per_token`` over the samples of
+    each, by its name, under the amax of all; null otherwise, and where the group is not scored."""
 
 
 class RankedGroup(Section):

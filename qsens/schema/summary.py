@@ -42,6 +42,9 @@ class Row(Frozen):
     """``sum_i s_i / T_b(i)^2``; none where the group is not scored."""
     sensitivity_per_token: float | None
     """``sum_i s_i / sum_i T_i``: comparable between batches and sizes."""
+    by_domain: dict[str, float] | None = None
+    """``sensitivity_per_token`` over the samples of each data set, where several were scored
+    together."""
     size_cost: float | None
     """Weights in the format, in 16-bit words."""
     position: int | None
@@ -116,6 +119,8 @@ class SizesCompared(Frozen):
     """Part of the model that may be quantized."""
     modality: Modality
     """What a sample is."""
+    domain: str | None = None
+    """The data set; none for all of the sweep's together."""
     smaller: Size
     """The smaller size."""
     larger: Size
@@ -203,6 +208,8 @@ class SummaryCell(Frozen):
     """Part of the model that may be quantized."""
     modality: Modality
     """What a sample is."""
+    domain: str | None = None
+    """The data set; none for all of the sweep's together."""
     size: Size
     """Calibration size."""
     digest: str

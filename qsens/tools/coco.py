@@ -106,7 +106,7 @@ def make_captions(
         TryAgain: The disk is full; nothing was written.
     """
     roots = roots or Roots.from_environment()
-    config = load_sweep("single", [f"dataset={dataset}"], roots=roots).config.dataset
+    (config,) = load_sweep("single", [f"dataset={dataset}"], roots=roots).config.dataset
     chosen = _sizes(config, sizes)
     if images is None and any(has_suffix(config.files[size], JSONL) for size in chosen):
         images = config.images_root()

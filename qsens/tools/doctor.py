@@ -86,8 +86,9 @@ def _preset(name: str, roots: Roots) -> str:
         config = load_sweep(name, roots=roots).config
         shapes(config.model.path)
         resolve_components(config.model)
-        identify_samples(config.dataset, config.dataset.size)
-        picture_reader(config, roots)
+        for dataset in config.dataset:
+            identify_samples(dataset, dataset.size)
+            picture_reader(config, dataset, roots)
     except QsensError as error:
         return f"{error.where}: {error.what}"
     return "ready"

@@ -48,9 +48,9 @@ def test_one_token_has_no_label() -> None:
 def test_nominal_batches_are_consecutive() -> None:
     # Labels 1 2 3 | 4 5 6 | 7: batches of three over seven samples.
     samples = samples_of(2, 3, 4, 5, 6, 7, 8)
-    assert nominal_labels(samples, scored=7, batch_size=3) == [6, 6, 6, 15, 15, 15, 7]
+    assert nominal_labels(samples.labels(7), 3) == [6, 6, 6, 15, 15, 15, 7]
     # With five scored, the second batch ends there.
-    assert nominal_labels(samples, scored=5, batch_size=3) == [6, 6, 6, 9, 9]
+    assert nominal_labels(samples.labels(5), 3) == [6, 6, 6, 9, 9]
 
 
 def test_segments() -> None:

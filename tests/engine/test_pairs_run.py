@@ -132,7 +132,7 @@ def sensitivities(
     found: PassScores, candidates: Candidates, cell: str, samples: Samples
 ) -> list[float]:
     """Return ``sum_i s_i / T_b(i)^2`` of each group."""
-    labels = nominal_labels(samples, scored=len(samples), batch_size=BATCH_SIZE)
+    labels = nominal_labels(samples.labels(), BATCH_SIZE)
     weights = torch.tensor(labels, dtype=torch.float64).square()
     per_sample = found.per_sample[:, candidates.of_cell[cell]]
     return [float(value) for value in (per_sample / weights).sum(dim=1)]

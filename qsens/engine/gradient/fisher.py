@@ -27,7 +27,7 @@ from torch import nn
 from qsens.checkpoint.groups import Group
 from qsens.data.samples import Batch, Samples
 from qsens.engine.amax import Amax
-from qsens.engine.candidates import Candidates
+from qsens.engine.candidates import CalibrationSize, Candidates
 from qsens.engine.float32 import is_narrow
 from qsens.engine.gradient.heads import DrawnHead
 from qsens.engine.gradient.metrics import FisherProduct
@@ -41,7 +41,7 @@ def estimate(
     samples: Samples,
     groups: Sequence[Group],
     candidates: Candidates,
-    amax: Mapping[int, Amax] | None,
+    amax: Mapping[CalibrationSize, Amax] | None,
     *,
     draws: int,
     seed: int,

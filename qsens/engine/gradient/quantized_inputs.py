@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qsens.engine.amax import Amax, moved
-from qsens.engine.candidates import Candidates
+from qsens.engine.amax import Amax, AmaxBySize, moved
+from qsens.engine.candidates import CalibrationSize, Candidates
 from qsens.engine.gradient.buffers import BufferLayout, RowRange
 from qsens.engine.gradient.error_norms import RowSpan
 from qsens.engine.quantizer import quantize
@@ -80,14 +80,14 @@ class InputQuantizer:
         self._names = names
         self._fail = fail
         self._exact = exact
-        self._amax: dict[int, Amax] = {}
-        self._ranges: dict[int, dict[str, float]] = {}
+        self._amax: AmaxBySize = {}
+        self._ranges: dict[CalibrationSize, dict[str, float]] = {}
 
     def names(self) -> list[str]:
         """Return the names of all inputs."""
         return [name for names in self._names.values() for name in names]
 
-    def calibrate(self, amax: Mapping[int, Amax]) -> None:
+    def calibrate(self, amax: Mapping[CalibrationSize, Amax]) -> None:
         """Take the calibrated amax, by calibration size, as they are on the CPU."""
         self._amax = {count: moved(own, self._device) for count, own in amax.items()}
         self._ranges = {count: _numbers(own) for count, own in amax.items()}

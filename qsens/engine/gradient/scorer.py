@@ -31,7 +31,7 @@ from qsens.data.samples import Batch, Samples, Unit, padding_share
 from qsens.engine.activations import Call, ModuleActivations
 from qsens.engine.amax import Amax, RunningAmax
 from qsens.engine.batching import plan_batches, windows
-from qsens.engine.candidates import Candidates
+from qsens.engine.candidates import CalibrationSize, Candidates
 from qsens.engine.float32 import exact_products
 from qsens.engine.gradient.buffers import (
     BufferLayout,
@@ -56,7 +56,7 @@ def score(
     samples: Samples,
     groups: Sequence[Group],
     candidates: Candidates,
-    amax: Mapping[int, Amax] | None,
+    amax: Mapping[CalibrationSize, Amax] | None,
     *,
     boundaries: Sequence[int] = (),
     budget: Budget | None = None,
@@ -165,7 +165,7 @@ class GradientScorer:
             weight=self._weight,
             formats=head_formats,
         )
-        self._amax: Mapping[int, Amax] = {}
+        self._amax: Mapping[CalibrationSize, Amax] = {}
         shape = (len(groups), len(candidates.pairs))
         self._squares = torch.zeros(*shape, scored, dtype=torch.float64)
         self._products = torch.zeros(*shape, scored, metric.draws, dtype=torch.float64)
@@ -179,7 +179,7 @@ class GradientScorer:
         self._seen: set[str] = set()
         self._failures = Failures()
 
-    def calibrate(self, amax: Mapping[int, Amax]) -> None:
+    def calibrate(self, amax: Mapping[CalibrationSize, Amax]) -> None:
         """Take the calibrated amax, by calibration size."""
         self._amax = amax
         self.inputs.calibrate(amax)

@@ -28,7 +28,7 @@ from qsens.data.samples import (
     padding_share,
 )
 from qsens.engine.amax import Amax
-from qsens.engine.candidates import Candidates
+from qsens.engine.candidates import CalibrationSize, Candidates
 from qsens.engine.cross_entropy import negative_log_likelihood
 from qsens.engine.float32 import in_float32, is_narrow
 from qsens.engine.head import HEAD_ROWS
@@ -53,7 +53,7 @@ def diverge(
     samples: Samples,
     groups: Sequence[Group],
     candidates: Candidates,
-    amax: Mapping[int, Amax],
+    amax: Mapping[CalibrationSize, Amax],
     *,
     boundaries: Sequence[int],
     budget: Budget | None = None,

@@ -32,7 +32,7 @@ from qsens.checkpoint.modules import apply, is_linear, layers_of, weight_of
 from qsens.checkpoint.structure import traits_of
 from qsens.data.samples import Batch
 from qsens.engine.amax import Amax, moved
-from qsens.engine.candidates import Candidates
+from qsens.engine.candidates import CalibrationSize, Candidates
 from qsens.engine.head import Head, head_input, without_head
 from qsens.engine.quantizer import quantize, quantize_experts, quantize_weight
 from qsens.engine.scores import Failures
@@ -75,7 +75,7 @@ class PerturbedForward:
         model: Any,
         groups: Sequence[Group],
         candidates: Candidates,
-        amax: Mapping[int, Amax],
+        amax: Mapping[CalibrationSize, Amax],
     ) -> None:
         self.model = model
         self.groups = groups

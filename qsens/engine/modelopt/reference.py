@@ -66,7 +66,7 @@ def score_cell(
     disabled = [*others, *([] if all_layers else vision)]
     batches = equal_length_batches(samples, boundaries=[*sizes, scored], batch_size=batch_size)
     score_steps = sum(batch.samples[0] < scored for batch in batches)
-    nominal = nominal_labels(samples, scored=scored, batch_size=batch_size)
+    nominal = nominal_labels(samples.labels(scored), batch_size)
     steps = _Steps(device, nominal, progress, len(batches), score_steps)
 
     started = time.monotonic()

@@ -83,7 +83,7 @@ def found(work: tuple[Any, ...]) -> PassScores:
 
 def of_cell(found: PassScores, candidates: Candidates, cell: str, scored: int) -> dict[str, float]:
     """Return ``sum_i s_i / T_b(i)^2`` of each group."""
-    labels = nominal_labels(mixtures.samples(), scored=scored, batch_size=BATCH_SIZE)
+    labels = nominal_labels(mixtures.samples().labels(scored), BATCH_SIZE)
     weights = torch.tensor(labels, dtype=torch.float64).square()
     per_sample = found.per_sample[:, candidates.of_cell[cell], :scored]
     names = [group.name for group in found.groups]
