@@ -219,6 +219,7 @@ def _unranked(name: str, group: GroupSensitivity) -> Row:
         num_bits=finite(group.num_bits),
         sensitivity=score if scored else None,
         sensitivity_per_token=finite(group.sensitivity_per_token) if scored else None,
+        by_domain=group.by_domain if scored else None,
         size_cost=finite(group.size_cost),
         position=None,
         share=None,

@@ -173,6 +173,17 @@ def recipe(
         bool,
         typer.Option("--tied-head", help="Let a head tied to the embedding be quantized."),
     ] = False,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=SHARE,...",
+            help="Shares of the sweep's data sets, by tokens; those scored when left out.",
+        ),
+    ] = None,
+    worst_case: Annotated[
+        bool,
+        typer.Option("--worst-case", help="Let no data set lose much more than it has to."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Where to write it; stdout if left out.")] = None,
     check: Annotated[
         bool,
@@ -198,6 +209,8 @@ def recipe(
         pairs=pairs.split(",") if pairs else (),
         keep=keep or (),
         tied_head=tied_head,
+        mix=mix,
+        worst_case=worst_case,
         out=out,
         check=check,
         captions=captions,
@@ -286,7 +299,8 @@ def _print_audits(audited: dict[str, Any]) -> None:
 
 
 def _print_recipe(written: dict[str, Any]) -> None:
-    from qsens.recipes.formats.evidence import predicted
+    from qsens.recipes.formats.evidence import domain_words, predicted
+    from qsens.schema.recipe import DomainPrediction
 
     table = Table(
         title=f"{written['bits']:.4f} bits a weight. "
@@ -306,6 +320,8 @@ def _print_recipe(written: dict[str, Any]) -> None:
             f"{correction['source']}{over}" if correction else "",
         )
     stdout.print(table)
+    for entry in written["domains"]:
+        stdout.print(domain_words(DomainPrediction.model_validate(entry), written["damage_unit"]))
     stdout.print(written["path"])
 
 

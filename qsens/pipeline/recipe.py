@@ -14,6 +14,7 @@ from qsens.errors import AnswerIsNo, UserError
 from qsens.grid import Plan
 from qsens.pipeline.packing import Packing, pack
 from qsens.published import find_sweep, read_sweep
+from qsens.recipes.domains import domains_of, mix_of, read_mix, refuse_one
 from qsens.recipes.format_choices import UNQUANTIZED_BITS, matches
 from qsens.recipes.formats import llm_compressor, modelopt
 from qsens.recipes.formats.evidence import choose, tally
@@ -35,6 +36,8 @@ def write_recipe(
     pairs: Sequence[str] = (),
     keep: Sequence[str] = (),
     tied_head: bool = False,
+    mix: str | None = None,
+    worst_case: bool = False,
     out: Path | None = None,
     check: bool = False,
     captions: Path | None = None,
@@ -51,14 +54,18 @@ def write_recipe(
         pairs: The pairs to choose from; all of the sweep when not given.
         keep: Patterns (fnmatch) of groups or modules that stay at 16 bits.
         tied_head: Whether a head that is tied to the embedding may be quantized too.
+        mix: Shares of the sweep's data sets, ``chat=0.7,code=0.3``; those of its tokens when not
+            given.
+        worst_case: Whether the least maximum over the data sets is asked for instead, of what each
+            costs over what it could cost by itself.
         out: Where to write it; nothing is written when not given.
         check: Whether to measure it, see :func:`qsens.pipeline.evaluate_recipe.check_recipe`.
         captions: File of captions to measure on.
         roots: Where things lie; from the environment when not given.
 
     Returns:
-        ``{sweep_id, size, target, bits_asked, bits, damage, damage_unit, formats, prices, left_out,
-        notices, path, check, recipe}``; ``check`` only where asked for;
+        ``{sweep_id, size, target, bits_asked, bits, damage, damage_unit, domains, formats, prices,
+        left_out, notices, path, check, recipe}``; ``check`` only where asked for;
         ``recipe`` is the text, left out where it was written.
 
     Raises:
@@ -69,6 +76,12 @@ def write_recipe(
     if not 0 < bits <= UNQUANTIZED_BITS:
         raise UserError(
             f"{bits:g} bits a weight are no target", where="--bits", remedy="Ask for 0 to 16 bits."
+        )
+    if mix is not None and worst_case:
+        raise UserError(
+            "weighs the data sets, and the worst case does not",
+            where="--mix with --worst-case",
+            remedy="Leave one of them out.",
         )
     directory = find_sweep(where, (roots or Roots.from_environment()).results)
     summary, plan = read_sweep(directory)
@@ -82,6 +95,8 @@ def write_recipe(
         keep=keep,
         tied_head=tied_head,
         target=target,
+        mix=read_mix(mix) if mix is not None else None,
+        worst_case=worst_case,
     )
     text = dump(recipe, target)
     if out is not None:
@@ -113,6 +128,7 @@ def write_recipe(
         "bits": recipe.bits,
         "damage": recipe.damage,
         "damage_unit": recipe.damage_unit,
+        "domains": [entry.model_dump() for entry in recipe.domains],
         "formats": [
             {"format": name, "groups": groups, "weights": weights}
             for name, groups, weights in tally(recipe)
@@ -146,6 +162,8 @@ def recipe_of(
     keep: Sequence[str] = (),
     tied_head: bool = False,
     target: Target = "json",
+    mix: Mapping[str, float] | None = None,
+    worst_case: bool = False,
 ) -> Recipe:
     """Choose a recipe from a sweep.
 
@@ -159,6 +177,8 @@ def recipe_of(
         keep: Patterns (fnmatch) of groups or modules that stay at 16 bits.
         tied_head: Whether a head that is tied to the embedding may be quantized too.
         target: Who takes it: what that cannot take is no option.
+        mix: Shares of the sweep's data sets, by name; those of its tokens when not given.
+        worst_case: Whether the least maximum over the data sets is asked for instead.
 
     Raises:
         UserError: No results at that size, or a pattern matches nothing.
@@ -170,7 +190,7 @@ def recipe_of(
     left_out = [
         LeftOut(format=format_name(cell), reason=cell.reason or "no result")
         for cell in summary.cells
-        if (cell.size, cell.coverage) == (chosen_size, chosen_coverage)
+        if (cell.size, cell.coverage, cell.domain) == (chosen_size, chosen_coverage, None)
         and not cell.done
         and (not pairs or cell.pair in pairs)
     ]
@@ -205,6 +225,10 @@ def recipe_of(
             remedy="Measure all groups with `qsens audit --full` and publish again.",
         )
     _refuse_idle_patterns(rows, keep)
+    where, domains = f"sweep {summary.sweep_id}", domains_of(rows)
+    shares = mix_of(mix, domains, where=where) if mix is not None else None
+    if worst_case:
+        refuse_one(domains, where=where)
     notices = [
         f"PARTIAL: {cell.cell}: {reason}"
         for cell in cells
@@ -235,6 +259,8 @@ def recipe_of(
             keep=keep,
             keep_head=keep_head,
             refused=packing.refused,
+            mix=shares,
+            worst_case=worst_case,
             left_out=left_out,
             notices=notices,
         )
@@ -267,7 +293,8 @@ def _cells(
             where=f"sweep {summary.sweep_id}",
             remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in summary.cells))}.",
         )
-    done = of_coverage([cell for cell in summary.done if not pairs or cell.pair in pairs], coverage)
+    together = [cell for cell in summary.done if cell.domain is None]
+    done = of_coverage([cell for cell in together if not pairs or cell.pair in pairs], coverage)
     sizes = {cell.size for cell in done}
     wanted = size or max(sizes, key=SIZES.index, default=None)
     chosen = [cell for cell in done if cell.size == wanted]

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +22,7 @@ from scipy.sparse import csr_array, vstack
 
 from qsens.errors import AnswerIsNo
 from qsens.recipes.format_choices import UNQUANTIZED, UNQUANTIZED_BITS, DecisionGroup, FormatChoice
+from qsens.recipes.solver import silenced
 from qsens.schema.summary import ParetoPoint
 
 # Sums of whole numbers times few bits: this much is rounding only.
@@ -40,6 +38,7 @@ class Allocation:
 
     Attributes:
         choices: What each unit becomes, in the order given.
+        chosen: Their places among the choices of each unit.
         bits: Bits a weight over all units.
         score: Sum of the scores.
     """
@@ -47,6 +46,7 @@ class Allocation:
     choices: tuple[FormatChoice, ...]
     bits: float
     score: float
+    chosen: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def allocate(decisions: Sequence[DecisionGroup], target_bits: float) -> Allocati
             "or sweep a smaller format.",
         )
     chosen = _solve(ladders, budget)
-    return _outcome(decisions, [ladder[at][2] for ladder, at in zip(ladders, chosen, strict=True)])
+    return outcome(decisions, [ladder[at][2] for ladder, at in zip(ladders, chosen, strict=True)])
 
 
 def allocate_one(
@@ -128,7 +128,7 @@ def allocate_one(
     try:
         chosen = allocate(decisions, target_bits)
     except AnswerIsNo:
-        chosen = _outcome(decisions, [len(decision.choices) - 1 for decision in decisions])
+        chosen = outcome(decisions, [len(decision.choices) - 1 for decision in decisions])
         satisfied = False
     return Quantized(
         quantized=tuple(choice.format is not None for choice in chosen.choices),
@@ -176,7 +176,8 @@ def pareto(decisions: Sequence[DecisionGroup], points: int = 64) -> list[ParetoP
     return curve
 
 
-def _outcome(decisions: Sequence[DecisionGroup], chosen: Sequence[int]) -> Allocation:
+def outcome(decisions: Sequence[DecisionGroup], chosen: Sequence[int]) -> Allocation:
+    """Return what choices come to, given by their places among those of each unit."""
     choices = tuple(
         decision.choices[index] for decision, index in zip(decisions, chosen, strict=True)
     )
@@ -188,6 +189,7 @@ def _outcome(decisions: Sequence[DecisionGroup], chosen: Sequence[int]) -> Alloc
         choices=choices,
         bits=used / total if total else UNQUANTIZED_BITS,
         score=math.fsum(choice.score for choice in choices),
+        chosen=tuple(chosen),
     )
 
 
@@ -350,7 +352,7 @@ def _decided(
     ]
     limits = [*[1.0] * len(decisions), (budget - used) / float(cost.max())]
     while True:
-        with _silenced():
+        with silenced():
             solution = milp(
                 score / gap * 1e3,
                 constraints=LinearConstraint(
@@ -378,21 +380,6 @@ def _decided(
         # Over the budget by less than the solver's tolerance: anything but this.
         rows.append(csr_array(picked[None, :]))
         limits.append(len(decisions) - 1.0)
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Keep what the solver prints of its inner state off stdout, which belongs to commands."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(null)
 
 
 def _sum(values: Sequence[np.ndarray], places: Sequence[int]) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from scipy.stats import binomtest
 
+from qsens.recipes.domains import scaled
 from qsens.schema.audit import Audit
 from qsens.schema.recipe import ScoreCorrection
 from qsens.schema.summary import Row
@@ -85,9 +86,7 @@ def _is_off(audit: Audit) -> bool:
 
 def _divided(rows: Sequence[Row], ratio: float) -> tuple[Row, ...]:
     return tuple(
-        row
-        if row.sensitivity_per_token is None
-        else row.model_copy(update={"sensitivity_per_token": row.sensitivity_per_token / ratio})
+        row if row.sensitivity_per_token is None else scaled(row, row.sensitivity_per_token / ratio)
         for row in rows
     )
 
@@ -99,7 +98,7 @@ def _measured(rows: Sequence[Row], audit: Audit) -> tuple[Row, ...]:
     return tuple(
         row
         if row.status != "scored"
-        else row.model_copy(update={"sensitivity_per_token": truth[row.layer]})
+        else scaled(row, truth[row.layer])
         if row.layer in truth
         else row.model_copy(update=unknown)
         for row in rows

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qsens.analysis.domains import alone_in_domain, compare_domains
 from qsens.analysis.series import compare_all_sizes, of_coverage
 from qsens.analysis.statistic import statistic_of
 from qsens.config.models import SIZES
@@ -83,6 +84,8 @@ def build_summary(
             if not cell.done
         ),
         sizes_compared=compare_all_sizes(cells),
+        domains_compared=compare_domains(cells),
+        alone_in_domain=alone_in_domain(cells),
         audit=tuple(audits),
         drift=drift,
     )

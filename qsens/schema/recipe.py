@@ -53,6 +53,20 @@ class Choice(Frozen):
     """Predicted KL of these groups alone in the format; with ``gradient`` ModelOpt's score."""
 
 
+class DomainPrediction(Frozen):
+    """What a recipe is predicted to cost one data set, under the amax of all."""
+
+    name: str
+    """Name of the data set."""
+    share: float | None
+    """What it counts in the choice, a share of tokens; null where it counts by those that were
+    scored, and where the worst case decided."""
+    damage: float
+    """Sum over the groups, in the recipe's unit, a token of it."""
+    best: float
+    """The same of the recipe that is best for it alone, at the same bits."""
+
+
 class LeftOut(Frozen):
     """A format of the sweep that was no option."""
 
@@ -94,6 +108,8 @@ class Recipe(Frozen):
     """Bits a weight that the recipe comes to."""
     damage: float
     """Sum over the groups: a prediction, each group taken alone."""
+    domains: tuple[DomainPrediction, ...] = ()
+    """What it is predicted to cost each data set, where the sweep scored several together."""
     formats: dict[str, PairConfig]
     """The formats used, by name, as qsens defines them."""
     prices: dict[str, ScoreCorrection] = {}

@@ -141,6 +141,60 @@ class SizesCompared(Frozen):
     """How many of the first 5, 10, 20 groups are the same."""
 
 
+class DomainsCompared(Frozen):
+    """How well two data sets of one pair agree, each under its own amax, by scores per token."""
+
+    pair: str
+    """Precision pair."""
+    granularity: str
+    """Granularity."""
+    coverage: Coverage
+    """Part of the model that may be quantized."""
+    modality: Modality
+    """What a sample is."""
+    domain: None = None
+    """None: the pair is meant, not one of its data sets."""
+    size: Size
+    """Calibration size, the largest that has results."""
+    one: str
+    """A data set."""
+    other: str
+    """Another."""
+    groups: int
+    """Groups that both score."""
+    spearman: float | None
+    """Spearman's rank correlation."""
+    kendall: float | None
+    """Kendall's tau-b."""
+    overlap: dict[int, int]
+    """How many of the first 5, 10, 20 groups are the same."""
+
+
+class AloneInDomain(Frozen):
+    """A group that is among the first in one data set alone, beyond chance."""
+
+    pair: str
+    """Precision pair."""
+    granularity: str
+    """Granularity."""
+    coverage: Coverage
+    """Part of the model that may be quantized."""
+    modality: Modality
+    """What a sample is."""
+    domain: str
+    """The data set."""
+    size: Size
+    """Calibration size."""
+    layer: str
+    """Name of the group."""
+    first: int
+    """The cut that it lies before, 5, 10 or 20."""
+    positions: tuple[int, int]
+    """95 % interval of its position there."""
+    elsewhere: tuple[int, int]
+    """The same in that of the other data sets where it comes earliest."""
+
+
 class Moved(Frozen):
     """A group whose score moved beyond noise."""
 
@@ -304,6 +358,10 @@ class Summary(Frozen):
     """The cells without a result, in the same order."""
     sizes_compared: tuple[SizesCompared, ...] = ()
     """Each size of a pair against the next that has a result."""
+    domains_compared: tuple[DomainsCompared, ...] = ()
+    """Each data set of a pair against each other, where the sweep scored several."""
+    alone_in_domain: tuple[AloneInDomain, ...] = ()
+    """Groups that are among the first in one data set alone."""
     audit: tuple[Audit, ...] = ()
     """The scores of each pair against the true divergence of some groups, where measured."""
     drift: Drift | None = None

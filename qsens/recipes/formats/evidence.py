@@ -8,10 +8,20 @@ from collections.abc import Collection, Mapping, Sequence
 from qsens.analysis.statistic import statistic_of
 from qsens.config import PairConfig
 from qsens.config.models import Size
-from qsens.recipes.allocation import allocate
-from qsens.recipes.format_choices import build_decision_groups
+from qsens.recipes.allocation import allocate, outcome
+from qsens.recipes.domains import Mix, domains_of, mixed
+from qsens.recipes.format_choices import DecisionGroup, build_decision_groups
 from qsens.recipes.formats import filters
-from qsens.schema.recipe import Choice, DamageUnit, LeftOut, Method, Recipe, ScoreCorrection
+from qsens.recipes.worst_case import allocate_worst_case
+from qsens.schema.recipe import (
+    Choice,
+    DamageUnit,
+    DomainPrediction,
+    LeftOut,
+    Method,
+    Recipe,
+    ScoreCorrection,
+)
 from qsens.schema.summary import Row, Statistic
 
 
@@ -29,10 +39,15 @@ def choose(
     keep: Sequence[str] = (),
     keep_head: bool = False,
     refused: Mapping[str, Collection[str]] | None = None,
+    mix: Mix | None = None,
+    worst_case: bool = False,
     left_out: Sequence[LeftOut] = (),
     notices: Sequence[str] = (),
 ) -> Recipe:
     """Choose a format for every group so that the total score is lowest at ``target_bits``.
+
+    Of several data sets scored together, that is the score over all their tokens, or that of a mix
+    of them. In the worst case, the largest ratio to what each could have alone is least instead.
 
     Args:
         cells: The rows of the sweep, by the format's name.
@@ -47,17 +62,30 @@ def choose(
         keep: Patterns (fnmatch) of groups or members that stay at 16 bits.
         keep_head: Whether the head stays at 16 bits.
         refused: Names of groups that a format is no option for, by the format's name.
+        mix: Shares of the data sets; those of their tokens when not given.
+        worst_case: Whether the worst case decides.
         left_out: Formats of the sweep that are no option, for the record.
         notices: What a reader should know.
 
     Raises:
         AnswerIsNo: The target is out of reach.
     """
+    names = domains_of(cells)
+
+    def decisions_by(weights: Mix | None) -> list[DecisionGroup]:
+        rows = cells if weights is None else {n: mixed(each, weights) for n, each in cells.items()}
+        return build_decision_groups(
+            rows, statistic, keep=keep, keep_head=keep_head, refused=refused
+        )
+
     statistic = statistic_of(method, (row for rows in cells.values() for row in rows))
-    decisions = build_decision_groups(
-        cells, statistic, keep=keep, keep_head=keep_head, refused=refused
-    )
-    allocated = allocate(decisions, target_bits)
+    of_domains = {name: decisions_by({name: 1.0}) for name in names}
+    decisions = decisions_by(mix)
+    if worst_case:
+        chosen = allocate_worst_case(list(of_domains.values()), target_bits)[0].chosen
+        allocated = outcome(decisions, chosen)
+    else:
+        allocated = allocate(decisions, target_bits)
     rows = {row.layer: row for rows in cells.values() for row in rows}
     choices = [
         Choice(
@@ -84,6 +112,15 @@ def choose(
         bits_asked=target_bits,
         bits=allocated.bits,
         damage=allocated.score,
+        domains=tuple(
+            DomainPrediction(
+                name=name,
+                share=None if mix is None else mix[name],
+                damage=outcome(own, allocated.chosen).score,
+                best=allocate(own, target_bits).score,
+            )
+            for name, own in of_domains.items()
+        ),
         formats={name: formats[name] for name in cells if name in used},
         prices={name: price for name, price in (prices or {}).items() if name in used},
         choices=tuple(sorted(choices, key=lambda choice: _natural(choice.groups[0]))),
@@ -127,6 +164,7 @@ def header(recipe: Recipe, tool: str) -> str:
         f"{predicted(recipe.damage, recipe.damage_unit)} (method {recipe.method}), a sum over "
         "groups, each taken alone.",
     ]
+    lines += [domain_words(entry, recipe.damage_unit) for entry in recipe.domains]
     for name, groups, weights in tally(recipe):
         lines.append(f"{name or '16 bits'}: {weights} weights, {groups} of the groups")
     lines += [f"{name}: {correction_words(entry)}" for name, entry in recipe.prices.items()]
@@ -141,6 +179,13 @@ def predicted(total: float, unit: DamageUnit) -> str:
     if unit == "nats a token":
         return f"Predicted KL {total:.6g} nats a token"
     return f"Predicted {unit} {total:.6g}, which is no KL"
+
+
+def domain_words(domain: DomainPrediction, unit: DamageUnit) -> str:
+    """Say what a recipe is predicted to cost one data set."""
+    share = "" if domain.share is None else f" ({100 * domain.share:.0f} % of the tokens)"
+    over = f", {domain.damage / domain.best:.3f} times the best for it alone" if domain.best else ""
+    return f"{domain.name}{share}: {predicted(domain.damage, unit)}{over}"
 
 
 def correction_words(correction: ScoreCorrection) -> str:
