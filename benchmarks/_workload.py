@@ -183,7 +183,7 @@ def build(
         disabled=disabled,
         batch_size=batch_size,
         score_size=score_size,
-        sizes={str(size): count for size, count in dataset.sizes.items()},
+        sizes={size: count for size, count in dataset.sizes.items() if isinstance(count, int)},
     )
 
 

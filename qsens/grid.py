@@ -72,6 +72,8 @@ class CalibrationSet(Frozen):
     """What a sample is."""
     samples: SamplesIdentity
     """Its sample file."""
+    asked: int
+    """Samples that the size asks for."""
     taken: int
     """Samples of its file that are taken, those to skip counted."""
     used: int
@@ -254,7 +256,7 @@ def _calibration_set(plan: Plan, cell: Cell, dataset: DatasetConfig) -> Calibrat
     """Return the samples of a data set that ``cell`` reads."""
     samples = plan.samples[dataset.name][cell.size]
     pictures = samples.pictures if cell.modality == "image_text" else None
-    taken = min(dataset.limit(cell.size), samples.available)
+    taken = min(samples.limit(dataset, cell.size), samples.available)
     held = samples if pictures is None else pictures
     used = held.valid(taken)
     return CalibrationSet(
@@ -262,12 +264,13 @@ def _calibration_set(plan: Plan, cell: Cell, dataset: DatasetConfig) -> Calibrat
         size=cell.size,
         modality=cell.modality,
         samples=samples,
+        asked=samples.asked(dataset, cell.size),
         taken=taken,
         used=used,
         scored=min(used, plan.config.autoquant.score_size),
         boundaries=tuple(
             held.valid(count)
-            for count in dataset.sizes.values()
+            for count in (samples.asked(dataset, size) for size in dataset.sizes)
             if pictures is None or count <= taken
         ),
         skipped=tuple(entry for entry in held.skipped if entry.sample <= taken),

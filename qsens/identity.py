@@ -21,6 +21,7 @@ from qsens.config.models import (
     Modality,
     RecordKind,
     Size,
+    tokens_of,
 )
 from qsens.config.pairs import QuantizerConfig
 
@@ -115,15 +116,41 @@ class SamplesIdentity(Skipping):
     """What a sample file is."""
 
     path: Path
-    """The file."""
+    """The file; of several, the first."""
+    more: tuple[Path, ...] = ()
+    """Those that follow it."""
     digest: str
-    """SHA-256 of its content."""
+    """SHA-256 of its content; of several files, over those of all."""
     available: int
     """Samples (non-empty lines) in it."""
     kind: RecordKind = "caption"
     """What its records are."""
+    counts: dict[Size, int] = {}
+    """How many of its samples each size in tokens comes to; all of them where it has fewer."""
+    tokens: dict[Size, int] = {}
+    """Tokens of that many samples."""
     pictures: PicturesIdentity | None = None
     """Its pictures; none where no cell reads them."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Its files, in order."""
+        return (self.path, *self.more)
+
+    def asked(self, dataset: DatasetConfig, size: Size) -> int:
+        """Return how many samples ``size`` asks for, before any limit."""
+        count = dataset.sizes[size]
+        return count if isinstance(count, int) else self.counts[size]
+
+    def missing_tokens(self, dataset: DatasetConfig, size: Size) -> int:
+        """Return how many tokens the files lack of a size in tokens."""
+        wanted = tokens_of(dataset.sizes[size])
+        return 0 if wanted is None else max(0, wanted - self.tokens[size])
+
+    def limit(self, dataset: DatasetConfig, size: Size) -> int:
+        """Return how many samples of ``size`` may be used at most."""
+        asked = self.asked(dataset, size)
+        return min(asked, dataset.max_calib_samples or asked)
 
 
 class PatternsIdentity(Frozen):

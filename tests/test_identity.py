@@ -162,7 +162,7 @@ def plan(preset: str, words: str, patterns: tuple[tuple[str, ...], tuple[str, ..
             weight_bytes=1,
             processor_digest="d" * 64,
         ),
-        samples=dict.fromkeys(config.dataset.size, sample),
+        samples={one.name: dict.fromkeys(one.size, sample) for one in config.dataset},
         versions={
             "qsens": "0.1.0",
             "torch": "2.13.0",

@@ -62,7 +62,7 @@ def _paths(config: SweepConfig) -> dict[str, Path]:
         of = "dataset" if len(config.dataset) == 1 else f"dataset {dataset.name}"
         paths |= {f"{of}.directory": dataset.directory, f"{of}.images": dataset.images_root()}
         paths |= {
-            f"{of}.files.{size}": dataset.directory / dataset.files[size] for size in dataset.files
+            f"{of}.files.{size}": path for size in dataset.files for path in dataset.paths(size)
         }
     return {key: path.resolve() for key, path in paths.items()}
 

@@ -143,7 +143,10 @@ def dag_params(preset: str, roots: Roots | None = None) -> dict[str, Param]:
     """
     sizes = load_sweep(preset, roots=roots).config.dataset[0].sizes
     shown: dict[str, dict[str, str]] = {
-        "size": {size: f"{size} · {count} samples" for size, count in sizes.items()}
+        "size": {
+            size: f"{size} · {count} samples" if isinstance(count, int) else f"{size} · {count}"
+            for size, count in sizes.items()
+        }
     }
     params = {}
     for name, field in SweepParams.model_fields.items():

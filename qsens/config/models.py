@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
+import re
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BeforeValidator, Field, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, PlainValidator, field_serializer, model_validator
 
 from qsens.config.base import Frozen, Name
 from qsens.config.pairs import GranularityConfig, PairConfig
@@ -19,6 +21,35 @@ Modality = Literal["text", "image_text"]
 # What a record of a sample file is.
 RecordKind = Literal["caption", "text", "messages", "sharegpt", "completion"]
 CONVERSATIONS: tuple[RecordKind, ...] = ("messages", "sharegpt", "completion")
+_TOKENS = re.compile(r"(\d{1,9}(?:\.\d{1,3})?) ?([kKmM]?) ?tokens")
+_MOST_SAMPLES = 1_000_000
+
+
+def _read_count(given: Any) -> int | str:
+    """Return how many samples, or how many tokens, a size has."""
+    text = str(given).strip()
+    if isinstance(given, int | str) and not isinstance(given, bool):
+        if re.fullmatch(r"\d{1,9}", text) and 1 <= int(text) <= _MOST_SAMPLES:
+            return int(text)
+        if (match := _TOKENS.fullmatch(text)) and float(match[1]) > 0:
+            return text
+    raise ValueError(
+        f"neither a number of samples, 1 to {_MOST_SAMPLES}, nor of tokens, such as '64k tokens'"
+    )
+
+
+def _read_files(given: Any) -> str | tuple[str, ...]:
+    """Return the name of a file, or several."""
+    names = (given,) if isinstance(given, str) else given
+    if isinstance(names, list | tuple) and names and all(isinstance(n, str) and n for n in names):
+        return names[0] if isinstance(given, str) else tuple(names)
+    raise ValueError("neither a file's name or pattern, nor a list of them")
+
+
+Count: TypeAlias = Annotated[int | str, PlainValidator(_read_count)]
+"""Samples, or tokens: ``64k tokens``."""
+Files: TypeAlias = Annotated[str | tuple[str, ...], PlainValidator(_read_files)]
+"""A file's name or pattern, or several."""
 # Suffixes of sample files, in any case: captions alone, and those of records.
 TEXT = (".txt",)
 JSONL = (".jsonl", ".ndjson")
@@ -37,6 +68,14 @@ def has_suffix(file: PurePath | str, suffixes: tuple[str, ...]) -> bool:
 def uncompressed(file: PurePath | str) -> str:
     """Return a file's name in lower case, as it is once it is unpacked."""
     return PurePath(file).name.lower().removesuffix(GZIP)
+
+
+def tokens_of(count: int | str) -> int | None:
+    """Return how many tokens ``64k tokens`` are; none for a number of samples."""
+    if isinstance(count, int):
+        return None
+    number, unit = _TOKENS.fullmatch(count).groups()  # type: ignore[union-attr]
+    return round(float(number) * {"": 1, "k": 1 << 10, "m": 1 << 20}[unit.lower()])
 
 
 def _words(value: Any) -> str:
@@ -89,10 +128,12 @@ class DatasetConfig(Frozen):
     captions. ``all_layers`` reads pictures always."""
     directory: Path = Path("datasets/vlm-quantize-calib")
     """Directory of the sample files."""
-    files: dict[Size, str] = Field(
+    files: dict[Size, Files] = Field(
         default={size: f"coco2017_captions_{size}.txt" for size in SIZES}, min_length=1
     )
-    """One file a size, relative to ``directory``; each is the head of the next. One caption a line
+    """One file a size, relative to ``directory``; each is the head of the next. A name may be a
+    pattern, ``chat/*.jsonl``, or a list of names and patterns: such files follow one another, those
+    of a pattern in the order of their names. One caption a line
     (``.txt``), a record a line (``.jsonl``) or in a list (``.json``), both compressed or not
     (``.gz``), a table of them (``.parquet``), or a table of captions (``.sqlite``), where sizes may
     share a file that has a split of each. A record is ``{"image": path, "caption": text}``,
@@ -102,10 +143,11 @@ class DatasetConfig(Frozen):
     """What the records are; by the first one's keys when ``auto``."""
     loss: Literal["assistant", "all"] = "assistant"
     """Which tokens of a conversation are labels: those of the assistant's turns, or all."""
-    sizes: dict[Size, Annotated[int, Field(ge=1, le=1_000_000)]] = Field(
+    sizes: dict[Size, Count] = Field(
         default={"small": 16, "medium": 128, "large": 512}, min_length=1
     )
-    """Samples (lines) of each size, strictly growing from small to large."""
+    """Samples (lines) of each size, strictly growing from small to large; or tokens, ``64k tokens``
+    (65,536): the first samples that have as many together."""
     size: tuple[Size, ...] = Field(default=SIZES, min_length=1)
     """Sizes to sweep."""
     max_calib_samples: Annotated[int, Field(ge=1)] | None = None
@@ -123,8 +165,10 @@ class DatasetConfig(Frozen):
 
     @model_validator(mode="after")
     def _sizes_are_ordered(self) -> Self:
-        counts = [self.sizes[size] for size in SIZES if size in self.sizes]
-        if any(a >= b for a, b in itertools.pairwise(counts)):
+        specs = [self.sizes[size] for size in SIZES if size in self.sizes]
+        samples = [one for one in specs if isinstance(one, int)]
+        tokens = [count for one in specs if (count := tokens_of(one)) is not None]
+        if any(a >= b for of_unit in (samples, tokens) for a, b in itertools.pairwise(of_unit)):
             raise ValueError(
                 f"sizes out of order: {self.sizes}; they must grow strictly "
                 "from small over medium to large, since each is the head of the next"
@@ -144,21 +188,25 @@ class DatasetConfig(Frozen):
         """Return what a sample is at ``coverage``."""
         return "image_text" if coverage == "all_layers" else self.modality
 
-    def path(self, size: Size) -> Path:
-        """Return the sample file of ``size``."""
-        return self.directory / self.files[size]
+    def names(self, size: Size) -> tuple[str, ...]:
+        """Return the names and patterns of the files of ``size``."""
+        names = self.files[size]
+        return (names,) if isinstance(names, str) else names
+
+    def paths(self, size: Size) -> tuple[Path, ...]:
+        """Return the sample files of ``size``, in order; a pattern stands for what is there now."""
+        found: list[Path] = []
+        for name in self.names(size):
+            path = self.directory / name
+            if glob.has_magic(name) and not path.exists():
+                found += [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
+            else:
+                found.append(path)
+        return tuple(found)
 
     def images_root(self) -> Path:
         """Return the directory that the paths of pictures start at."""
         return self.images or self.directory
-
-    def asked(self, size: Size) -> int:
-        """Return how many samples ``size`` asks for, before any limit."""
-        return self.sizes[size]
-
-    def limit(self, size: Size) -> int:
-        """Return how many samples of ``size`` may be used at most."""
-        return min(self.sizes[size], self.max_calib_samples or self.sizes[size])
 
 
 class AutoquantConfig(Frozen):
@@ -308,12 +356,17 @@ class SweepConfig(Frozen):
         for coverage, dataset in itertools.product(self.coverage, self.dataset):
             if dataset.read_as(coverage) == "text":
                 continue
-            for size in dataset.size:
-                file = dataset.files[size]
+            named = [(size, file) for size in dataset.size for file in dataset.names(size)]
+            for size, file in named:
                 if not has_suffix(file, (*JSONL, *SQLITE)):
                     raise ValueError(
                         f"coverage {coverage} reads pictures, and dataset.files.{size} = {file} "
                         "names none; choose a data set of .jsonl or .sqlite files"
+                    )
+                if tokens_of(dataset.sizes[size]) is not None:
+                    raise ValueError(
+                        f"coverage {coverage} reads pictures, and dataset.sizes.{size} counts "
+                        "tokens, which are known of text alone; give a number of samples"
                     )
         return self
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from qsens.checksums import digest_file
+from qsens.checksums import digest_file, digest_of
 from qsens.config import DatasetConfig
 from qsens.config.models import (
     CONVERSATIONS,
@@ -20,6 +21,7 @@ from qsens.config.models import (
     RecordKind,
     Size,
     has_suffix,
+    tokens_of,
     uncompressed,
 )
 from qsens.data.images import PictureReader, identify_pictures, skipped_notices
@@ -28,18 +30,44 @@ from qsens.errors import UserError
 from qsens.identity import SamplesIdentity, Skipped
 from qsens.reading import read_bytes
 
+# Samples whose tokens are counted at once.
+_COUNTED = 256
+
 
 def read_captions(path: Path, split: str = "") -> list[str]:
-    """Return the captions of a file; see :func:`read_samples`."""
-    return [record.caption for record in read_samples(path, split)]
+    """Return the captions of a file; see :func:`read_kind`."""
+    return [record.caption for record in read_kind(path, split)[0]]
 
 
-def read_samples(path: Path, split: str = "", kind: str = "auto") -> list[Record]:
-    """Return the samples of a file, captions stripped, in order, without empty ones.
+def read_samples(paths: Sequence[Path], split: str = "", kind: str = "auto") -> list[Record]:
+    """Return the samples of files, captions stripped, in order, without empty ones.
+
+    See :func:`read_kinds`.
+    """
+    return read_kinds(paths, split, kind)[0]
+
+
+def read_kinds(
+    paths: Sequence[Path], split: str = "", kind: str = "auto"
+) -> tuple[list[Record], RecordKind]:
+    """Return the samples of files that follow one another, and what they are.
 
     See :func:`read_kind`.
+
+    Raises:
+        UserError: As there; or what one file holds is not what the one before it does.
     """
-    return read_kind(path, split, kind)[0]
+    samples, found = read_kind(paths[0], split, kind)
+    for path in paths[1:]:
+        more, other = read_kind(path, split, kind)
+        if other != found:
+            raise UserError(
+                f"holds records of kind {other}, and {paths[0].name} of kind {found}",
+                where=f"samples file {path}",
+                remedy="Let a data set hold one kind, and sweep several: dataset=NAME,NAME.",
+            )
+        samples += more
+    return samples, found
 
 
 def read_kind(path: Path, split: str = "", kind: str = "auto") -> tuple[list[Record], RecordKind]:
@@ -97,7 +125,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def identify_samples(
-    dataset: DatasetConfig, sizes: Sequence[Size], reader: PictureReader | None = None
+    dataset: DatasetConfig,
+    sizes: Sequence[Size],
+    reader: PictureReader | None = None,
+    lengths: Callable[[Sequence[Record]], Sequence[int]] | None = None,
 ) -> tuple[dict[Size, SamplesIdentity], list[str]]:
     """Read the files of ``sizes``; check that each is the head of the next.
 
@@ -105,6 +136,7 @@ def identify_samples(
         dataset: The data set.
         sizes: The sizes.
         reader: Reads the pictures; none where no cell does.
+        lengths: Returns the tokens of each of some samples; none where no size counts tokens.
 
     Returns:
         What each file is, and a notice for each that is shorter than its size or skips pictures.
@@ -117,29 +149,48 @@ def identify_samples(
     heads: dict[Size, list[Record]] = {}
     notices = []
     for size in sizes:
-        path = dataset.path(size)
-        samples, kind = read_kind(path, size, dataset.format)
-        heads[size] = samples[: dataset.limit(size)]
+        paths = dataset.paths(size)
+        if not paths:
+            raise UserError(
+                f"there is no file of the pattern {', '.join(dataset.names(size))}",
+                where=f"dataset.files.{size}, below {dataset.directory}",
+                remedy=CHOOSE,
+            )
+        name = paths[0].name if len(paths) == 1 else f"{paths[0].name} with {len(paths) - 1} more"
+        samples, kind = read_kinds(paths, size, dataset.format)
+        digests = [digest_file(path, remedy=CHOOSE) for path in paths]
+        counts = _count(dataset, samples, lengths) if lengths is not None else {}
+        identity = SamplesIdentity(
+            path=paths[0],
+            more=paths[1:],
+            digest=digests[0] if len(paths) == 1 else digest_of(digests),
+            available=len(samples),
+            kind=kind,
+            counts={size: count for size, (count, _) in counts.items()},
+            tokens={size: tokens for size, (_, tokens) in counts.items()},
+        )
+        heads[size] = samples[: identity.limit(dataset, size)]
         skipped = [
             Skipped(sample=number, image="", reason=record.fault)
             for number, record in enumerate(heads[size], 1)
             if record.fault
         ]
-        identities[size] = SamplesIdentity(
-            path=path,
-            digest=digest_file(path, remedy=CHOOSE),
-            available=len(samples),
-            kind=kind,
-            skipped=skipped,
-        )
+        identities[size] = identity.model_copy(update={"skipped": skipped})
         notices += skipped_notices("records", size, skipped, len(heads[size]), dataset)
         if kind in CONVERSATIONS:
             labels = "the assistant's turns" if dataset.loss == "assistant" else "all of them"
-            notices.append(f"{path.name} holds conversations ({kind}); labels are {labels}")
-        if len(samples) < dataset.asked(size):
+            notices.append(f"{name} holds conversations ({kind}); labels are {labels}")
+        if (tokens := tokens_of(dataset.sizes[size])) is not None:
+            held, count = identity.tokens[size], identity.counts[size]
+            few = f", fewer than the {tokens} asked for: its results are PARTIAL"
             notices.append(
-                f"{path.name} holds {len(samples)} captions, fewer than the {dataset.asked(size)} "
-                f"of size '{size}': its results are PARTIAL"
+                f"size '{size}' is {count} samples of {name}, {held} tokens"
+                + (few if held < tokens else "")
+            )
+        elif len(samples) < identity.asked(dataset, size):
+            notices.append(
+                f"{name} holds {len(samples)} captions, fewer than the "
+                f"{identity.asked(dataset, size)} of size '{size}': its results are PARTIAL"
             )
     _check_nesting(dataset, heads, "caption", lambda record: record.caption)
     if reader is not None:
@@ -151,6 +202,33 @@ def identify_samples(
             for size, samples in identities.items()
         }
     return identities, notices
+
+
+def _count(
+    dataset: DatasetConfig,
+    samples: Sequence[Record],
+    lengths: Callable[[Sequence[Record]], Sequence[int]],
+) -> dict[Size, tuple[int, int]]:
+    """Return how many samples each size in tokens comes to, and how many tokens they are.
+
+    It is the first samples that have as many together; all of them where there are fewer.
+    """
+    wanted = {
+        size: tokens
+        for size, count in dataset.sizes.items()
+        if (tokens := tokens_of(count)) is not None
+    }
+    counted: list[int] = []
+    for start in range(0, len(samples), _COUNTED):
+        if sum(counted) >= max(wanted.values(), default=0):
+            break
+        counted += lengths(samples[start : start + _COUNTED])
+    totals = list(itertools.accumulate(counted))
+    counts = {}
+    for size, tokens in wanted.items():
+        place = bisect.bisect_left(totals, tokens)
+        counts[size] = (min(place + 1, len(totals)), totals[min(place, len(totals) - 1)])
+    return counts
 
 
 def _check_nesting(
@@ -167,7 +245,7 @@ def _check_nesting(
         ):
             if part(a) != part(b):
                 raise UserError(
-                    f"is not the head of {dataset.path(larger).name}: {what} {line} differs",
-                    where=f"captions file {dataset.path(smaller)}",
+                    f"is not the head of {dataset.paths(larger)[0].name}: {what} {line} differs",
+                    where=f"captions file {dataset.paths(smaller)[0]}",
                     remedy="Make each size the first samples of the next larger one.",
                 )

@@ -327,7 +327,7 @@ def _without_labels(
         return None
     return UserError(
         f"none of its {scored} samples has a second token: there is nothing to predict",
-        where=f"{cell.cell}: samples file {one.samples.path}",
+        where=f"{cell.cell}: samples file {', '.join(map(str, one.samples.paths))}",
         remedy="Use longer captions.",
     )
 

@@ -110,22 +110,22 @@ def held_out(
         if cell.modality == "text" and pictures:
             continue
         for one in cell.sets:
-            read = read_samples(one.samples.path, one.size, one.samples.kind)
+            read = read_samples(one.samples.paths, one.size, one.samples.kind)
             used |= {key(record) for record in read[: one.taken]}
     left: dict[str, list[Record]] = {}
     for dataset in plan.config.dataset[: 1 if captions is not None else None]:
         largest = max(dataset.files, key=SIZES.index)
-        path = captions or dataset.path(largest)
+        paths = (captions,) if captions is not None else dataset.paths(largest)
         kind = "auto" if captions is not None else dataset.format
         left[dataset.name] = [
             record
-            for record in read_samples(path, largest, kind)
+            for record in read_samples(paths, largest, kind)
             if key(record) not in used and not record.fault
         ]
         if not left[dataset.name]:
             raise UserError(
                 f"holds no {'picture' if pictures else 'caption'} that the sweep did not use",
-                where=f"captions file {path}",
+                where=f"captions file {', '.join(map(str, paths))}",
                 remedy="Name a file of other captions with --captions FILE.",
             )
     return left

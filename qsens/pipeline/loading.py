@@ -22,8 +22,8 @@ from qsens.data.captions import read_samples
 from qsens.data.chat import chat_samples, load_processor
 from qsens.data.images import PictureReader
 from qsens.data.records import Record
-from qsens.data.rendering import conversation_samples
-from qsens.data.samples import Samples, refuse_unknown_tokens, tokenize
+from qsens.data.samples import Samples, refuse_unknown_tokens
+from qsens.data.text import text_samples
 from qsens.engine.scores import Progress
 from qsens.errors import UserError
 from qsens.grid import CalibrationSet, CellSpec, Plan
@@ -146,7 +146,7 @@ def with_set(plan: Plan, one: CalibrationSet, checkpoint: Checkpoint) -> Loaded:
         UserError: The samples cannot be read, or their pictures are not those of the plan.
     """
     started = time.monotonic()
-    records = read_samples(one.samples.path, one.size, one.samples.kind)[: one.taken]
+    records = read_samples(one.samples.paths, one.size, one.samples.kind)[: one.taken]
     if one.modality == "image_text":
         reader = PictureReader.of(plan, one.dataset)
         if reader.identify(records) != one.samples.pictures:
@@ -200,17 +200,9 @@ def _read_as(
     checkpoint: Checkpoint,
 ) -> Samples:
     config = plan.config
-    longest = dataset.calib_seq_len
     records = [record for record in records if not record.fault]
-    conversations = [one.conversation for one in records if one.conversation is not None]
-    if modality == "text" and conversations:
-        return conversation_samples(
-            conversations, checkpoint.tokenizer, loss=dataset.loss, longest=longest
-        )
     if modality == "text":
-        return tokenize(
-            [record.caption for record in records], checkpoint.tokenizer, longest=longest
-        )
+        return text_samples(records, checkpoint.tokenizer, dataset)
     reader = PictureReader.of(plan, dataset)
     pictures = [(record, reader.read(record.image)) for record in records]
     kept = [(record, pixels) for record, pixels in pictures if pixels is not None]
@@ -221,7 +213,7 @@ def _read_as(
         checkpoint.model.config,
         resize=reader.resolution.unit == 1,
         prompt=dataset.prompt,
-        longest=longest,
+        longest=dataset.calib_seq_len,
         dtype=getattr(torch, config.model.dtype),
     )
 
@@ -278,11 +270,11 @@ def dataset_of(one: CalibrationSet, samples: Samples, padding_share: float) -> D
     pictures = one.pictures
     return Dataset(
         name=config.name,
-        path=str(one.samples.path),
+        path=", ".join(map(str, one.samples.paths)),
         digest=one.samples.digest,
         modality=one.modality,
         size=one.size,
-        samples_asked=config.asked(one.size),
+        samples_asked=one.asked,
         samples_used=used,
         samples_scored=scored,
         tokens=samples.tokens(used),

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,12 @@ from qsens.checkpoint.settings import check_settings
 from qsens.checkpoint.templates import check_chat_template
 from qsens.checkpoint.tokenizer_files import check_tokenizer
 from qsens.config import DatasetConfig, ModelConfig, Roots, SweepConfig, load_sweep
-from qsens.config.models import CONVERSATIONS, Size
+from qsens.config.models import CONVERSATIONS, Size, tokens_of
 from qsens.data.captions import identify_samples
 from qsens.data.images import PictureReader, cache_of, read_resolution
+from qsens.data.records import Record
 from qsens.documents import dump_document
+from qsens.errors import UserError
 from qsens.grid import Cell, Plan, make_plan
 from qsens.identity import CheckpointIdentity, SamplesIdentity, identify_patterns
 from qsens.pipeline.preflight import check_disk, check_formats, covered_shapes
@@ -67,7 +70,9 @@ def plan_sweep(
     readers, notices = [], []
     for dataset in config.dataset:
         reader = picture_reader(config, dataset, roots)
-        samples[dataset.name], said = identify_samples(dataset, dataset.size, reader)
+        samples[dataset.name], said = identify_samples(
+            dataset, dataset.size, reader, token_counter(config.model, dataset)
+        )
         notices += said
         readers += [reader] if reader is not None else []
     if any(one.kind in CONVERSATIONS for sizes in samples.values() for one in sizes.values()):
@@ -121,6 +126,30 @@ def identify_checkpoint(config: ModelConfig, results: Path | None) -> Checkpoint
         return identity
     notices = [*identity.notices, quantization.notice(config.dtype)]
     return identity.model_copy(update={"quantization": quantization.format, "notices": notices})
+
+
+def token_counter(
+    model: ModelConfig, dataset: DatasetConfig
+) -> Callable[[Sequence[Record]], Sequence[int]] | None:
+    """Return what counts the tokens of samples; none where no size counts them.
+
+    The checkpoint's own tokenizer does, which needs torch: nothing else of a plan does.
+
+    Raises:
+        UserError: Here is no torch.
+    """
+    if all(tokens_of(count) is None for count in dataset.sizes.values()):
+        return None
+    try:
+        from qsens.checkpoint.loading import load_tokenizer
+        from qsens.data.text import lengths
+    except ImportError as error:
+        raise UserError(
+            f"counts tokens, and the tokenizer needs {error.name}, which is not installed here",
+            where="dataset.sizes",
+            remedy="Give numbers of samples, or plan where torch and transformers are installed.",
+        ) from error
+    return partial(lengths, tokenizer=load_tokenizer(model), dataset=dataset)
 
 
 def picture_reader(

@@ -205,13 +205,14 @@ def _of(one: CalibrationSet, cell: CellSpec) -> str:
 def _partial(cell: CellSpec, covered: list[GroupScore]) -> list[str]:
     reasons = []
     for one in cell.sets:
-        allowed, asked = one.dataset.max_skipped, one.dataset.asked(one.size)
-        skipped = len(one.skipped)
+        allowed, skipped = one.dataset.max_skipped, len(one.skipped)
         beyond = too_many(skipped, one.taken, allowed)
-        if one.taken < asked or beyond:
+        missing = one.samples.missing_tokens(one.dataset, one.size)
+        if one.taken < one.asked or beyond or missing:
             reasons.append(
-                f"{_of(one, cell)}{one.used} of {asked} samples of size '{one.size}'"
+                f"{_of(one, cell)}{one.used} of {one.asked} samples of size '{one.size}'"
                 + (f", {skipped} skipped where {allowed:.0%} may be" if beyond else "")
+                + (f", {missing} tokens fewer than it asks for" if missing else "")
             )
     for status, words in (
         ("non_finite", "no finite score"),

@@ -219,7 +219,7 @@ def _done(
 ) -> SummaryCell:
     dataset, quantization = report.dataset, report.quantization
     # The older layout does not say how many samples it used.
-    limits = (cell.sets[0].dataset.limit(cell.size), report.scheme.auto_quantize_score_size)
+    limits = (cell.sets[0].taken, report.scheme.auto_quantize_score_size)
     scored = min(limit for limit in limits if limit is not None)
     return SummaryCell(
         **_identity(cell),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import unicodedata
@@ -108,7 +109,8 @@ def make_captions(
     roots = roots or Roots.from_environment()
     (config,) = load_sweep("single", [f"dataset={dataset}"], roots=roots).config.dataset
     chosen = _sizes(config, sizes)
-    if images is None and any(has_suffix(config.files[size], JSONL) for size in chosen):
+    files, counts = _layout(config, chosen)
+    if images is None and any(has_suffix(files[size], JSONL) for size in chosen):
         images = config.images_root()
     read = read_annotations(annotations, with_images=images is not None)
     left_out: Counter[str] = Counter()
@@ -116,7 +118,7 @@ def make_captions(
         raise UserError(
             "is no directory", where=f"--images {images}", remedy="Name the images' directory."
         )
-    wanted = config.sizes[chosen[-1]]
+    wanted = counts[chosen[-1]]
     drawn: list[Caption] = []
     for caption in draw(read, images=images, seed=seed, left_out=left_out):
         drawn.append(caption)
@@ -131,14 +133,14 @@ def make_captions(
             remedy="Name a larger file, or fewer sizes: --size small.",
         )
     directory = roots.resolve(out or config.directory)
-    paths = {size: directory / config.files[size] for size in chosen}
+    paths = {size: directory / files[size] for size in chosen}
     if images is not None:
         paths = {size: path.with_suffix(".jsonl") for size, path in paths.items()}
-    texts = {paths[size]: _lines(drawn[: config.sizes[size]], images) for size in chosen}
+    texts = {paths[size]: _lines(drawn[: counts[size]], images) for size in chosen}
     _write(texts, replace=replace)
     return {
         "files": {
-            size: {"path": str(path), "samples": config.sizes[size]} for size, path in paths.items()
+            size: {"path": str(path), "samples": counts[size]} for size, path in paths.items()
         },
         "seed": seed,
         "source_digest": read.digest,
@@ -232,6 +234,28 @@ def _sizes(config: DatasetConfig, given: Sequence[str]) -> list[Size]:
                 f"unknown size '{size}'", where="--size", remedy=f"Allowed: {', '.join(known)}."
             )
     return [size for size in known if not given or size in given]
+
+
+def _layout(
+    config: DatasetConfig, sizes: Sequence[Size]
+) -> tuple[dict[Size, str], dict[Size, int]]:
+    """Return the file of each size, and how many captions it is to hold.
+
+    Raises:
+        UserError: A size has several files, or counts tokens.
+    """
+    files: dict[Size, str] = {}
+    counts: dict[Size, int] = {}
+    for size in sizes:
+        names, count = config.names(size), config.sizes[size]
+        if len(names) > 1 or glob.has_magic(names[0]) or not isinstance(count, int):
+            raise UserError(
+                f"size '{size}' is no number of captions in one file",
+                where=f"--dataset {config.name}",
+                remedy="Name a data set of captions, such as coco2017_captions.",
+            )
+        files[size], counts[size] = names[0], count
+    return files, counts
 
 
 def _is_there(images: Path, name: str) -> bool:

@@ -17,7 +17,7 @@ from qsens.config import Roots, choices, load_sweep
 from qsens.data.captions import identify_samples
 from qsens.errors import QsensError
 from qsens.locks import try_lock
-from qsens.pipeline.plan import installed_version, picture_reader
+from qsens.pipeline.plan import installed_version, picture_reader, token_counter
 from qsens.pipeline.preflight import existing
 from qsens.reading import below
 from qsens.store import CELLS, CHECKPOINTS, MODELS, TMP, publishing_lock
@@ -87,7 +87,7 @@ def _preset(name: str, roots: Roots) -> str:
         shapes(config.model.path)
         resolve_components(config.model)
         for dataset in config.dataset:
-            identify_samples(dataset, dataset.size)
+            identify_samples(dataset, dataset.size, None, token_counter(config.model, dataset))
             picture_reader(config, dataset, roots)
     except QsensError as error:
         return f"{error.where}: {error.what}"

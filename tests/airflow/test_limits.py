@@ -40,7 +40,7 @@ def test_what_the_servers_files_say_is_trusted(roots: Roots, tmp_path: Path) -> 
     config = load_run("demo-text", ["model=mine", "dataset=mine"], roots)
     assert config.model.path == tmp_path / "outside" / "mine"
     assert config.model.trust_remote_code
-    assert config.dataset.directory == tmp_path / "outside"
+    assert config.dataset[0].directory == tmp_path / "outside"
 
 
 def test_more_directories_can_be_allowed(

@@ -125,8 +125,8 @@ def test_params_become_overrides_that_the_configuration_takes() -> None:
     )
     config = load_sweep(read.preset, read.as_overrides()).config
     assert [pair.name for pair in config.quant_pair] == ["wint8_afp16", "wfp8_afp8"]
-    assert config.dataset.size == ("small", "large")
-    assert config.dataset.name == "demo_captions"
+    assert config.dataset[0].size == ("small", "large")
+    assert config.dataset[0].name == "demo_captions"
     assert config.autoquant.score_size == 64
     assert config.runner.force
     assert config.model.path == Path("/a b/c")
@@ -155,7 +155,7 @@ def test_overrides_of_the_form_are_typed_by_their_fields() -> None:
     read = SweepParams.read({"preset": "demo-text", "overrides": words})
     config = load_sweep(read.preset, read.as_overrides()).config
     assert (config.model.path, config.model.name) == (ROOT / "2024", "on")
-    assert config.dataset.prompt == "Question: describe it."
+    assert config.dataset[0].prompt == "Question: describe it."
     assert config.dag.lanes is None
 
 

@@ -67,7 +67,9 @@ def plan(pairs: str, granularities: str, lanes: int = 1) -> Plan:
             weight_bytes=1,
         ),
         samples={
-            "small": SamplesIdentity(path=Path("captions.txt"), digest="ef" * 32, available=16)
+            loaded.config.dataset[0].name: {
+                "small": SamplesIdentity(path=Path("captions.txt"), digest="ef" * 32, available=16)
+            }
         },
         versions={"qsens": "0.1.0"},
         lanes=lanes,

@@ -40,14 +40,14 @@ def own_configs(tmp_path: Path, **files: str) -> Roots:
 def test_nightly_is_seven_pairs_at_three_sizes(roots: Roots) -> None:
     config = load_sweep("nightly", roots=roots).config
     assert [pair.name for pair in config.quant_pair] == SEVEN
-    assert config.dataset.size == ("small", "medium", "large")
-    assert config.dataset.sizes == {"small": 16, "medium": 128, "large": 512}
+    assert config.dataset[0].size == ("small", "medium", "large")
+    assert config.dataset[0].sizes == {"small": 16, "medium": 128, "large": 512}
     assert config.autoquant.score_size == 512
     assert config.output_layout == "publish"
     assert config.model.dtype == "bfloat16"
     checkpoint = "models/qwen3_vl_4b_instruct/checkpoints/Qwen3-VL-4B-Instruct"
     assert config.model.path == roots.root / checkpoint
-    assert config.dataset.directory == roots.root / "datasets/vlm-quantize-calib"
+    assert config.dataset[0].directory == roots.root / "datasets/vlm-quantize-calib"
 
 
 def test_defaults_that_people_rely_on(roots: Roots) -> None:
@@ -56,8 +56,8 @@ def test_defaults_that_people_rely_on(roots: Roots) -> None:
     assert config.autoquant.score_size == 128
     assert config.autoquant.batch_size == 8
     assert config.autoquant.device == "auto"
-    assert config.dataset.calib_seq_len == 512
-    assert config.dataset.max_calib_samples is None
+    assert config.dataset[0].calib_seq_len == 512
+    assert config.dataset[0].max_calib_samples is None
     assert config.model.trust_remote_code is False
     assert config.dag.schedule == "0 2 * * *"
     assert config.dag.max_active_runs == 4
@@ -69,21 +69,21 @@ def test_every_preset_loads(preset: str, roots: Roots) -> None:
 
 
 def test_demo_captions_lie_beside_their_file(roots: Roots) -> None:
-    dataset = load_sweep("demo-text", roots=roots).config.dataset
-    assert dataset.path("small") == REPO / "configs/dataset/demo/captions_small.txt"
-    assert dataset.path("small").is_file()
+    dataset = load_sweep("demo-text", roots=roots).config.dataset[0]
+    assert dataset.paths("small") == (REPO / "configs/dataset/demo/captions_small.txt",)
+    assert dataset.paths("small")[0].is_file()
 
 
 def test_demo_drawings_lie_beside_the_checkpoint_wherever_it_is(roots: Roots) -> None:
     config = load_sweep("demo", roots=roots).config
-    assert config.dataset.directory == config.model.path / "drawings"
+    assert config.dataset[0].directory == config.model.path / "drawings"
     assert config.coverage == ("lm_only", "all_layers")
     moved = load_sweep("demo", ["model.path=/elsewhere/tiny"], roots=roots).config
-    assert moved.dataset.directory == Path("/elsewhere/tiny/drawings")
+    assert moved.dataset[0].directory == Path("/elsewhere/tiny/drawings")
     # Only the path is taken over: a name is that of results.
     named = load_sweep("demo", ["model.name=other"], roots=roots).config
     assert named.model.path == config.model.path
-    assert named.dataset.directory == config.dataset.directory
+    assert named.dataset[0].directory == config.dataset[0].directory
 
 
 def test_overrides_of_every_kind(roots: Roots) -> None:
@@ -102,12 +102,12 @@ def test_overrides_of_every_kind(roots: Roots) -> None:
         roots=roots,
     ).config
     assert [pair.name for pair in config.quant_pair] == ["wfp8_afp8", "wint8_afp16"]
-    assert config.dataset.size == ("small", "large")
+    assert config.dataset[0].size == ("small", "large")
     assert config.autoquant.batch_size == 4
     assert config.runner.report_only is True
     assert config.runner.output_dir == roots.root / "out"
     assert config.dag.schedule is None
-    assert config.dataset.limit("large") == 7
+    assert config.dataset[0].max_calib_samples == 7
     assert config.output_layout == "tmp"
 
 

@@ -27,6 +27,7 @@ def loaded(roots: Roots, *overrides: str) -> SweepConfig:
 def value_of(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config[part] if isinstance(config, dict) else getattr(config, part)
+        config = config[0] if part == "dataset" else config
     return config
 
 
@@ -42,14 +43,14 @@ def test_text_is_text_whatever_it_looks_like(text: str, roots: Roots) -> None:
         roots, f"model.path={text}", f"dataset.prompt={text}", f"model.hub.revision={text}"
     )
     assert config.model.path == roots.root / text
-    assert config.dataset.prompt == text
+    assert config.dataset[0].prompt == text
     assert config.model.hub.revision == text
 
 
 @pytest.mark.parametrize("name", ["on", "2024", "1e3", "null", "true", "0123", "1_000"])
 def test_a_name_of_any_look_is_a_name(name: str, roots: Roots) -> None:
     config = loaded(roots, f"model.name={name}", f"dataset.name={name}")
-    assert (config.model.name, config.dataset.name) == (name, name)
+    assert (config.model.name, config.dataset[0].name) == (name, name)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +84,9 @@ def test_a_table_is_one_level_deep(roots: Roots) -> None:
         "dataset.sizes={small: 3, medium: 5}",
         "dataset.files={small: 'a b.txt', medium: c:d.txt}",
     )
-    assert (config.dataset.sizes["small"], config.dataset.sizes["medium"]) == (3, 5)
-    assert config.dataset.files["small"] == "a b.txt"
-    assert config.dataset.files["medium"] == "c:d.txt"
+    assert (config.dataset[0].sizes["small"], config.dataset[0].sizes["medium"]) == (3, 5)
+    assert config.dataset[0].files["small"] == "a b.txt"
+    assert config.dataset[0].files["medium"] == "c:d.txt"
 
 
 BOMB = ", ".join(

@@ -34,7 +34,7 @@ def plan(
     config = SweepConfig(
         preset="nightly",
         model=ModelConfig(name="tiny", short_name="tiny", dtype=dtype),
-        dataset=DatasetConfig(size=("small", "medium")),
+        dataset=(DatasetConfig(size=("small", "medium")),),
         quant_pair=(
             PairConfig(
                 name="wint8_afp16",
@@ -59,7 +59,7 @@ def plan(
             architecture="Tiny",
             weight_bytes=1,
         ),
-        samples={"small": sample, "medium": sample},
+        samples={config.dataset[0].name: {"small": sample, "medium": sample}},
         versions={"qsens": "0.1.0", "torch": "2.10.0", "transformers": "5.10.0"},
         now=datetime(2030, 1, day, tzinfo=UTC),
     )
@@ -147,7 +147,7 @@ def manifest(made: Plan, cell: Cell, per_sample: Any) -> Manifest:
         "dataset": {
             "name": "captions",
             "path": "captions.txt",
-            "digest": made.samples[cell.size].digest,
+            "digest": made.samples[made.config.dataset[0].name][cell.size].digest,
             "modality": "text",
             "size": cell.size,
             "samples_asked": cell.used,

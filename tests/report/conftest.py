@@ -147,7 +147,7 @@ def plan(
             architecture="TinyForCausalLM",
             weight_bytes=1,
         ),
-        samples=dict.fromkeys(dataset.size, sample),
+        samples={dataset.name: dict.fromkeys(dataset.size, sample)},
         versions={"qsens": "0.1.0"},
         lanes=lanes,
         now=datetime(2030, 1, 2, 3, 4, 5, 678000, tzinfo=UTC),

@@ -85,7 +85,7 @@ def test_what_is_written_can_be_planned(tmp_path: Path, roots: Roots) -> None:
     from qsens.config import load_sweep
 
     make_captions(written(tmp_path, coco()), dataset="few", roots=roots)
-    dataset = load_sweep("single", ["dataset=few"], roots=roots).config.dataset
+    dataset = load_sweep("single", ["dataset=few"], roots=roots).config.dataset[0]
     found, notices = identify_samples(dataset, ("small", "medium", "large"))
     assert [found[size].available for size in found] == [2, 4, 8]
     assert notices == []

@@ -47,7 +47,11 @@ class Place:
             checkpoint=CheckpointIdentity(
                 path=REPO, digest="c", tokenizer_digest="t", architecture="A", weight_bytes=1
             ),
-            samples={"small": SamplesIdentity(path=REPO, digest="s", available=16)},
+            samples={
+                CONFIG.dataset[0].name: {
+                    "small": SamplesIdentity(path=REPO, digest="s", available=16)
+                }
+            },
             versions={"qsens": "1", "torch": version, "transformers": "1"},
             now=NOW - timedelta(days=days),
         )

@@ -105,7 +105,9 @@ def _compare(plan: Plan) -> dict[str, Any]:
 
     def scored(**settings: Any) -> ScoringPass:
         autoquant = plan.config.autoquant.model_copy(update=settings)
-        return run_pass(model, samples, groups, requests, autoquant, boundaries=cell.boundaries)
+        return run_pass(
+            model, samples, groups, requests, autoquant, boundaries=cell.sets[0].boundaries
+        )
 
     passes = {method: scored(method=method) for method in ("gradient", "fisher")}
     for failures in (each.scores.failures for each in passes.values()):
@@ -162,7 +164,7 @@ def _beside_modelopt(plan: Plan, model: Any, samples: Any, found: Any) -> float 
                 samples,
                 cell.precision,
                 vision=plan.config.model.vision_patterns,
-                sizes=cell.boundaries,
+                sizes=cell.sets[0].boundaries,
                 scored=cell.scored,
                 batch_size=_SAMPLES,
             )
