@@ -106,29 +106,34 @@ def shipped() -> dict[str, str]:
     }
 
 
-class _Phrase(NamedTuple):
+class Phrase(NamedTuple):
+    """Words for a subject, and whether there are several of it."""
+
     text: str
     plural: bool
 
 
-class _Draw:
+class Draw:
     """Random choices, from `Random.random` alone: only its stream is promised to stay the same."""
 
     def __init__(self, seed: int) -> None:
         self._random = Random(seed)
 
     def chance(self, probability: float) -> bool:
+        """Return true with that probability."""
         return self._random.random() < probability
 
     def one(self, options: Sequence[_T]) -> _T:
+        """Return one of the options."""
         return options[int(self._random.random() * len(options))]
 
     def word(self, words: str) -> str:
+        """Return one of several words, as it is read."""
         return self.one(words.split()).replace("_", " ")
 
 
 def _stream(seed: int) -> Iterator[str]:
-    draw = _Draw(seed)
+    draw = Draw(seed)
     while True:
         text = _caption(draw)
         if _reads_well(text):
@@ -151,72 +156,74 @@ def _stem(word: str) -> str:
     return singular.removesuffix("ing").removesuffix("s").removesuffix("e").removesuffix("y")
 
 
-def _caption(draw: _Draw) -> str:
+def _caption(draw: Draw) -> str:
     if draw.chance(0.1):
         return _still_life(draw)
     scene = SCENES[draw.one(list(SCENES))]
-    subject = _subject(draw, scene)
+    subject = draw_subject(draw, scene)
     templates = [_plain, _plain, _progressive, _place_first, _time_first, _there_is, _pair]
     if scene.company:
         templates.append(_while)
     return draw.one(templates)(draw, scene, subject)
 
 
-def _plain(draw: _Draw, scene: Scene, subject: _Phrase) -> str:
-    text = f"{subject.text} {_action(draw, scene, subject.plural)}"
-    where = _beside(draw, scene) if draw.chance(0.3) else _place(draw, scene)
-    return f"{text} {where} {_time(draw, scene)}" if draw.chance(0.6) else f"{text} {where}"
+def _plain(draw: Draw, scene: Scene, subject: Phrase) -> str:
+    text = f"{subject.text} {draw_action(draw, scene, subject.plural)}"
+    where = _beside(draw, scene) if draw.chance(0.3) else draw_place(draw, scene)
+    return f"{text} {where} {draw_time(draw, scene)}" if draw.chance(0.6) else f"{text} {where}"
 
 
-def _progressive(draw: _Draw, scene: Scene, subject: _Phrase) -> str:
-    action = _action(draw, scene, subject.plural, progressive=True)
-    where = _beside(draw, scene) if draw.chance(0.3) else _place(draw, scene)
+def _progressive(draw: Draw, scene: Scene, subject: Phrase) -> str:
+    action = draw_action(draw, scene, subject.plural, progressive=True)
+    where = _beside(draw, scene) if draw.chance(0.3) else draw_place(draw, scene)
     return f"{subject.text} {action} {where}"
 
 
-def _place_first(draw: _Draw, scene: Scene, subject: _Phrase) -> str:
-    action = _action(draw, scene, subject.plural, progressive=draw.chance(0.5))
-    return f"{_place(draw, scene)}, {subject.text} {action}"
+def _place_first(draw: Draw, scene: Scene, subject: Phrase) -> str:
+    action = draw_action(draw, scene, subject.plural, progressive=draw.chance(0.5))
+    return f"{draw_place(draw, scene)}, {subject.text} {action}"
 
 
-def _time_first(draw: _Draw, scene: Scene, subject: _Phrase) -> str:
-    action = _action(draw, scene, subject.plural, progressive=draw.chance(0.5))
-    return f"{_time(draw, scene)}, {subject.text} {action} {_place(draw, scene)}"
+def _time_first(draw: Draw, scene: Scene, subject: Phrase) -> str:
+    action = draw_action(draw, scene, subject.plural, progressive=draw.chance(0.5))
+    return f"{draw_time(draw, scene)}, {subject.text} {action} {draw_place(draw, scene)}"
 
 
-def _there_is(draw: _Draw, scene: Scene, subject: _Phrase) -> str:
+def _there_is(draw: Draw, scene: Scene, subject: Phrase) -> str:
     be = "are" if subject.plural else "is"
-    tail = _time(draw, scene) if draw.chance(0.5) else _place(draw, scene)
+    tail = draw_time(draw, scene) if draw.chance(0.5) else draw_place(draw, scene)
     return f"there {be} {subject.text} {_beside(draw, scene)} {tail}"
 
 
-def _pair(draw: _Draw, scene: Scene, subject: _Phrase) -> str:
-    other = _subject(draw, scene, plain=True)
-    return f"{subject.text} and {other.text} {_action(draw, scene, True)} {_place(draw, scene)}"
+def _pair(draw: Draw, scene: Scene, subject: Phrase) -> str:
+    other = draw_subject(draw, scene, plain=True)
+    action = draw_action(draw, scene, True)
+    return f"{subject.text} and {other.text} {action} {draw_place(draw, scene)}"
 
 
-def _while(draw: _Draw, scene: Scene, subject: _Phrase) -> str:
+def _while(draw: Draw, scene: Scene, subject: Phrase) -> str:
     background = SCENES[draw.one(scene.company)]
-    other = _subject(draw, background, plain=True)
-    verb = _inflect(draw.one(_intransitive(background)), other.plural, progressive=False)
-    action = _action(draw, scene, subject.plural)
+    other = draw_subject(draw, background, plain=True)
+    verb = inflect(draw.one(_intransitive(background)), other.plural, progressive=False)
+    action = draw_action(draw, scene, subject.plural)
     return f"{subject.text} {action} while {other.text} {verb} {draw.word(COMMON.backgrounds)}"
 
 
-def _still_life(draw: _Draw) -> str:
+def _still_life(draw: Draw) -> str:
     first = _counted(draw, COMMON.fruit, COMMON.fruit_looks)
     second = _a(draw, COMMON.vessels, COMMON.vessel_looks)
     surface = _a(draw, COMMON.surfaces, COMMON.surface_looks)
     if draw.chance(0.5):
         room = f"in {_a(draw, COMMON.rooms, COMMON.room_looks)}"
-        verb = _inflect("sit", first.plural, progressive=False)
+        verb = inflect("sit", first.plural, progressive=False)
         return f"{first.text} {verb} on {surface} {room}"
     be = "are" if first.plural else "is"
     relation = draw.word(COMMON.relations)
     return f"there {be} {first.text} on {surface} {relation} {second}"
 
 
-def _subject(draw: _Draw, scene: Scene, *, plain: bool = False) -> _Phrase:
+def draw_subject(draw: Draw, scene: Scene, *, plain: bool = False) -> Phrase:
+    """Return somebody or something of a scene; plain, without what they wear."""
     subject = _counted(draw, scene.subjects, scene.looks)
     if plain or not scene.people or not draw.chance(0.3):
         return subject
@@ -225,22 +232,22 @@ def _subject(draw: _Draw, scene: Scene, *, plain: bool = False) -> _Phrase:
     else:
         with_it, things, looks = "with", COMMON.luggage, ""
     if subject.plural:
-        return _Phrase(f"{subject.text} {with_it} {_some(draw, things, looks)}", True)
-    return _Phrase(f"{subject.text} {with_it} {_a(draw, things, looks)}", False)
+        return Phrase(f"{subject.text} {with_it} {_some(draw, things, looks)}", True)
+    return Phrase(f"{subject.text} {with_it} {_a(draw, things, looks)}", False)
 
 
-def _counted(draw: _Draw, nouns: str, looks: str) -> _Phrase:
+def _counted(draw: Draw, nouns: str, looks: str) -> Phrase:
     looks = looks if draw.chance(0.75) else ""
     if draw.chance(0.55):
-        return _Phrase(_a(draw, nouns, looks), False)
-    return _Phrase(f"{draw.word(COMMON.quantities)} {_some(draw, nouns, looks)}", True)
+        return Phrase(_a(draw, nouns, looks), False)
+    return Phrase(f"{draw.word(COMMON.quantities)} {_some(draw, nouns, looks)}", True)
 
 
-def _a(draw: _Draw, nouns: str, looks: str) -> str:
+def _a(draw: Draw, nouns: str, looks: str) -> str:
     return _article(" ".join(([draw.word(looks)] if looks else []) + [draw.word(nouns)]))
 
 
-def _some(draw: _Draw, nouns: str, looks: str) -> str:
+def _some(draw: Draw, nouns: str, looks: str) -> str:
     return " ".join(([draw.word(looks)] if looks else []) + [_plural(draw.word(nouns))])
 
 
@@ -248,9 +255,10 @@ def _intransitive(scene: Scene) -> list[str]:
     return [verb for verb, objects in scene.actions.items() if not objects]
 
 
-def _action(draw: _Draw, scene: Scene, plural: bool, *, progressive: bool = False) -> str:
+def draw_action(draw: Draw, scene: Scene, plural: bool, *, progressive: bool = False) -> str:
+    """Return what somebody of a scene does."""
     verb = draw.one(list(scene.actions))
-    inflected = _inflect(verb, plural, progressive=progressive)
+    inflected = inflect(verb, plural, progressive=progressive)
     if not scene.actions[verb]:
         return inflected
     noun = draw.word(scene.actions[verb])
@@ -263,7 +271,8 @@ def _action(draw: _Draw, scene: Scene, plural: bool, *, progressive: bool = Fals
     return f"{inflected} {_some(draw, noun, looks) if plural else _a(draw, noun, looks)}"
 
 
-def _place(draw: _Draw, scene: Scene) -> str:
+def draw_place(draw: Draw, scene: Scene) -> str:
+    """Return where."""
     preposition = draw.one(list(scene.places))
     nouns = scene.places[preposition]
     if draw.chance(0.7):
@@ -271,13 +280,14 @@ def _place(draw: _Draw, scene: Scene) -> str:
     return f"{preposition} the {draw.word(nouns)}"
 
 
-def _beside(draw: _Draw, scene: Scene) -> str:
+def _beside(draw: Draw, scene: Scene) -> str:
     landmark = draw.word(scene.landmarks)
     where = _article(landmark) if draw.chance(0.6) else f"the {landmark}"
     return f"{draw.word(COMMON.relations)} {where}"
 
 
-def _time(draw: _Draw, scene: Scene) -> str:
+def draw_time(draw: Draw, scene: Scene) -> str:
+    """Return when, or in what weather."""
     if draw.chance(0.4):
         kinds = COMMON.seasons if scene.indoors or draw.chance(0.3) else COMMON.weather
         return f"on {_a(draw, COMMON.parts_of_day, kinds)}"
@@ -304,7 +314,8 @@ def _with_s(word: str) -> str:
     return f"{word}s"
 
 
-def _inflect(verb: str, plural: bool, *, progressive: bool) -> str:
+def inflect(verb: str, plural: bool, *, progressive: bool) -> str:
+    """Return a verb as its subject asks for it."""
     head, space, particle = verb.partition(" ")
     if not progressive:
         return f"{head if plural else _with_s(head)}{space}{particle}"

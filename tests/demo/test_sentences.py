@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qsens.demo import scenes
-from qsens.demo.sentences import _inflect, captions, shipped, split_of
+from qsens.demo.sentences import captions, inflect, shipped, split_of
 
 SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "dataset" / "demo"
 VOWELS = set("aeiou")
@@ -85,9 +85,9 @@ def test_articles_agree_with_the_next_word(many: list[str]) -> None:
     ],
 )
 def test_inflections(verb: str, one: str, going_on: str) -> None:
-    assert _inflect(verb, False, progressive=False) == one
-    assert _inflect(verb, True, progressive=False) == verb
-    assert _inflect(verb, True, progressive=True) == going_on
+    assert inflect(verb, False, progressive=False) == one
+    assert inflect(verb, True, progressive=False) == verb
+    assert inflect(verb, True, progressive=True) == going_on
 
 
 def test_there_is_and_there_are_agree_with_what_follows(many: list[str]) -> None:

@@ -396,7 +396,7 @@ class Samples:
 
     def read(self, rng: random.Random) -> None:
         """Read it."""
-        read_samples(self.path, "small")
+        read_samples((self.path,), "small")
 
 
 class Annotations:

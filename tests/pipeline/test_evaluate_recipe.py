@@ -50,7 +50,7 @@ def swept(place: Place) -> Plan:
 
 
 def test_pictures_that_were_used_are_not_measured_on(place: Place, swept: Plan) -> None:
-    left = held_out(swept, "image_text")
+    (left,) = held_out(swept, "image_text").values()
     assert [(record.image, record.caption) for record in left] == place.rows[USED:]
     seeing.write_jsonl(place.root / "used.jsonl", place.rows[:USED])
     with pytest.raises(UserError, match="no picture that the sweep did not use"):

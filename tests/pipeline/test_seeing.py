@@ -249,7 +249,8 @@ def test_what_cannot_be_read_is_refused_before_any_work(place: Place) -> None:
     (blind / "preprocessor_config.json").unlink()
     with pytest.raises(UserError, match="has no image processor"):
         place.plan(f"model.path={blind}")
-    assert place.plan(f"model.path={blind}", "coverage=lm_only").samples["small"].pictures is None
+    language = place.plan(f"model.path={blind}", "coverage=lm_only")
+    assert language.cells[0].sets[0].samples.pictures is None
 
 
 @pytest.mark.parametrize(
@@ -387,7 +388,8 @@ def test_samples_are_what_the_processor_and_the_template_make(place: Place) -> N
     theirs = processor(images=[picture], return_tensors="pt")
     from qsens.data.images import PictureReader
 
-    pixels = PictureReader.of(place.plan()).read(image)
+    plan = place.plan()
+    pixels = PictureReader.of(plan, plan.config.dataset[0]).read(image)
     assert pixels is not None
     tokenizer = AutoTokenizer.from_pretrained(place.checkpoint)
     samples = chat_samples(

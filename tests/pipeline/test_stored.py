@@ -468,7 +468,7 @@ def test_a_fault_that_passes_is_never_for_ever(
 ) -> None:
     made = plan(PAIRS)
     with monkeypatch.context() as patch:
-        patch.setattr(compute, "_score_pass", lambda *_: (_ for _ in ()).throw(RuntimeError("x")))
+        patch.setattr(compute, "_score_set", lambda *_: (_ for _ in ()).throw(RuntimeError("x")))
         with pytest.raises(RuntimeError, match="x"):
             score(made, made.cells[0].cell)
     with pytest.raises(Exception, match="RuntimeError: x"):

@@ -64,7 +64,7 @@ def test_the_preset_publishes_the_tower_at_three_sizes(
 
 def test_samples_are_what_the_processor_and_the_template_make(place: Place) -> None:
     plan = place.plan("coverage=all_layers")
-    reader = PictureReader.of(plan)
+    reader = PictureReader.of(plan, plan.config.dataset[0])
     processor = Qwen2VLImageProcessorPil.from_pretrained(place.checkpoint)
     processor.size["longest_edge"] = place.max_pixels
     tokenizer = load_tokenizer(plan.config.model)
