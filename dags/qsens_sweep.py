@@ -18,6 +18,7 @@ from qsens_airflow.operators import GateOperator, PlanOperator, PublishOperator
 from qsens_airflow.params import dag_params
 from qsens_airflow.prune import PruneOperator
 from qsens_airflow.settings import DagSettings
+from qsens_airflow.traces import TracesOperator
 
 DOC = """
 ### Which layers break when they are quantized?
@@ -32,6 +33,8 @@ Sweeps precision pairs × calibration sizes over a checkpoint, and publishes man
 * **Scores are checked** where `autoquant.audit` says so: `audit` measures the true KL divergence of
   some groups, and gives each pair a verdict. Its failure keeps no report from being made.
 * **Nothing is computed twice.** A cell whose result is there is done at once, unless `force`.
+* **The model's own answers**, where the DAG's preset asks for them (`dag.traces`): `traces` makes
+  the file of samples before `plan` reads it.
 * **Reports again:** a new run with `mode=report_only`, or clear `publish` of an old run. Neither
   runs a GPU task.
 * **Refused before any GPU time is spent:** a checkpoint or captions that are not there, a format
@@ -66,6 +69,9 @@ def qsens_sweep() -> None:
     plan = PlanOperator(
         task_id="plan",
         gpu_pool=settings.pool,
+        makes_traces=settings.dag.traces is not None,
+        # The answers are not made again by a run that computes nothing.
+        trigger_rule=TriggerRule.NONE_FAILED,
         on_failure_callback=remember,
         doc_md="Validates the params, writes `plan.json` and returns one entry a cell. "
         "With `mode=report_only` it finds the plans of published sweeps and returns no cell.",
@@ -133,6 +139,15 @@ def qsens_sweep() -> None:
     )
     each_cell.expand_kwargs(plan.output) >> audit >> publish >> prune >> gate
     plan >> publish
+    if settings.dag.traces is not None:
+        traces = TracesOperator(
+            task_id="traces",
+            on_failure_callback=remember,
+            doc_md="Lets the unquantized model answer the prompts of `dag.traces`, for a data set "
+            "that reads its answers; a file that is there stays as it is.",
+            **settings.gpu_task(),
+        )
+        traces >> plan
 
 
 qsens_sweep()

@@ -10,10 +10,10 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from qsens.errors import AnswerIsNo, UserError
 from qsens.grid import Plan, read_plan
-from qsens_airflow.gpu import GpuOperator
+from qsens_airflow.gpu import PlannedOperator
 
 
-class AuditOperator(GpuOperator):
+class AuditOperator(PlannedOperator):
     """Audit the scores of a plan, as its ``autoquant.audit`` says; else the task is skipped.
 
     Pairs that are not to be trusted are an answer, and fail nothing.
@@ -27,7 +27,7 @@ class AuditOperator(GpuOperator):
     def execute(self, context: Context) -> dict[str, Any]:
         """Run ``qsens audit``; return the verdict of each audited cell, and what is missing."""
         mode = self._mode(context)
-        audited = self.run_on_device(context, "audit", *(["--full"] if mode == "full" else []))
+        audited = self.run_planned(context, "audit", *(["--full"] if mode == "full" else []))
         verdicts = {}
         for audit in audited["audits"]:
             judged = audit["judgement"]

@@ -11,10 +11,10 @@ from airflow.sdk import Context
 from qsens.errors import QsensError
 from qsens.grid import Plan, read_plan
 from qsens.pipeline.cell import Step, is_there, outcome_there
-from qsens_airflow.gpu import GpuOperator
+from qsens_airflow.gpu import PlannedOperator
 
 
-class CellOperator(GpuOperator):
+class CellOperator(PlannedOperator):
     """Base of one cell's steps.
 
     Args:
@@ -40,7 +40,7 @@ class CellOperator(GpuOperator):
         if there is not None:
             self.log.info("%s: %s already", self.title, there["status"])
             return there
-        return self.run_on_device(context, self.verb, "--cell", self.cell)
+        return self.run_planned(context, self.verb, "--cell", self.cell)
 
     def nothing_to_compute(self, plan: Plan) -> bool:
         """Return whether the cell's result of this step is there."""

@@ -16,30 +16,15 @@ from qsens_airflow.lease import VISIBLE, devices_to_lease, take
 
 
 class GpuOperator(QsensOperator):
-    """Base of the operators that run a verb of a plan on a GPU.
+    """Base of the operators that run a verb on a GPU."""
 
-    Args:
-        plan: Path of the plan.
-    """
-
-    template_fields: Sequence[str] = ("plan",)
-
-    def __init__(self, *, plan: str, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.plan = plan
-
-    def run_on_device(self, context: Context, verb: str, *arguments: str) -> dict[str, Any]:
-        """Run ``qsens VERB --plan ...`` with a device of its own where tasks share several."""
+    def run_on_device(self, context: Context, *arguments: str) -> dict[str, Any]:
+        """Run ``qsens`` with a device of its own where tasks share several."""
         with self._device(context) as (environment, inherited):
-            return self.run_verb(
-                context,
-                *(verb, "--plan", self.plan, *arguments),
-                environment=environment,
-                inherited=inherited,
-            )
+            return self.run_verb(context, *arguments, environment=environment, inherited=inherited)
 
-    def nothing_to_compute(self, plan: Plan) -> bool:
-        """Return whether the verb needs no device, since what it makes is there."""
+    def device_wanted(self) -> str | None:
+        """Return ``autoquant.device``; none where there is nothing to compute."""
         raise NotImplementedError
 
     @property
@@ -51,7 +36,7 @@ class GpuOperator(QsensOperator):
     def _device(self, context: Context) -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
         """Lease a GPU where tasks share several; what needs none goes without."""
         devices = devices_to_lease()
-        wanted = self._wanted(devices) if devices else []
+        wanted = _allowed(self.device_wanted(), devices) if devices else []
         if not wanted:
             yield {}, ()
             return
@@ -65,16 +50,40 @@ class GpuOperator(QsensOperator):
         finally:
             lease.release()
 
-    def _wanted(self, devices: list[str]) -> list[str]:
-        """Return the devices that would do; none where there is nothing to compute."""
+
+class PlannedOperator(GpuOperator):
+    """Base of the operators that run a verb of a plan on a GPU.
+
+    Args:
+        plan: Path of the plan.
+    """
+
+    template_fields: Sequence[str] = ("plan",)
+
+    def __init__(self, *, plan: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.plan = plan
+
+    def run_planned(self, context: Context, verb: str, *arguments: str) -> dict[str, Any]:
+        """Run ``qsens VERB --plan ...`` with a device of its own where tasks share several."""
+        return self.run_on_device(context, verb, "--plan", self.plan, *arguments)
+
+    def nothing_to_compute(self, plan: Plan) -> bool:
+        """Return whether the verb needs no device, since what it makes is there."""
+        raise NotImplementedError
+
+    def device_wanted(self) -> str | None:
+        """Return what the plan says; none where there is nothing to compute."""
         try:
             plan = read_plan(Path(self.plan))
-            if self.nothing_to_compute(plan):
-                return []
+            return None if self.nothing_to_compute(plan) else plan.config.autoquant.device
         except UserError:  # the child says it
-            return []
-        device = plan.config.autoquant.device
-        if device in ("auto", "cuda", "cuda:0"):
-            return devices
-        number = device.removeprefix("cuda:")
-        return devices[int(number) :][:1] if number.isdigit() else []
+            return None
+
+
+def _allowed(wanted: str | None, devices: list[str]) -> list[str]:
+    """Return those of the devices that ``autoquant.device`` allows."""
+    if wanted in ("auto", "cuda", "cuda:0"):
+        return devices
+    number = (wanted or "").removeprefix("cuda:")
+    return devices[int(number) :][:1] if number.isdigit() else []

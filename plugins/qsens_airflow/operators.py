@@ -31,11 +31,13 @@ class PlanOperator(QsensOperator):
 
     Args:
         gpu_pool: Pool that the cells' tasks take a slot of.
+        makes_traces: Whether a task before it makes the answers that a preset may ask for.
     """
 
-    def __init__(self, *, gpu_pool: str, **kwargs: Any) -> None:
+    def __init__(self, *, gpu_pool: str, makes_traces: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.gpu_pool = gpu_pool
+        self.makes_traces = makes_traces
 
     def execute(self, context: Context) -> list[dict[str, str]]:
         """Run ``qsens plan``, or find the plans that a report-only run publishes again."""
@@ -49,6 +51,13 @@ class PlanOperator(QsensOperator):
                 self.log.info("Report only: %s", ", ".join(map(str, plans)))
                 context["ti"].xcom_push(key="plan", value="\n".join(map(str, plans)))
                 return []
+            if config.dag.traces is not None and not self.makes_traces:
+                raise UserError(
+                    f"the preset {params.preset} asks for the model's answers, and the DAG's own "
+                    "preset asks for none, so no task makes them",
+                    where="dag.traces",
+                    remedy=f"Set QSENS_PRESET={params.preset} for a DAG that makes them.",
+                )
             lanes = config.dag.lanes or lanes_of(self.gpu_pool, self.log.info)
         except UserError as error:
             raise AirflowFailException(one_line(error.as_dict())) from None

@@ -336,7 +336,7 @@ def _siblings(location: Sequence[int | str]) -> list[str]:
 
 def _absolute(config: SweepConfig, roots: Roots) -> SweepConfig:
     """Resolve every path, so that nothing depends on a working directory later."""
-    output = config.runner.output_dir
+    output, traces = config.runner.output_dir, config.dag.traces
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": roots.resolve(config.model.path)}),
@@ -351,6 +351,18 @@ def _absolute(config: SweepConfig, roots: Roots) -> SweepConfig:
             ),
             "runner": config.runner.model_copy(
                 update={"output_dir": roots.resolve(output) if output else None}
+            ),
+            "dag": config.dag.model_copy(
+                update={
+                    "traces": traces.model_copy(
+                        update={
+                            "prompts": roots.resolve(traces.prompts),
+                            "out": roots.resolve(traces.out),
+                        }
+                    )
+                    if traces
+                    else None
+                }
             ),
         }
     )

@@ -268,6 +268,29 @@ class NotifierConfig(Frozen):
     ``{{ notice.html }}`` and ``{{ notice.json }}`` are the message."""
 
 
+class TracesConfig(Frozen):
+    """The model's own answers, which the DAG makes before a sweep where they are not there."""
+
+    prompts: Path
+    """File of what the model is asked, as ``qsens traces`` takes it."""
+    out: Path
+    """Where its answers go, ``.jsonl``: a file that the preset's data set reads."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Tokens of an answer at most."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 takes the likeliest token each time."""
+    top_p: float = Field(default=1.0, ge=0, le=1)
+    """The likeliest tokens that together have this probability are drawn from."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of the draws."""
+    batch_size: int = Field(default=8, ge=1)
+    """Prompts that are answered together."""
+    server: str | None = None
+    """Address of a server of OpenAI's API that answers; the checkpoint itself does when null."""
+    served_name: str | None = None
+    """What the server calls the model; its first one when null."""
+
+
 class DagConfig(Frozen):
     """What the Airflow DAG takes from configuration; no number depends on it."""
 
@@ -286,6 +309,8 @@ class DagConfig(Frozen):
     lanes: Annotated[int, Field(ge=1, le=64)] | None = None
     """Shares that the grid is split into, one for each GPU; null: as many as the pool has slots,
     where that is known."""
+    traces: TracesConfig | None = None
+    """The model's own answers, made first where they are not there; none makes none."""
     keep_sweeps: int = Field(default=30, ge=1)
     """Sweeps of a model that are kept, the newest, however old they are."""
     keep_days: int = Field(default=90, ge=1)

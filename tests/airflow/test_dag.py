@@ -168,3 +168,21 @@ def test_everything_is_documented(dag: Any) -> None:
 def test_the_gate_gives_the_asset_an_event(dag: Any) -> None:
     assert [asset.name for asset in dag.get_task("gate").outlets] == ["qsens_layer_analysis"]
     assert not any(dag.get_task(name).outlets for name in ("plan", "publish", "cell.score"))
+
+
+TRACES = (
+    "defaults: {model: tiny_qwen3_vl, dataset: demo, quant_pair: wfp8_afp8}\n"
+    "dag: {traces: {prompts: prompts.jsonl, out: traces.jsonl}}\n"
+)
+
+
+def test_answers_are_made_before_the_plan_where_the_preset_asks_for_them(tmp_path: Path) -> None:
+    own = tmp_path / "sweep" / "answers.yaml"
+    own.parent.mkdir()
+    own.write_text(TRACES)
+    asks = load(QSENS_CONFIG_DIR=str(tmp_path), QSENS_PRESET="answers").dags["qsens_sweep"]
+    assert asks.get_task("traces").downstream_task_ids == {"plan"}
+    assert asks.get_task("traces").pool == "default_pool"
+    # A run that computes nothing skips them, and plans all the same.
+    assert asks.get_task("plan").trigger_rule == "none_failed"
+    assert asks.get_task("plan").makes_traces is True
