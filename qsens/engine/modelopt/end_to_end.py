@@ -48,6 +48,8 @@ class Measured:
         predicted: The recipe's own prediction; none where there is none in nats.
         by_caption: Increase of the loss summed over each caption, nats.
         labels: Labels of each caption.
+        nats: KL divergence summed over each caption, nats; none where it is not known.
+        predictions: Positions of each caption whose distribution counts; likewise.
         formats: Name of the format of each quantized module, where ModelOpt chose it.
     """
 
@@ -59,6 +61,8 @@ class Measured:
     predicted: float | None
     by_caption: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
+    nats: np.ndarray[Any, Any] | None = None
+    predictions: np.ndarray[Any, Any] | None = None
     formats: Mapping[str, str] | None = None
 
     def against(self, other: Measured) -> tuple[float, float]:
@@ -66,16 +70,27 @@ class Measured:
 
         Both ran on the same captions: what all captions have in common drops out.
         """
-        difference = self.by_caption - other.by_caption
-        mean = float(difference.sum() / self.labels.sum())
-        rest = difference - mean * self.labels
-        return mean, float(np.sqrt(len(rest) * rest.var(ddof=1)) / self.labels.sum())
+        return _paired(self.by_caption - other.by_caption, self.labels)
+
+    def divergence_against(self, other: Measured) -> tuple[float, float]:
+        """Return how much more KL divergence a token this has than ``other``, likewise."""
+        assert self.nats is not None
+        assert other.nats is not None
+        assert self.predictions is not None
+        return _paired(self.nats - other.nats, self.predictions)
 
     def numbers(self) -> dict[str, Any]:
         """Return it as JSON can hold it, without the captions."""
         numbers = {"name": self.name, "bits": self.bits, "loss": self.loss}
         divergences = {"divergence": self.divergence, "scored": self.scored}
         return numbers | divergences | {"predicted": self.predicted}
+
+
+def _paired(difference: np.ndarray[Any, Any], tokens: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Return a difference a token, from that of each caption, with its standard error."""
+    mean = float(difference.sum() / tokens.sum())
+    rest = difference - mean * tokens
+    return mean, float(np.sqrt(len(rest) * rest.var(ddof=1)) / tokens.sum())
 
 
 @dataclass(frozen=True)
@@ -186,15 +201,14 @@ class EndToEnd:
             for batch in self._batches(self.held_out):
                 rounded = _logits(self.model, batch)
                 with in_float32(self.model):
-                    nats += _divergence(_logits(self.model, batch), rounded, batch)
+                    nats += sum(_divergences(_logits(self.model, batch), rounded, batch))
         return nats / self.held_out.predictions()
 
     def _judge(self, name: str, model: nn.Module, predicted: float | None) -> Measured:
         """Measure a quantized model against the unquantized one."""
         covered = [group for group in self.groups if group.covered]
         bits = effective_bits(model, covered)
-        lost, labels = [], []
-        divergence = 0.0
+        lost, labels, nats, predictions = [], [], [], []
         with torch.no_grad():
             _fold(model, covered)
             with in_float32(self.model), in_float32(model):
@@ -202,20 +216,23 @@ class EndToEnd:
                     before, after = _logits(self.model, batch), _logits(model, batch)
                     lost += (losses_of(after, batch) - losses_of(before, batch)).tolist()
                     labels += batch.lengths("labels")
-                    divergence += _divergence(before, after, batch)
+                    nats += _divergences(before, after, batch)
+                    predictions += batch.lengths("predictions")
                 scored = sum(
-                    _divergence(_logits(self.model, batch), _logits(model, batch), batch)
+                    sum(_divergences(_logits(self.model, batch), _logits(model, batch), batch))
                     for batch in self._batches(self.calibration, self.scored)
                 )
         return Measured(
             name=name,
             bits=bits,
             loss=sum(lost) / sum(labels),
-            divergence=divergence / self.held_out.predictions(),
+            divergence=sum(nats) / self.held_out.predictions(),
             scored=scored / self.calibration.predictions(self.scored) if self.scored else None,
             predicted=predicted,
             by_caption=np.array(lost),
             labels=np.array(labels),
+            nats=np.array(nats),
+            predictions=np.array(predictions),
         )
 
     def _calibrate(self, model: nn.Module) -> None:
@@ -297,10 +314,10 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     return logits
 
 
-def _divergence(before: torch.Tensor, after: torch.Tensor, batch: Batch) -> float:
-    """Return the KL divergence of two outputs where it counts, summed over the batch, in nats."""
+def _divergences(before: torch.Tensor, after: torch.Tensor, batch: Batch) -> list[float]:
+    """Return the KL divergence of two outputs where it counts, summed over each sample, in nats."""
     # One sample at a time: a large vocabulary in double is much.
-    return sum(
+    return [
         float(divergences(one[counts].float(), other[counts].float()).sum())
         for one, other, counts in zip(before, after, batch.predicts(), strict=True)
-    )
+    ]
