@@ -29,7 +29,10 @@ MEMORY_SHARE = "QSENS_MEMORY_SHARE"
 _SHARE_OF_FREE = 0.8
 _LEAST_TOKENS = 64
 # Work on a weight is shared by the tokens of a window: more than this saves little.
-_WAVE_TOKENS = 2 * BATCH_TOKENS
+_WINDOW_TOKENS = 2 * BATCH_TOKENS
+# So are a GPU's launches, which one loss keeps too short of work: an eighth of the seconds, on an
+# H200 at the shape of Qwen3-VL-4B.
+_SHARED_LAUNCHES = 8 * BATCH_TOKENS
 # Forward alone, a token takes less, and kernels are launched for nothing else.
 _FORWARD_TOKENS = 4 * BATCH_TOKENS
 # What the records of all layers may take, and how many tokens they must reach for: a second run of
@@ -96,7 +99,9 @@ def plan_budget(
     fixed, per_token, records = _footprint(model, groups, candidates, size, wide, losses, rows)
     fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
     # Patches that a token brings along are work on weights too: fewer tokens share it as well.
-    enough = int((_WAVE_TOKENS if losses else _FORWARD_TOKENS) / max(1.0, rows.patches / 2))
+    on_a_gpu = parameter.device.type == "cuda"
+    window = _SHARED_LAUNCHES if on_a_gpu and losses == 1 else _WINDOW_TOKENS
+    enough = int((window if losses else _FORWARD_TOKENS) / max(1.0, rows.patches / 2))
     tokens = min(enough, fitting)
     recorded = int((min(limit, _RECORDS) - fixed) / (per_token + records))
     keeps = losses > 0 and recorded >= _RECORDED_TOKENS
