@@ -19,6 +19,7 @@ from qsens.errors import UserError
 # Params that stand for one key of the configuration; a param's name is the key's last part.
 AXES = {
     "model": "model",
+    "dataset": "dataset",
     "quant_pair": "quant_pair",
     "size": "dataset.size",
     "quant_granularity": "quant_granularity",
@@ -42,6 +43,8 @@ class SweepParams(Frozen):
     """Sweep preset: what a run uses wherever the params below are empty."""
     model: str | None = None
     """As ``model`` in the configuration."""
+    dataset: tuple[str, ...] | None = None
+    """As ``dataset`` in the configuration: one, or several, each scored apart and all together."""
     quant_pair: tuple[str, ...] | None = None
     """As ``quant_pair`` in the configuration."""
     size: tuple[str, ...] | None = None

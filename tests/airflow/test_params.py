@@ -119,14 +119,15 @@ def test_params_become_overrides_that_the_configuration_takes() -> None:
             "model": "tiny_qwen3_vl",
             "quant_pair": ["wint8_afp16", "wfp8_afp8"],
             "size": ["large", "small"],
+            "dataset": ["demo", "demo_dialogues"],
             "force": True,
-            "overrides": "dataset=demo\n autoquant.score_size=64 'model.path=/a b/c'",
+            "overrides": "\n autoquant.score_size=64 'model.path=/a b/c'",
         }
     )
     config = load_sweep(read.preset, read.as_overrides()).config
     assert [pair.name for pair in config.quant_pair] == ["wint8_afp16", "wfp8_afp8"]
     assert config.dataset[0].size == ("small", "large")
-    assert config.dataset[0].name == "demo_captions"
+    assert [one.name for one in config.dataset] == ["demo_captions", "demo_dialogues"]
     assert config.autoquant.score_size == 64
     assert config.runner.force
     assert config.model.path == Path("/a b/c")

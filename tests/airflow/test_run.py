@@ -248,7 +248,7 @@ def test_a_value_that_the_form_does_not_offer_is_answered_with_400(
 
 
 def test_three_phases_of_int8_publish_six_directories_in_one_run(house: House) -> None:
-    run = house.run(preset="int8-3phase", model="tiny_qwen3_vl", overrides="dataset=demo_drawings")
+    run = house.run(preset="int8-3phase", model="tiny_qwen3_vl", dataset=["demo_drawings"])
     assert run.state == "success"
     sizes = ("small", "medium", "large")
     published = house.published(run)

@@ -84,7 +84,7 @@ def test_sizes_in_tokens_are_heads_of_one_another(checkpoint: Path, tmp_path: Pa
         f"dataset.sizes={{small: {needed(64)}}}",
     )
     large = plan.model_copy(update={"grid": [cell for cell in plan.grid if cell.size == "large"]})
-    assert scores(large) == pytest.approx(scores(in_samples), rel=1e-6)
+    assert scores(large) == pytest.approx(scores(in_samples), rel=1e-4)
 
 
 def test_longest_samples_count_as_they_are_cut(checkpoint: Path, tmp_path: Path) -> None:
