@@ -296,6 +296,8 @@ def _samples_identity(
         identity["kind"] = samples.kind
     if samples.kind in CONVERSATIONS:
         identity["loss"] = dataset.loss
+        if dataset.turns == "each":
+            identity["turns"] = "each"
     if modality == "image_text":
         identity |= {
             "pictures": samples.pictures.digest if samples.pictures else None,

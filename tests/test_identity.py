@@ -196,7 +196,7 @@ def test_what_a_new_field_means_for_digests_is_decided_here() -> None:
         },
         DatasetConfig: {
             "name", "modality", "sizes", "size", "max_calib_samples", "calib_seq_len",
-            "max_pixels", "max_skipped", "prompt", "loss",
+            "max_pixels", "max_skipped", "prompt", "loss", "turns",
         },
         AutoquantConfig: {
             "method", "draws", "engine", "effective_bits", "score_size", "batch_size", "seed",

@@ -143,6 +143,9 @@ class DatasetConfig(Frozen):
     """What the records are; by the first one's keys when ``auto``."""
     loss: Literal["assistant", "all"] = "assistant"
     """Which tokens of a conversation are labels: those of the assistant's turns, or all."""
+    turns: Literal["together", "each"] = "together"
+    """A conversation is one sample (``together``), or each answer is, behind what came before it
+    (``each``): for templates that write earlier turns otherwise once others follow."""
     sizes: dict[Size, Count] = Field(
         default={"small": 16, "medium": 128, "large": 512}, min_length=1
     )

@@ -27,6 +27,7 @@ from qsens.config.models import (
 from qsens.data.images import PictureReader, identify_pictures, skipped_notices
 from qsens.data.records import CHOOSE, Record, read_records
 from qsens.errors import UserError
+from qsens.grid import CalibrationSet
 from qsens.identity import SamplesIdentity, Skipped
 from qsens.reading import read_bytes
 
@@ -39,16 +40,29 @@ def read_captions(path: Path, split: str = "") -> list[str]:
     return [record.caption for record in read_kind(path, split)[0]]
 
 
-def read_samples(paths: Sequence[Path], split: str = "", kind: str = "auto") -> list[Record]:
+def read_samples(
+    paths: Sequence[Path], split: str = "", kind: str = "auto", *, each_turn: bool = False
+) -> list[Record]:
     """Return the samples of files, captions stripped, in order, without empty ones.
 
     See :func:`read_kinds`.
     """
-    return read_kinds(paths, split, kind)[0]
+    return read_kinds(paths, split, kind, each_turn=each_turn)[0]
+
+
+def samples_of(given: CalibrationSet) -> list[Record]:
+    """Return the samples that a cell takes of a data set, those to skip counted."""
+    read = read_samples(
+        given.samples.paths,
+        given.size,
+        given.samples.kind,
+        each_turn=given.dataset.turns == "each",
+    )
+    return read[: given.taken]
 
 
 def read_kinds(
-    paths: Sequence[Path], split: str = "", kind: str = "auto"
+    paths: Sequence[Path], split: str = "", kind: str = "auto", *, each_turn: bool = False
 ) -> tuple[list[Record], RecordKind]:
     """Return the samples of files that follow one another, and what they are.
 
@@ -57,9 +71,9 @@ def read_kinds(
     Raises:
         UserError: As there; or what one file holds is not what the one before it does.
     """
-    samples, found = read_kind(paths[0], split, kind)
+    samples, found = read_kind(paths[0], split, kind, each_turn=each_turn)
     for path in paths[1:]:
-        more, other = read_kind(path, split, kind)
+        more, other = read_kind(path, split, kind, each_turn=each_turn)
         if other != found:
             raise UserError(
                 f"holds records of kind {other}, and {paths[0].name} of kind {found}",
@@ -70,7 +84,9 @@ def read_kinds(
     return samples, found
 
 
-def read_kind(path: Path, split: str = "", kind: str = "auto") -> tuple[list[Record], RecordKind]:
+def read_kind(
+    path: Path, split: str = "", kind: str = "auto", *, each_turn: bool = False
+) -> tuple[list[Record], RecordKind]:
     """Return the samples of a file as :func:`read_samples` does, and what they are.
 
     A ``.txt`` file holds one a line; a byte-order mark and CRLF line ends are taken as what they
@@ -80,6 +96,7 @@ def read_kind(path: Path, split: str = "", kind: str = "auto") -> tuple[list[Rec
         path: The file; its suffix, in any case, says what it is.
         split: Which samples of an SQLite file: the name of the size.
         kind: What its records are: ``dataset.format``.
+        each_turn: Whether each answer of a conversation is a sample: ``dataset.turns``.
 
     Raises:
         UserError: The file has another suffix, is missing, empty, broken, no regular file, or no
@@ -101,7 +118,7 @@ def read_kind(path: Path, split: str = "", kind: str = "auto") -> tuple[list[Rec
     if has_suffix(path, TEXT):
         samples = [Record("", caption) for caption in _lines(path)]
     else:
-        samples, found = read_records(path, split, kind)
+        samples, found = read_records(path, split, kind, each_turn=each_turn)
     if not samples:
         raise UserError(
             "holds no caption", where=f"captions file {path}", remedy="Write one caption a line."
@@ -157,7 +174,7 @@ def identify_samples(
                 remedy=CHOOSE,
             )
         name = paths[0].name if len(paths) == 1 else f"{paths[0].name} with {len(paths) - 1} more"
-        samples, kind = read_kinds(paths, size, dataset.format)
+        samples, kind = read_kinds(paths, size, dataset.format, each_turn=dataset.turns == "each")
         digests = [digest_file(path, remedy=CHOOSE) for path in paths]
         counts = _count(dataset, samples, lengths) if lengths is not None else {}
         identity = SamplesIdentity(

@@ -41,10 +41,20 @@ class Conversation:
     Attributes:
         messages: Each with ``role`` and ``content``; of tool calls, arguments are objects.
         tools: Descriptions of the tools that the model may call; none where it has none.
+        last: Whether only its last answer is a label.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Any, ...] | None = None
+    last: bool = False
+
+    def turns(self) -> list[Conversation]:
+        """Return a conversation for each answer: what came before it, and it."""
+        return [
+            Conversation(self.messages[: at + 1], self.tools, last=True)
+            for at, message in enumerate(self.messages)
+            if message["role"] == ASSISTANT
+        ]
 
     def __str__(self) -> str:
         """Return it in one line: equal for equal conversations alone."""

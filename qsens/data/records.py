@@ -49,13 +49,16 @@ class Record:
     fault: str = ""
 
 
-def read_records(path: Path, split: str, kind: str = "auto") -> tuple[list[Record], RecordKind]:
+def read_records(
+    path: Path, split: str, kind: str = "auto", *, each_turn: bool = False
+) -> tuple[list[Record], RecordKind]:
     """Return the samples of a file, in order, and what they are; empty texts are left out.
 
     Args:
         path: The file; its suffix says what it is.
         split: Which samples of an SQLite file: its only split where it has just one.
         kind: What the records are; by the first one's keys when ``auto``.
+        each_turn: Whether each answer of a conversation is a sample.
 
     Raises:
         UserError: The file is broken, has another layout, or names an image outside the images'
@@ -75,8 +78,14 @@ def read_records(path: Path, split: str, kind: str = "auto") -> tuple[list[Recor
     found = kind_of(first[1]) if kind == "auto" else kind
     if found is None:
         raise _broken(path, f"{first[0]} has none of the keys that say what it is")
-    read = (_read(path, where, entry, found) for where, entry in itertools.chain([first], entries))
-    records = [record for record in read if record.caption]
+    records = []
+    for where, entry in itertools.chain([first], entries):
+        record = _read(path, where, entry, found)
+        if each_turn and record.conversation is not None:
+            turns = record.conversation.turns()
+            records += [Record("", str(turn), turn) for turn in turns]
+        elif record.caption:
+            records.append(record)
     if records and all(record.fault for record in records):
         raise _broken(path, f"none of its {len(records)} records fits; sample 1 {records[0].fault}")
     return records, found  # type: ignore[return-value]

@@ -84,7 +84,8 @@ def conversation_samples(
         rewritten += rendered.rewritten
     said = (
         f"{rewritten} of {len(ids)} conversations are written otherwise once more turns follow, "
-        "such as without earlier reasoning: of those, the last answer alone is a label",
+        "such as without earlier reasoning: of those, the last answer alone is a label "
+        "(dataset.turns=each makes a sample of each)",
     )
     notices = said if rewritten and loss == ASSISTANT else ()
     return Samples(tuple(ids), tuple(truncated), tuple(spans), notices=notices)
@@ -136,7 +137,7 @@ def _by_tags(conversation: Conversation, tokenizer: Any, template: str, number: 
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    return _tokenized(text, places, tokenizer)
+    return _tokenized(text, places[-1:] if conversation.last else places, tokenizer)
 
 
 def _by_prefixes(conversation: Conversation, tokenizer: Any, number: int) -> Rendered:
@@ -145,7 +146,7 @@ def _by_prefixes(conversation: Conversation, tokenizer: Any, number: int) -> Ren
     whole = _text(conversation, len(messages), tokenizer, number)
     answers = [at for at, message in enumerate(messages) if message["role"] == ASSISTANT]
     places, rewritten = [], False
-    for at in answers:
+    for at in answers[-1:] if conversation.last else answers:
         place = _place(conversation, at, tokenizer, number)
         if place is None or not whole.startswith(place[0]):
             rewritten = True
@@ -157,7 +158,7 @@ def _by_prefixes(conversation: Conversation, tokenizer: Any, number: int) -> Ren
         if place is None:
             raise _refusal("its chat template writes a turn otherwise than it asks for it", number)
         whole, places = place[0], [place[1]]
-    return _tokenized(whole, places, tokenizer, rewritten=rewritten)
+    return _tokenized(whole, places, tokenizer, rewritten=rewritten and not conversation.last)
 
 
 def _tokenized(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qsens.config import PairConfig
 from qsens.config.models import SIZES, Modality
-from qsens.data.captions import read_samples
+from qsens.data.captions import read_samples, samples_of
 from qsens.data.records import Record
 from qsens.errors import UserError
 from qsens.grid import CellSpec, Plan
@@ -110,8 +110,7 @@ def held_out(
         if cell.modality == "text" and pictures:
             continue
         for one in cell.sets:
-            read = read_samples(one.samples.paths, one.size, one.samples.kind)
-            used |= {key(record) for record in read[: one.taken]}
+            used |= {key(record) for record in samples_of(one)}
     left: dict[str, list[Record]] = {}
     for dataset in plan.config.dataset[: 1 if captions is not None else None]:
         largest = max(dataset.files, key=SIZES.index)
@@ -119,7 +118,7 @@ def held_out(
         kind = "auto" if captions is not None else dataset.format
         left[dataset.name] = [
             record
-            for record in read_samples(paths, largest, kind)
+            for record in read_samples(paths, largest, kind, each_turn=dataset.turns == "each")
             if key(record) not in used and not record.fault
         ]
         if not left[dataset.name]:

@@ -18,7 +18,7 @@ from qsens.checkpoint.unused import left_alone_notices, unused_notices
 from qsens.checksums import digest_of
 from qsens.config import DatasetConfig
 from qsens.config.models import CONVERSATIONS, Modality
-from qsens.data.captions import read_samples
+from qsens.data.captions import samples_of
 from qsens.data.chat import chat_samples, load_processor
 from qsens.data.images import PictureReader
 from qsens.data.records import Record
@@ -146,7 +146,7 @@ def with_set(plan: Plan, one: CalibrationSet, checkpoint: Checkpoint) -> Loaded:
         UserError: The samples cannot be read, or their pictures are not those of the plan.
     """
     started = time.monotonic()
-    records = read_samples(one.samples.paths, one.size, one.samples.kind)[: one.taken]
+    records = samples_of(one)
     if one.modality == "image_text":
         reader = PictureReader.of(plan, one.dataset)
         if reader.identify(records) != one.samples.pictures:
@@ -245,6 +245,7 @@ def together(datasets: Sequence[Dataset]) -> Dataset:
         calib_seq_len=max(one.calib_seq_len or 0 for one in datasets),
         records=common("records"),
         loss=common("loss"),
+        turns=common("turns"),
         pictures_digest=digest_of([one.pictures_digest for one in datasets])
         if first.pictures_digest
         else None,
@@ -284,6 +285,7 @@ def dataset_of(one: CalibrationSet, samples: Samples, padding_share: float) -> D
         calib_seq_len=config.calib_seq_len,
         records=one.samples.kind,
         loss=config.loss if one.samples.kind in CONVERSATIONS else None,
+        turns="each" if one.samples.kind in CONVERSATIONS and config.turns == "each" else None,
         pictures_digest=pictures.digest if pictures else None,
         skipped=len(one.skipped),
         patches=samples.patches(used) if pictures else None,

@@ -96,6 +96,8 @@ class Dataset(Section):
     ``completion``; null in older manifests."""
     loss: str | None = None
     """Which tokens of conversations are labels: ``assistant`` or ``all``; null for others."""
+    turns: str | None = None
+    """``each`` where each answer of a conversation is a sample; null otherwise."""
     pictures_digest: str | None = None
     """SHA-256 over the contents of the pictures; null for ``text``."""
     skipped: int = 0

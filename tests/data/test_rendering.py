@@ -105,6 +105,14 @@ def test_reasoning_that_is_left_out_of_earlier_turns() -> None:
     )
     (notice,) = samples.notices
     assert notice.startswith("1 of 2 conversations are written otherwise")
+    # Turn by turn, each answer stands as it was given.
+    each = [words(template, turn) for turn in thinking.turns()]
+    first_answer = "<think> be kind </think> hello there <end>"
+    asked = "user : hi <end> assistant : "
+    assert each == [
+        ((asked + first_answer).split(), first_answer.split(), False),
+        ((whole + last_answer).split(), last_answer.split(), False),
+    ]
     # All tokens are labels, however they came to stand there.
     every = conversation_samples([thinking], tokenizer(template), loss="all", longest=99)
     assert every.notices == ()

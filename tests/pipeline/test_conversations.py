@@ -65,6 +65,28 @@ def planned(checkpoint: Path, root: Path, *overrides: str, chats: Any = CHATS) -
     )
 
 
+def test_each_answer_may_be_a_sample(checkpoint: Path, tmp_path: Path) -> None:
+    together = planned(checkpoint, tmp_path / "a")
+    plan = planned(checkpoint, tmp_path / "b", "dataset.turns=each", "dataset.sizes.small=5")
+    samples = load(plan, plan.cells[0], silent).samples
+    answers = [
+        (chat["messages"][:at], chat["messages"][at])
+        for chat in CHATS
+        for at, message in enumerate(chat["messages"])
+        if message["role"] == "assistant"
+    ]
+    assert len(answers) == 5
+    assert samples.labels() == [words(answer["content"]) for _, answer in answers]
+    for ids, (before, answer) in zip(samples.ids, answers, strict=True):
+        assert len(ids) == sum(words(message["content"]) for message in [*before, answer])
+    assert plan.cells[0].digest != together.cells[0].digest
+    _, errors = run_sweep(plan)
+    assert errors == []
+    dataset = read_manifest(Store(plan).manifest(plan.cells[0])).dataset
+    assert dataset is not None
+    assert (dataset.turns, dataset.samples_used) == ("each", 5)
+
+
 def words(text: str) -> int:
     return len(text.split())
 
