@@ -202,7 +202,7 @@ class DatasetConfig(Frozen):
         for name in self.names(size):
             path = self.directory / name
             if glob.has_magic(name) and not path.exists():
-                found += [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]
+                found += [Path(each) for each in sorted(glob.glob(str(path)))]
             else:
                 found.append(path)
         return tuple(found)

@@ -115,9 +115,9 @@ def score_fused(
     """
     checkpoint = shared.load(progress)
     failed: dict[str, QsensError] = {}
-    together = [cell for cell in cells if len(cell.sets) > 1 and cell.needs_calibration]
-    given = read_calibrated(store, (cell.calibration for cell in together))
-    missing = [cell for cell in together if cell.calibration not in given]
+    united = [cell for cell in cells if len(cell.sets) > 1 and cell.needs_calibration]
+    given = read_calibrated(store, (cell.calibration for cell in united))
+    missing = [cell for cell in united if cell.calibration not in given]
     given |= _calibrated(store, missing, checkpoint, progress) if missing else {}
     found: dict[str, list[Share]] = {cell.cell: [] for cell in cells}
     for share in by_set(cells):

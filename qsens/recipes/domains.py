@@ -95,9 +95,10 @@ def mixed(rows: Sequence[Row], mix: Mix) -> tuple[Row, ...]:
 
 
 def scaled(row: Row, score: float) -> Row:
-    """Return a row with another score per token; that of each data set changes alike."""
+    """Return a row with another score per token; that of each data set changes in proportion."""
     before, by_domain = row.sensitivity_per_token, row.by_domain
     if by_domain is not None:
-        factor = score / before if before else 1.0
-        by_domain = {name: value * factor for name, value in by_domain.items()}
+        by_domain = {
+            name: score * (value / before) if before else score for name, value in by_domain.items()
+        }
     return row.model_copy(update={"sensitivity_per_token": score, "by_domain": by_domain})

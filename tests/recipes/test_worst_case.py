@@ -98,3 +98,6 @@ def test_what_an_audit_corrects_it_corrects_in_every_data_set() -> None:
     assert corrected.sensitivity_per_token == 0.25
     assert corrected.by_domain == {"a": 0.125, "b": 0.5}
     assert scaled(row(), 0.25).by_domain is None
+    # Of an estimate of 0 nobody knows whose the truth is.
+    nothing = row(sensitivity_per_token=0.0, by_domain={"a": 0.0, "b": 0.0})
+    assert scaled(nothing, 0.25).by_domain == {"a": 0.25, "b": 0.25}
