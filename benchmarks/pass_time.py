@@ -5,7 +5,8 @@
 Every sample has as many tokens. The model is built on the device and run once before it is timed.
 Prints JSON: the seconds of each timed pass, its calibration included, and the most that it took
 above the weights; with ``--modelopt PAIR``, also the seconds of ``mtq.auto_quantize`` on that pair
-and these samples, in batches of eight, which nothing warmed up.
+and these samples, in batches of eight, which nothing warmed up; with ``--floor``, what the matrix
+products of one more pass took by themselves, by the profiler.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._engines import request
 from benchmarks._workload import (
@@ -32,9 +35,11 @@ from qsens.checkpoint.loading import choose_experts, device_name, resolve_device
 from qsens.config.models import AutoquantConfig
 from qsens.data.samples import Samples
 from qsens.engine.memory import GIB
-from qsens.engine.scoring_pass import run_pass
+from qsens.engine.scoring_pass import ScoringPass, run_pass
 
 _BATCH = 8
+# What names of kernels, or of a CPU's operators, hold that multiply matrices.
+_PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "aten::mm", "aten::addmm", "aten::bmm")
 
 
 def main() -> None:
@@ -48,6 +53,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2, help="passes after the first one")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--floor", action="store_true", help="seconds of matrix products alone")
     parser.add_argument("--modelopt", help="a pair that ModelOpt scores on the same samples")
     given = parser.parse_args()
     device, dtype = resolve_device(given.device), getattr(torch, given.dtype)
@@ -64,14 +70,19 @@ def main() -> None:
         request(Cell(pair, str(given.samples), given.samples, given.samples))
         for pair in pair_configs(given.pairs.split(","))
     ]
-    first, seconds, taken = 0.0, [], []
-    for run in range(given.runs + 1):
-        started = time.monotonic()
+
+    def one_pass() -> ScoringPass:
         found = run_pass(
             model, samples, groups, requests, AutoquantConfig(method=given.method), boundaries=()
         )
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        return found
+
+    first, seconds, taken = 0.0, [], []
+    for run in range(given.runs + 1):
+        started = time.monotonic()
+        found = one_pass()
         took = round(time.monotonic() - started, 2)
         if run:
             seconds.append(took)
@@ -79,8 +90,10 @@ def main() -> None:
             first = took
         taken.append(round(found.taken / GIB, 2))
     beside: dict[str, Any] = {}
+    if given.floor:
+        beside["matrix_products"] = _products(one_pass, device)
     if given.modelopt:
-        beside = _modelopt(model, samples, given.modelopt)
+        beside |= _modelopt(model, samples, given.modelopt)
     print(
         json.dumps(
             {
@@ -98,6 +111,20 @@ def main() -> None:
             }
         )
     )
+
+
+def _products(one_pass: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that the matrix products of a pass take on their device."""
+    on_a_gpu = device.type == "cuda"
+    kind = ProfilerActivity.CUDA if on_a_gpu else ProfilerActivity.CPU
+    with profile(activities=[kind]) as profiled:
+        one_pass()
+    microseconds: float = sum(
+        event.self_device_time_total if on_a_gpu else event.self_cpu_time_total
+        for event in profiled.key_averages()
+        if any(name in event.key.lower() for name in _PRODUCTS)
+    )
+    return round(microseconds / 1e6, 2)
 
 
 def _modelopt(model: Any, samples: Samples, name: str) -> dict[str, Any]:
