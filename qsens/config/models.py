@@ -386,7 +386,7 @@ class SweepConfig(Frozen):
                 continue
             named = [(size, file) for size in dataset.size for file in dataset.names(size)]
             for size, file in named:
-                if not has_suffix(file, (*JSONL, *SQLITE)):
+                if not has_suffix(uncompressed(file), (*JSONL, *JSON, *PARQUET, *SQLITE)):
                     raise ValueError(
                         f"coverage {coverage} reads pictures, and dataset.files.{size} = {file} "
                         "names none; choose a data set of .jsonl or .sqlite files"

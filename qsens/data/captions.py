@@ -33,6 +33,7 @@ from qsens.reading import read_bytes
 
 # Samples whose tokens are counted at once.
 _COUNTED = 256
+_SHOWS = "shows pictures, and text is read alone"
 
 
 def read_captions(path: Path, split: str = "") -> list[str]:
@@ -188,10 +189,17 @@ def identify_samples(
         )
         heads[size] = samples[: identity.limit(dataset, size)]
         skipped = [
-            Skipped(sample=number, image="", reason=record.fault)
+            Skipped(sample=number, image="", reason=record.fault or _SHOWS)
             for number, record in enumerate(heads[size], 1)
-            if record.fault
+            if record.fault or record.needs_pictures
         ]
+        if reader is None and len(skipped) == len(heads[size]):
+            raise UserError(
+                f"none of its {len(skipped)} samples can be read as text; sample 1 "
+                f"{skipped[0].reason}",
+                where=f"samples file {paths[0]}",
+                remedy="Set dataset.modality=image_text, for a checkpoint with a vision tower.",
+            )
         identities[size] = identity.model_copy(update={"skipped": skipped})
         notices += skipped_notices("records", size, skipped, len(heads[size]), dataset)
         if kind in CONVERSATIONS:
@@ -211,7 +219,7 @@ def identify_samples(
             )
     _check_nesting(dataset, heads, "caption", lambda record: record.caption)
     if reader is not None:
-        _check_nesting(dataset, heads, "picture", lambda record: record.image)
+        _check_nesting(dataset, heads, "picture", lambda record: record.images)
         pictures, more = identify_pictures(dataset, heads, reader)
         notices += more
         identities = {
@@ -252,7 +260,7 @@ def _check_nesting(
     dataset: DatasetConfig,
     heads: Mapping[Size, list[Record]],
     what: str,
-    part: Callable[[Record], str],
+    part: Callable[[Record], object],
 ) -> None:
     ordered = [size for size in SIZES if size in heads]
     for smaller, larger in itertools.pairwise(ordered):

@@ -1,12 +1,13 @@
-"""Pictures with their captions as samples: a user who shows one, and the answer. Needs torch.
+"""Pictures as samples: with captions, and in conversations. Needs torch.
 
-The checkpoint's own chat template and processor make them, whatever tensors its class asks for; the
-caption's tokens alone are labels.
+The checkpoint's own chat template and processor make them, whatever tensors its class asks for. A
+caption is the answer to a user who shows a picture; the tokens of answers alone are labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from qsens.checkpoint.refusals import refusals
 from qsens.config import ModelConfig
+from qsens.data.conversations import ASSISTANT, Conversation
 from qsens.data.images import Pixels
+from qsens.data.rendering import Rendered, cut_at, render
 from qsens.data.samples import Picture, Samples, token_ids
 from qsens.errors import UserError
 
@@ -112,7 +115,7 @@ def chat_samples(
     encoded = token_ids(processor.tokenizer, captions, special=False)
     ids, truncated, spans, seen = [], [], [], []
     for index, (pixels, caption) in enumerate(zip(pictures, encoded, strict=True)):
-        made = _process(processor, text, pixels, resize=resize)
+        made = _process(processor, text, [pixels], resize=resize)
         asked = made["input_ids"][0].tolist()
         seen.append(_picture(made, settings, asked.count(image_token), dtype))
         start = len(asked)
@@ -131,8 +134,59 @@ def chat_samples(
     return Samples(tuple(ids), tuple(truncated), tuple(spans), tuple(seen))
 
 
-def _process(processor: Any, text: str, pixels: Pixels, *, resize: bool) -> Any:
-    """Return what the processor makes of the user's turn and a picture."""
+def conversation_chat_samples(
+    conversations: Sequence[Conversation],
+    pictures: Sequence[Sequence[Pixels]],
+    processor: Any,
+    settings: Any,
+    *,
+    resize: bool,
+    longest: int,
+    dtype: torch.dtype,
+) -> Samples:
+    """Return samples of conversations that show pictures.
+
+    Where a picture follows an answer, the last answer alone is a label: what stands before a label
+    is then all that the model saw.
+
+    Args:
+        conversations: The conversations.
+        pictures: The pictures of each, in order.
+        processor: The checkpoint's processor, see :func:`load_processor`.
+        settings: The model's configuration.
+        resize: Whether the processor resizes; not where pictures have its resolution already.
+        longest: Tokens of a sample at most; a longer one ends after the last answer that fits.
+        dtype: Data type of what the tower reads.
+
+    Raises:
+        UserError: The chat template does not show the pictures, or refuses a conversation; or none
+            of the labels of one fits.
+    """
+    image_token = _image_token(settings)
+    rendered, seen = [], []
+    for number, (conversation, shown) in enumerate(zip(conversations, pictures, strict=True), 1):
+        split = conversation.shows_after_an_answer()
+        asked = replace(conversation, last=True) if split else conversation
+        text = render(asked, processor.tokenizer, number)
+        made = _process(processor, text.text, shown, resize=resize)
+        ids = tuple(made["input_ids"][0].tolist())
+        seen.append(_picture(made, settings, ids.count(image_token), dtype))
+        # What stands for pictures grew, and what follows the first label is as it was.
+        first, more = text.spans[0][0], len(ids) - len(text.ids)
+        if ids[first + more :] != text.ids[first:] or image_token in text.ids[first:]:
+            raise UserError(
+                "its processor makes other tokens of an answer than its tokenizer",
+                where=f"conversation {number}",
+                remedy=_TEMPLATE,
+            )
+        spans = tuple((start + more, end + more) for start, end in text.spans)
+        rewritten = text.rewritten or (split and not conversation.last)
+        rendered.append(Rendered(ids, spans, rewritten))
+    return cut_at(longest, rendered, loss=ASSISTANT, pictures=seen)
+
+
+def _process(processor: Any, text: str, pictures: Sequence[Pixels], *, resize: bool) -> Any:
+    """Return what the processor makes of a text and the pictures that it shows."""
     with refusals(
         "its image processor fails",
         where="the preprocessor_config.json of model.path",
@@ -140,7 +194,7 @@ def _process(processor: Any, text: str, pixels: Pixels, *, resize: bool) -> Any:
     ):
         return processor(
             text=[text],
-            images=[[Image.fromarray(pixels)]],
+            images=[[Image.fromarray(pixels) for pixels in pictures]],
             add_special_tokens=False,
             return_tensors="pt",
             **({} if resize else {"do_resize": False}),

@@ -1,6 +1,6 @@
 """Conversations of sample files, in one form: OpenAI's messages. Without torch.
 
-Read are ``messages`` (OpenAI's: roles, tool calls and results, parts of text,
+Read are ``messages`` (OpenAI's: roles, tool calls and results, parts of text and pictures,
 ``reasoning_content``), ``conversations`` (ShareGPT's ``from`` and ``value``), and ``prompt`` with
 ``completion``, whose texts are a user's turn and the answer.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from qsens.reading import shown
@@ -32,6 +33,8 @@ _FROM = {
 # What a chat template may ask of a message, beside its role.
 _KEPT = ("content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 ASSISTANT = "assistant"
+# Addresses of pictures that are no files.
+_ELSEWHERE = ("data:", "http://", "https://", "file://")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Conversation:
     """Messages as chat templates read them.
 
     Attributes:
-        messages: Each with ``role`` and ``content``; of tool calls, arguments are objects.
+        messages: Each with ``role`` and ``content``, a text, or parts where it shows pictures; of
+            tool calls, arguments are objects.
         tools: Descriptions of the tools that the model may call; none where it has none.
         last: Whether only its last answer is a label.
     """
@@ -47,6 +51,16 @@ class Conversation:
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[Any, ...] | None = None
     last: bool = False
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Paths of its pictures, in order."""
+        return tuple(path for message in self.messages for path in _images(message))
+
+    def shows_after_an_answer(self) -> bool:
+        """Return whether a picture follows an answer."""
+        first = next(at for at, one in enumerate(self.messages) if one["role"] == ASSISTANT)
+        return any(_images(message) for message in self.messages[first:])
 
     def turns(self) -> list[Conversation]:
         """Return a conversation for each answer: what came before it, and it."""
@@ -128,36 +142,63 @@ def _message(given: Any, at: int) -> dict[str, Any]:
         raise ValueError(f"the role of its message {at} is {shown(role)}")
     message = {"role": role} | {key: given[key] for key in _KEPT if given.get(key) is not None}
     message["content"] = _content(given.get("content"), at)
+    if role == ASSISTANT and _images(message):
+        raise ValueError(f"its message {at} is an answer with a picture")
     if "tool_calls" in message:
         message["tool_calls"] = _calls(message["tool_calls"], at)
     reasoning = message.get("reasoning_content", "")
     if not isinstance(reasoning, str):
         raise ValueError(f"the reasoning_content of its message {at} is no text")
-    if not (message["content"].strip() or reasoning.strip() or message.get("tool_calls")):
+    content = message["content"]
+    said = content.strip() if isinstance(content, str) else content
+    if not (said or reasoning.strip() or message.get("tool_calls")):
         raise ValueError(f"its message {at} is empty")
     return message
 
 
-def _content(content: Any, at: int) -> str:
-    """Return the text of a message; of parts, all that are text."""
+def _content(content: Any, at: int) -> str | list[dict[str, str]]:
+    """Return the text of a message, or its parts where some are pictures."""
     if content is None:
         return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise ValueError(f"the content of its message {at} is neither text nor parts")
-    texts = []
+    parts = []
     for part in content:
-        if isinstance(part, dict) and part.get("type") in ("image", "image_url", "video", "audio"):
-            raise ValueError(
-                f"its message {at} holds a part of type {part['type']}, and conversations are "
-                "read without pictures"
-            )
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        if kind in ("image", "image_url"):
+            parts.append({"type": "image", "image": _image(part, at)})
+            continue
         text = part.get("text") if isinstance(part, dict) else part
-        if not isinstance(text, str):
-            raise ValueError(f"a part of its message {at} is no text")
-        texts.append(text)
-    return "".join(texts)
+        if kind not in ("text", None) or not isinstance(text, str):
+            raise ValueError(f"a part of its message {at} is neither text nor a picture")
+        parts.append({"type": "text", "text": text})
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
+
+
+def _image(part: Mapping[str, Any], at: int) -> str:
+    """Return the path of a picture: below the images' directory, as those of captions are."""
+    given = part.get("image", part.get("image_url", part.get("path")))
+    path = given.get("url") if isinstance(given, dict) else given
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"a picture of its message {at} has no path")
+    pure = PurePosixPath(path)
+    if path.startswith(_ELSEWHERE):
+        raise ValueError(f"a picture of its message {at} is no file: save it as one")
+    if pure.is_absolute() or ".." in pure.parts or "\0" in path or "\\" in path:
+        raise ValueError(f"a picture of its message {at} lies outside the images' directory")
+    return path
+
+
+def _images(message: Mapping[str, Any]) -> list[str]:
+    """Return the paths of a message's pictures."""
+    content = message["content"]
+    if isinstance(content, str):
+        return []
+    return [part["image"] for part in content if part["type"] == "image"]
 
 
 def _calls(calls: Any, at: int) -> list[Any]:

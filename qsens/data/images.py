@@ -163,12 +163,14 @@ class PictureReader:
                 where=f"dataset.images = {self.root}",
                 remedy=_IMAGES,
             )
-        located = [self.find(record.image) for record in records]
-        skipped = [
-            Skipped(sample=number, image=record.image, reason=reason)
-            for number, (record, (reason, path)) in enumerate(zip(records, located, strict=True), 1)
-            if path is None
-        ]
+        located = [[self.find(image) for image in record.images] for record in records]
+        skipped = []
+        for number, (record, found) in enumerate(zip(records, located, strict=True), 1):
+            unusable = zip(record.images, found, strict=True)
+            lost = next(((image, said) for image, (said, path) in unusable if path is None), None)
+            if lost is not None:
+                image, reason = lost
+                skipped.append(Skipped(sample=number, image=image, reason=record.fault or reason))
         if len(skipped) == len(records):
             raise UserError(
                 f"none of {len(records)} pictures can be used; {in_words(skipped, 1)}",
@@ -176,7 +178,10 @@ class PictureReader:
                 remedy=_IMAGES,
             )
         return PicturesIdentity(
-            digest=digest_of([[said, path is not None] for said, path in located]), skipped=skipped
+            digest=digest_of(
+                [[said, path is not None] for found in located for said, path in found]
+            ),
+            skipped=skipped,
         )
 
     def largest(self) -> int:

@@ -48,6 +48,17 @@ class Record:
     conversation: Conversation | None = None
     fault: str = ""
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Paths of its pictures; one that is empty where it names none."""
+        shown = self.conversation.images if self.conversation is not None else (self.image,)
+        return shown or ("",)
+
+    @property
+    def needs_pictures(self) -> bool:
+        """Whether it says nothing without them: a conversation that shows some."""
+        return self.conversation is not None and bool(self.conversation.images)
+
 
 def read_records(
     path: Path, split: str, kind: str = "auto", *, each_turn: bool = False

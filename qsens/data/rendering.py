@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from qsens.checkpoint.refusals import refusals
 from qsens.data.conversations import ASSISTANT, Conversation
-from qsens.data.samples import Samples
+from qsens.data.samples import Picture, Samples
 from qsens.errors import UserError
 
 Span = tuple[int, int]
@@ -37,11 +37,13 @@ class Rendered:
         spans: Where turns of the assistant begin and end in them.
         rewritten: Whether the template writes earlier turns otherwise once others follow, such as
             without their reasoning: then the last one alone is a label.
+        text: The text that it is made of.
     """
 
     ids: tuple[int, ...]
     spans: tuple[Span, ...]
     rewritten: bool = False
+    text: str = ""
 
 
 def conversation_samples(
@@ -67,12 +69,36 @@ def conversation_samples(
             where=_TOKENIZER,
             remedy="Save the checkpoint's own chat_template.jinja beside it, or use texts.",
         )
-    ids, truncated, spans, rewritten = [], [], [], 0
-    for number, conversation in enumerate(conversations, 1):
-        rendered = render(conversation, tokenizer, number)
+    return cut_at(
+        longest,
+        [render(one, tokenizer, number) for number, one in enumerate(conversations, 1)],
+        loss=loss,
+    )
+
+
+def cut_at(
+    longest: int,
+    given: Sequence[Rendered],
+    *,
+    loss: str,
+    pictures: Sequence[Picture] = (),
+) -> Samples:
+    """Return samples of rendered conversations, cut at ``longest`` tokens.
+
+    Args:
+        longest: Tokens of a sample at most.
+        given: The conversations; pictures stand before the first answer that is a label.
+        loss: ``assistant``, whose tokens alone are labels, or ``all``.
+        pictures: Those of each; none of text.
+
+    Raises:
+        UserError: None of the labels of one fits.
+    """
+    ids, truncated, spans = [], [], []
+    for number, rendered in enumerate(given, 1):
         cut = _cut(rendered, longest)
         kept = tuple((start, min(end, cut)) for start, end in rendered.spans if start < cut)
-        if not kept and loss == ASSISTANT:
+        if not kept and (loss == ASSISTANT or pictures):
             raise UserError(
                 f"no token of an answer is among its first {longest}",
                 where=f"conversation {number}",
@@ -80,15 +106,15 @@ def conversation_samples(
             )
         ids.append(rendered.ids[:cut])
         truncated.append(cut < len(rendered.ids))
-        spans.append(kept if loss == ASSISTANT else ((1, cut),))
-        rewritten += rendered.rewritten
+        spans.append(kept if loss == ASSISTANT or pictures else ((1, cut),))
+    rewritten = sum(rendered.rewritten for rendered in given)
     said = (
         f"{rewritten} of {len(ids)} conversations are written otherwise once more turns follow, "
         "such as without earlier reasoning: of those, the last answer alone is a label "
         "(dataset.turns=each makes a sample of each)",
     )
     notices = said if rewritten and loss == ASSISTANT else ()
-    return Samples(tuple(ids), tuple(truncated), tuple(spans), notices=notices)
+    return Samples(tuple(ids), tuple(truncated), tuple(spans), tuple(pictures), notices)
 
 
 def render(conversation: Conversation, tokenizer: Any, number: int) -> Rendered:
@@ -173,7 +199,7 @@ def _tokenized(
         inside = [at for at, (begin, _) in enumerate(offsets) if start <= begin < end]
         if inside:
             spans.append((max(1, inside[0]), inside[-1] + 1))
-    return Rendered(tuple(ids), tuple(spans), rewritten)
+    return Rendered(tuple(ids), tuple(spans), rewritten, text)
 
 
 def _place(
@@ -219,7 +245,12 @@ def _messages(conversation: Conversation, count: int, tokenizer: Any) -> list[di
     """Return the first ``count`` messages as the template reads them."""
     messages = [dict(message) for message in conversation.messages[:count]]
     if _reads_parts(tokenizer):
-        messages = [message | {"content": _parts(message["content"])} for message in messages]
+        messages = [
+            message | {"content": _parts(message["content"])}
+            if isinstance(message["content"], str)
+            else message
+            for message in messages
+        ]
     return messages
 
 

@@ -31,6 +31,7 @@ def text_samples(records: Sequence[Record], tokenizer: Any, dataset: DatasetConf
 
 def lengths(records: Sequence[Record], tokenizer: Any, dataset: DatasetConfig) -> list[int]:
     """Return how many tokens each record is, as it is read; one that does not fit is none."""
-    fitting = [record for record in records if not record.fault]
+    left = [not (record.fault or record.needs_pictures) for record in records]
+    fitting = [record for record, fits in zip(records, left, strict=True) if fits]
     counts = iter(len(ids) for ids in text_samples(fitting, tokenizer, dataset).ids)
-    return [0 if record.fault else next(counts) for record in records]
+    return [next(counts) if fits else 0 for fits in left]

@@ -102,10 +102,10 @@ def held_out(
     """
     pictures = modality == "image_text"
 
-    def key(record: Record) -> str:
-        return record.image if pictures else record.caption
+    def key(record: Record) -> object:
+        return record.images if pictures else record.caption
 
-    used: set[str] = set()
+    used: set[object] = set()
     for cell in plan.cells:
         if cell.modality == "text" and pictures:
             continue

@@ -19,8 +19,8 @@ from qsens.checksums import digest_of
 from qsens.config import DatasetConfig
 from qsens.config.models import CONVERSATIONS, Modality
 from qsens.data.captions import samples_of
-from qsens.data.chat import chat_samples, load_processor
-from qsens.data.images import PictureReader
+from qsens.data.chat import chat_samples, conversation_chat_samples, load_processor
+from qsens.data.images import PictureReader, Pixels
 from qsens.data.records import Record
 from qsens.data.samples import Samples, refuse_unknown_tokens
 from qsens.data.text import text_samples
@@ -202,20 +202,36 @@ def _read_as(
     config = plan.config
     records = [record for record in records if not record.fault]
     if modality == "text":
-        return text_samples(records, checkpoint.tokenizer, dataset)
+        alone = [record for record in records if not record.needs_pictures]
+        return text_samples(alone, checkpoint.tokenizer, dataset)
     reader = PictureReader.of(plan, dataset)
-    pictures = [(record, reader.read(record.image)) for record in records]
-    kept = [(record, pixels) for record, pixels in pictures if pixels is not None]
+    pictures = [(record, [reader.read(image) for image in record.images]) for record in records]
+    kept = [(record, shown) for record, read in pictures if (shown := _whole(read))]
+    processor = load_processor(config.model, checkpoint.tokenizer)
+    common: dict[str, Any] = {
+        "resize": reader.resolution.unit == 1,
+        "longest": dataset.calib_seq_len,
+        "dtype": getattr(torch, config.model.dtype),
+    }
+    settings = checkpoint.model.config
+    conversations = [one.conversation for one, _ in kept if one.conversation is not None]
+    usable = [shown for _, shown in kept]
+    if conversations:
+        return conversation_chat_samples(conversations, usable, processor, settings, **common)
     return chat_samples(
-        [pixels for _, pixels in kept],
+        [pixels for (pixels,) in usable],
         [record.caption for record, _ in kept],
-        load_processor(config.model, checkpoint.tokenizer),
-        checkpoint.model.config,
-        resize=reader.resolution.unit == 1,
+        processor,
+        settings,
         prompt=dataset.prompt,
-        longest=dataset.calib_seq_len,
-        dtype=getattr(torch, config.model.dtype),
+        **common,
     )
+
+
+def _whole(read: Sequence[Pixels | None]) -> list[Pixels]:
+    """Return pictures where all of them can be used; none otherwise."""
+    usable = [pixels for pixels in read if pixels is not None]
+    return usable if len(usable) == len(read) else []
 
 
 def together(datasets: Sequence[Dataset]) -> Dataset:
@@ -284,7 +300,9 @@ def dataset_of(one: CalibrationSet, samples: Samples, padding_share: float) -> D
         truncated=sum(samples.truncated[:used]),
         calib_seq_len=config.calib_seq_len,
         records=one.samples.kind,
-        loss=config.loss if one.samples.kind in CONVERSATIONS else None,
+        loss=("assistant" if pictures else config.loss)
+        if one.samples.kind in CONVERSATIONS
+        else None,
         turns="each" if one.samples.kind in CONVERSATIONS and config.turns == "each" else None,
         pictures_digest=pictures.digest if pictures else None,
         skipped=len(one.skipped),

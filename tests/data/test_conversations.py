@@ -102,6 +102,29 @@ def test_a_prompt_may_be_messages() -> None:
     assert [dict(message) for message in found.messages] == [USER, ANSWER]
 
 
+def shows(part: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [part]}, ANSWER]}
+
+
+def test_pictures_are_parts_of_what_is_said() -> None:
+    parts = [
+        {"type": "image_url", "image_url": {"url": "a/1.png"}},
+        {"type": "text", "text": "What is this?"},
+        {"type": "image", "image": "b.png"},
+    ]
+    entry = {"messages": [{"role": "user", "content": parts}, ANSWER]}
+    found = read_conversation(entry, "messages")
+    assert found.messages[0]["content"] == [
+        {"type": "image", "image": "a/1.png"},
+        {"type": "text", "text": "What is this?"},
+        {"type": "image", "image": "b.png"},
+    ]
+    assert found.images == ("a/1.png", "b.png")
+    assert not found.shows_after_an_answer()
+    again = {"messages": [USER, ANSWER, entry["messages"][0], ANSWER]}
+    assert read_conversation(again, "messages").shows_after_an_answer()
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
@@ -116,9 +139,26 @@ def test_a_prompt_may_be_messages() -> None:
         ({"messages": [USER, {"role": "assistant", "content": 5}]}, "neither text nor parts"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]},
-            "its message 1 holds a part of type image_url",
+            "a picture of its message 1 has no path",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWER]}, "is no text"),
+        (shows({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}), "no file"),
+        (shows({"type": "image", "image": "../a.png"}), "outside the images' directory"),
+        (shows({"type": "image", "image": "/a.png"}), "outside the images' directory"),
+        (shows({"type": "video", "video": "a.mp4"}), "neither text nor a picture"),
+        (shows({"type": "text"}), "neither text nor a picture"),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}]},
+            "a picture of its message 2 has no path",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]},
+                ]
+            },
+            "its message 2 is an answer with a picture",
+        ),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {}}]}]},
             "a tool call of its message 2 names no function",
