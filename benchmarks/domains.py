@@ -12,6 +12,7 @@ the work directory, so that a second call goes on.
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,11 @@ from typing import Any
 
 import numpy as np
 import yaml
+from scipy.stats import spearmanr
 
 from benchmarks._parts import Parts
 from benchmarks._prompts import as_records, prompts
+from qsens.analysis.samples import Floats, read_samples
 from qsens.config import Roots
 from qsens.engine.modelopt.end_to_end import EndToEnd, Measured
 from qsens.errors import AnswerIsNo
@@ -39,6 +42,9 @@ from qsens.schema.summary import Summary
 from qsens.store import SUMMARY, Store
 
 ASKED = 256
+# Tokens of sets whose rankings are compared, and how many sets of each.
+_SETTLED = (128, 256, 512, 1024)
+_SETS = 12
 # What a recipe is chosen by: a mix, or both by their tokens, or their worst case.
 CHOSEN: Mapping[str, Mapping[str, Any]] = {
     "captions": {"mix": {"captions": 1.0}},
@@ -77,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     parts = Parts(given.work, identity)
     summary = swept(plan)
+    print(settled(plan))
     print(compared(summary))
     trials: dict[str, EndToEnd] = {}
     for bits in given.bits:
@@ -155,6 +162,43 @@ def swept(plan: Plan) -> Summary:
     if errors:
         raise errors[0]
     return read_summary(Store(plan).sweep_dir() / SUMMARY)
+
+
+def settled(plan: Plan) -> str:
+    """Return how alike rankings from other samples of one data set are, as a table.
+
+    The samples are cut into sets of as many tokens that follow one another; what is stated is the
+    mean of Spearman's correlation over pairs of them.
+    """
+    lines = [f"| {' | '.join(['pair', 'data set', *(f'{n} tokens' for n in _SETTLED)])} |"]
+    lines.append("| --- " * (2 + len(_SETTLED)) + "|")
+    store = Store(plan)
+    for cell in plan.cells:
+        samples = read_samples(store.state(cell), plan.config.autoquant.method)
+        if cell.domain is None or samples is None:
+            continue
+        means = []
+        for tokens in _SETTLED:
+            rankings = [
+                samples.scores[:, start:stop].sum(axis=1) / samples.tokens[start:stop].sum()
+                for start, stop in _cuts(samples.tokens, tokens)
+            ]
+            pairs = itertools.combinations(rankings[:_SETS], 2)
+            alike = [float(spearmanr(one, other).statistic) for one, other in pairs]
+            means.append(f"{np.mean(alike):.3f}" if alike else "")
+        lines.append(f"| `{cell.pair}` | {cell.domain} | {' | '.join(means)} |")
+    return "\n".join([*lines, ""])
+
+
+def _cuts(tokens: Floats, count: int) -> list[tuple[int, int]]:
+    """Return ranges of samples that follow one another, of so many tokens at least."""
+    cuts, start, held = [], 0, 0.0
+    for at, own in enumerate(tokens):
+        held += own
+        if held >= count:
+            cuts.append((start, at + 1))
+            start, held = at + 1, 0.0
+    return cuts
 
 
 def compared(summary: Summary) -> str:
