@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--pairs", default="wnvfp4_afp16,wint4_afp16,wint8_afp16,wfp8_afp8")
     parser.add_argument("--bits", type=float, nargs="+", default=[4.5, 5.0])
+    parser.add_argument("--chosen", nargs="+", choices=CHOSEN, default=list(CHOSEN))
     parser.add_argument("--tokens", default="4k", help="of each data set, to score")
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--held-out", type=int, default=64, help="samples of each to measure on")
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             recipes = {
                 name: recipe_of(summary, plan, bits, tied_head=True, **by)
                 for name, by in CHOSEN.items()
+                if name in {*given.chosen, "both"}
             }
         except AnswerIsNo as error:
             print(error, file=sys.stderr)
