@@ -69,7 +69,7 @@ def test_up_answers_and_down_leaves_nothing_behind(tmp_path: Path) -> None:
         client.close()
         # Behind the login.
         assert said["reports"] == f"{said['address']}/qsens/"
-        assert httpx.get(said["reports"]).status_code == 401
+        assert httpx.get(said["reports"], timeout=60).status_code == 401
         # A second start finds the first.
         assert up(tmp_path, "start") == said
     finally:
