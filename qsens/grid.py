@@ -320,13 +320,13 @@ def make_plan(
         modality = config.modality(coverage)
         identity = cell_identity(config, pair, coverage, size, versions)
         identity["granularity"] = granularity.name
-        of_sets = {
-            dataset.name: set_identity(
-                config, dataset, patterns, modality, checkpoint, samples[dataset.name][size]
-            )
-            for dataset in config.dataset
-            if domain in (None, dataset.name)
-        }
+        of_sets = {}
+        for dataset in config.dataset:
+            if domain in (None, dataset.name):
+                held = samples[dataset.name][size]
+                of_sets[dataset.name] = inputs_identity(
+                    config, dataset, patterns, modality, checkpoint, held
+                ) | set_identity(config.model, dataset, modality, held)
         if len(of_sets) == 1:
             identity |= of_sets.popitem()[1]
         else:

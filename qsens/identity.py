@@ -209,7 +209,7 @@ def cell_identity(
 ) -> dict[str, Any]:
     """Return what the configuration adds to the digest of a cell's result: numbers and names.
 
-    What its data set adds is :func:`set_identity`.
+    What its data set adds is :func:`inputs_identity` and :func:`set_identity`.
 
     Args:
         config: The sweep.
@@ -242,17 +242,13 @@ def cell_identity(
 
 
 def set_identity(
-    config: SweepConfig,
-    dataset: DatasetConfig,
-    patterns: PatternsIdentity | None,
-    modality: Modality,
-    checkpoint: CheckpointIdentity,
-    samples: SamplesIdentity,
+    model: ModelConfig, dataset: DatasetConfig, modality: Modality, samples: SamplesIdentity
 ) -> dict[str, Any]:
-    """Return what a data set adds to the digest of a cell's result, the model it is read by too."""
-    identity = inputs_identity(config, dataset, patterns, modality, checkpoint, samples)
-    identity["names"] = [config.model.name, config.model.short_name, dataset.name]
-    identity["max_calib_samples"] = dataset.max_calib_samples
+    """Return what a data set adds to the digest of a cell's result, beside what a pass runs on."""
+    identity: dict[str, Any] = {
+        "names": [model.name, model.short_name, dataset.name],
+        "max_calib_samples": dataset.max_calib_samples,
+    }
     pictures = samples.pictures if modality == "image_text" else None
     if (pictures or samples).skipped:  # it says whether the result is PARTIAL
         identity["max_skipped"] = dataset.max_skipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qsens.analysis.ranking import normalise_name
 from qsens.analysis.series import largest_cells, scores, series_of
@@ -21,11 +22,7 @@ def compare_domains(cells: Sequence[SummaryCell]) -> tuple[DomainsCompared, ...]
             agreed = compare_sizes(scores(one.rows, statistic), scores(other.rows, statistic))
             compared.append(
                 DomainsCompared(
-                    pair=one.pair,
-                    granularity=one.granularity,
-                    coverage=one.coverage,
-                    modality=one.modality,
-                    size=one.size,
+                    **_of_pair(one),
                     one=one.domain or "",
                     other=other.domain or "",
                     groups=agreed.groups,
@@ -57,11 +54,7 @@ def alone_in_domain(cells: Sequence[SummaryCell]) -> tuple[AloneInDomain, ...]:
                 if cut is not None:
                     found.append(
                         AloneInDomain(
-                            pair=cell.pair,
-                            granularity=cell.granularity,
-                            coverage=cell.coverage,
-                            modality=cell.modality,
-                            size=cell.size,
+                            **_of_pair(cell),
                             domain=cell.domain or "",
                             layer=layer,
                             first=cut,
@@ -70,6 +63,11 @@ def alone_in_domain(cells: Sequence[SummaryCell]) -> tuple[AloneInDomain, ...]:
                         )
                     )
     return tuple(found)
+
+
+def _of_pair(cell: SummaryCell) -> dict[str, Any]:
+    """Return what the cells of a pair have in common at one size, by the names of its keys."""
+    return cell.model_dump(include={"pair", "granularity", "coverage", "modality", "size"})
 
 
 def _by_pair(cells: Sequence[SummaryCell]) -> list[list[SummaryCell]]:

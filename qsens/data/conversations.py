@@ -185,12 +185,17 @@ def _image(part: Mapping[str, Any], at: int) -> str:
     path = given.get("url") if isinstance(given, dict) else given
     if not isinstance(path, str) or not path:
         raise ValueError(f"a picture of its message {at} has no path")
-    pure = PurePosixPath(path)
     if path.startswith(_ELSEWHERE):
         raise ValueError(f"a picture of its message {at} is no file: save it as one")
-    if pure.is_absolute() or ".." in pure.parts or "\0" in path or "\\" in path:
+    if leads_out(path):
         raise ValueError(f"a picture of its message {at} lies outside the images' directory")
     return path
+
+
+def leads_out(path: str) -> bool:
+    """Return whether the path of a picture may lead out of the images' directory."""
+    pure = PurePosixPath(path)
+    return pure.is_absolute() or ".." in pure.parts or "\0" in path or "\\" in path
 
 
 def _images(message: Mapping[str, Any]) -> list[str]:

@@ -16,12 +16,12 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from qsens.config.models import GZIP, JSON, PARQUET, SQLITE, RecordKind, has_suffix, uncompressed
-from qsens.data.conversations import Conversation, kind_of, read_conversation
+from qsens.data.conversations import Conversation, kind_of, leads_out, read_conversation
 from qsens.errors import UserError
 from qsens.reading import MOST_BYTES, open_file, parse_json, read_bytes, shown
 from qsens.visible import visible
@@ -244,8 +244,7 @@ def _record(path: Path, where: str, image: Any, caption: Any, kind: str = "capti
         image = ""
     if not isinstance(image, str):
         raise _broken(path, f"the image of {where} is no path")
-    pure = PurePosixPath(image)
-    if pure.is_absolute() or ".." in pure.parts or "\0" in image or "\\" in image:
+    if leads_out(image):
         raise _broken(path, f"the image of {where} lies outside the images' directory: {image!r}")
     return Record(image, caption.strip())
 
