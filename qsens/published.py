@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qsens.cells import CellSpec
 from qsens.checksums import CHECKSUM, is_sealed
 from qsens.documents import peek, read_document
 from qsens.errors import Damaged, UserError
-from qsens.grid import CellSpec, Plan, read_plan, refuse_another_sweep
+from qsens.grid import Plan, read_plan, refuse_another_sweep
 from qsens.reading import below, has_file, read_bytes
 from qsens.schema.summary import SUMMARY_VERSION, Summary
 from qsens.store import PLAN, SUMMARY, SWEEPS, TMP, Store, analyses

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from qsens.cells import Cell, CellSpec
 from qsens.checksums import check_tensors
 from qsens.documents import dump_document
 from qsens.errors import Damaged
-from qsens.grid import Cell, CellSpec, Plan
+from qsens.grid import Plan
 from qsens.locks import held, lock_at
 from qsens.reading import has_file
 from qsens.results import AGAIN, MANIFEST, STATE, read_result

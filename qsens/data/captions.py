@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from qsens.cells import CalibrationSet
 from qsens.checksums import digest_file, digest_of
 from qsens.config import DatasetConfig
 from qsens.config.models import (
@@ -27,7 +28,6 @@ from qsens.config.models import (
 from qsens.data.images import PictureReader, identify_pictures, skipped_notices
 from qsens.data.records import CHOOSE, Record, read_records
 from qsens.errors import UserError
-from qsens.grid import CalibrationSet
 from qsens.identity import SamplesIdentity, Skipped
 from qsens.reading import read_bytes
 

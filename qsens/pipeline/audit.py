@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from qsens.analysis.audit import choose_groups, judge
 from qsens.analysis.ranking import rank
 from qsens.analysis.statistic import statistic_of, value_of
+from qsens.cells import CellSpec
 from qsens.config.models import SIZES
 from qsens.documents import dump_document
 from qsens.errors import Damaged, Fault, UserError
-from qsens.grid import CellSpec, Plan
+from qsens.grid import Plan
 from qsens.identity import measured_kl_version
 from qsens.names import group_name, kind_of
 from qsens.pipeline.shared_checkpoint import Progress, SharedCheckpoint

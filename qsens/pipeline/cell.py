@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
+from qsens.cells import CellSpec
 from qsens.errors import OutOfMemory
-from qsens.grid import CellSpec, Plan
+from qsens.grid import Plan
 from qsens.locks import held, try_lock
 from qsens.pipeline.failures import failure_to_tell, keep_failure, mark_told, tell
 from qsens.pipeline.shared_checkpoint import Progress, SharedCheckpoint

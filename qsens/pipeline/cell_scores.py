@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qsens.cells import CalibrationSet, CellSpec
 from qsens.checkpoint.experts import input_names
 from qsens.checkpoint.groups import Group
 from qsens.data.samples import nominal_labels
@@ -14,7 +15,7 @@ from qsens.engine.amax import prefixed
 from qsens.engine.candidates import Candidates
 from qsens.engine.quantizer import needs_fallback
 from qsens.engine.scores import CellScores, ExpertScores, ExpertTable, GroupScore, PassScores
-from qsens.grid import CalibrationSet, CellSpec, Plan
+from qsens.grid import Plan
 from qsens.pipeline.loading import Loaded, groups_of
 
 

@@ -12,6 +12,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 from safetensors.torch import save
 
+from qsens.cells import CalibrationSet, CellSpec
 from qsens.checkpoint.loading import device_name
 from qsens.data.samples import Samples, equal_length_batches
 from qsens.engine.amax import Amax, AmaxBySize
@@ -21,7 +22,7 @@ from qsens.engine.gradient import scorer
 from qsens.engine.scores import CellScores, Progress
 from qsens.engine.scoring_pass import calibrate, run_pass
 from qsens.errors import QsensError, UserError
-from qsens.grid import CalibrationSet, CellSpec, Plan
+from qsens.grid import Plan
 from qsens.pipeline.cell_scores import Share, cell_scores
 from qsens.pipeline.failures import keep_failure
 from qsens.pipeline.loading import (

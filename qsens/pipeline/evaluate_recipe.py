@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qsens.cells import CellSpec
 from qsens.config import PairConfig
 from qsens.config.models import SIZES, Modality
 from qsens.data.captions import read_samples, samples_of
 from qsens.data.records import Record
 from qsens.errors import UserError
-from qsens.grid import CellSpec, Plan
+from qsens.grid import Plan
 from qsens.recipes.format_choices import matches
 from qsens.recipes.formats import modelopt
 from qsens.schema.recipe import Recipe

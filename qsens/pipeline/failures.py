@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 
+from qsens.cells import CellSpec
 from qsens.config.base import Frozen
 from qsens.documents import dump_document, read_document
 from qsens.errors import (
@@ -21,7 +22,6 @@ from qsens.errors import (
     TryAgain,
     UserError,
 )
-from qsens.grid import CellSpec
 from qsens.reading import has_file
 from qsens.results import AGAIN
 from qsens.store import Store

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qsens.cells import CalibrationSet, CellSpec
 from qsens.checkpoint.groups import Group, find_groups
 from qsens.checkpoint.loading import has_tied_head, load_model, load_tokenizer, resolve_device
 from qsens.checkpoint.quantized import shapes
@@ -26,7 +27,7 @@ from qsens.data.samples import Samples, refuse_unknown_tokens
 from qsens.data.text import text_samples
 from qsens.engine.scores import Progress
 from qsens.errors import UserError
-from qsens.grid import CalibrationSet, CellSpec, Plan
+from qsens.grid import Plan
 from qsens.pipeline.plan import identify_checkpoint
 from qsens.schema.manifest import Dataset
 

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qsens.cells import Cell
 from qsens.checkpoint.components import resolve_components
 from qsens.checkpoint.files import find_weights, identify, read_config
 from qsens.checkpoint.quantized import read_quantization, shapes
@@ -27,7 +28,7 @@ from qsens.data.images import PictureReader, cache_of, read_resolution
 from qsens.data.records import Record
 from qsens.documents import dump_document
 from qsens.errors import UserError
-from qsens.grid import Cell, Plan, make_plan
+from qsens.grid import Plan, make_plan
 from qsens.identity import CheckpointIdentity, SamplesIdentity, identify_patterns
 from qsens.pipeline.preflight import check_disk, check_formats, covered_shapes
 from qsens.reading import read_bytes

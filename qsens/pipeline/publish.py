@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qsens.analysis.series import series_of
+from qsens.cells import CellSpec
 from qsens.documents import dump_document, dump_json
 from qsens.errors import Damaged
-from qsens.grid import CellSpec, Plan
+from qsens.grid import Plan
 from qsens.pipeline.audit import find_audits
 from qsens.pipeline.drift import find_drift
 from qsens.pipeline.failures import failure_reason

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from qsens.cells import CalibrationSet, CellSpec
 from qsens.data.images import in_words, too_many
 from qsens.engine.scores import CellScores, GroupScore
-from qsens.grid import CalibrationSet, CellSpec, Plan
+from qsens.grid import Plan
 from qsens.names import GROUP_SUFFIX
 from qsens.recipes.allocation import allocate_one
 from qsens.schema.manifest import (

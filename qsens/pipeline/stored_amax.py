@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import torch
 from safetensors.torch import load_file, save
 
+from qsens.cells import CellSpec
 from qsens.checksums import DIGEST, sealed_tensors
 from qsens.engine.amax import Amax, AmaxBySize, unprefixed
 from qsens.engine.candidates import CalibrationSize, SharedCalibration
-from qsens.grid import CellSpec
 from qsens.store import Store
 from qsens.writing import write_bytes
 

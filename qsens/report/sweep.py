@@ -9,9 +9,10 @@ from typing import Any
 from qsens.analysis.domains import alone_in_domain, compare_domains
 from qsens.analysis.series import compare_all_sizes, of_coverage
 from qsens.analysis.statistic import statistic_of
+from qsens.cells import Cell, CellSpec
 from qsens.config.models import SIZES
 from qsens.documents import dump_document
-from qsens.grid import Cell, CellSpec, Plan
+from qsens.grid import Plan
 from qsens.recipes.allocation import pareto
 from qsens.recipes.format_choices import build_decision_groups
 from qsens.recipes.score_correction import correct

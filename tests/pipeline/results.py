@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from qsens.cells import Cell
 from qsens.config import DatasetConfig, ModelConfig, PairConfig, Roots, SweepConfig
 from qsens.config.models import AutoquantConfig
 from qsens.documents import dump_json
-from qsens.grid import Cell, Plan, make_plan
+from qsens.grid import Plan, make_plan
 from qsens.identity import CheckpointIdentity, SamplesIdentity
 from qsens.schema.manifest import Manifest
 from qsens.store import Store
