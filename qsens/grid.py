@@ -76,8 +76,12 @@ class Plan(Frozen):
 
     @model_validator(mode="before")
     @classmethod
-    def _of_one_data_set(cls, given: Any) -> Any:
-        """Take the samples of an older plan, which are by size alone, for its data set's."""
+    def _of_today(cls, given: Any) -> Any:
+        """Read an older plan: its samples are by size alone, its memory that above the weights."""
+        match given:
+            case {"config": {"autoquant": {"memory_budget_gb": _, **autoquant}}}:
+                config = {**given["config"], "autoquant": autoquant}
+                given = {**given, "config": config}
         match given:
             case {"samples": {**samples}, "config": {"dataset": {"name": str(name)}}} if (
                 samples.keys() <= set(SIZES)

@@ -74,13 +74,16 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def load_model(config: ModelConfig, device: torch.device, results: Path | None = None) -> nn.Module:
+def load_model(
+    config: ModelConfig, device: torch.device, results: Path | None = None, *, move: bool = True
+) -> nn.Module:
     """Load the model in evaluation mode, in the data type of its model file.
 
     Args:
         config: The checkpoint.
-        device: Where to.
+        device: Where it is to run.
         results: Results root, see :func:`qsens.checkpoint.components.resolve_components`.
+        move: Whether it is moved there; otherwise it stays in host memory.
 
     Raises:
         UserError: The files are not whole or quantized already in a way that cannot be read, this
@@ -122,9 +125,8 @@ def load_model(config: ModelConfig, device: torch.device, results: Path | None =
     remember_traits(model, traits)
     head = find_head(quantizable(model), with_patterns(config, structure))
     remember_traits(model, replace(traits, head=head))
-    model.requires_grad_(False)
-    module: nn.Module = model.to(device).eval()
-    return module
+    module: nn.Module = model.requires_grad_(False).eval()
+    return module.to(device) if move else module
 
 
 def _from_pretrained(

@@ -233,9 +233,10 @@ class AutoquantConfig(Frozen):
     """Samples that are scored at most; calibration uses all of a size."""
     batch_size: int = Field(default=8, ge=1, le=4096)
     """Samples of a nominal batch, which the score is normalised by."""
-    memory_budget_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """GiB that a pass may take above the weights; from what is free when null, on a CPU what the
-    host has available within the container's limit."""
+    memory_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """GiB of the device that a pass may take, weights included; from what is free when null, on a
+    CPU what the host has available within the container's limit. Where the weights do not fit,
+    they stay in host memory, and the device holds two layers at a time."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:N``."""
     seed: int = Field(default=0, ge=0, lt=2**32)

@@ -7,6 +7,7 @@ every nested size on its way.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
@@ -31,52 +32,59 @@ _PREFIX = "amax.input."
 
 
 class RunningAmax:
-    """Running amax of the inputs of modules, kept wherever a calibration size ends.
+    """Amax of the inputs of modules between one calibration size and the next.
+
+    Batches may come in any order, and their modules in turns.
 
     Args:
         names: The inputs.
-        calibration_sizes: Sample counts to stop at.
+        calibration_sizes: Sample counts; no batch crosses one.
         device: Where the modules are.
     """
 
     def __init__(
         self, names: Iterable[str], calibration_sizes: Sequence[int], device: torch.device
     ) -> None:
-        self._largest = {name: torch.zeros((), device=device) for name in names}
-        self._snapshots = calibration_sizes
+        self._sizes = sorted(calibration_sizes)
+        self._largest = [
+            {name: torch.zeros((), device=device) for name in names} for _ in self._sizes
+        ]
         self._device = device
-        self._found: dict[int, Amax] = {}
-        self._real: torch.Tensor | None = None
+        self._real: dict[int, torch.Tensor | None] = {}
         # Held, so that no other tensor can take its place in memory while it is compared with.
         self._last: tuple[str, torch.Tensor] | None = None
 
-    def begin(self, batch: Batch) -> None:
-        """Take the inputs that come from now on for those of ``batch``."""
-        for count in self._snapshots:
-            if count <= batch.first and count not in self._found:
-                self._found[count] = dict(self._largest)
-        real = batch.real_tokens()
-        self._real = None if real is None else real.to(self._device)
-
     @torch.no_grad()
-    def take(self, name: str, x: torch.Tensor) -> None:
+    def take(self, batch: Batch, name: str, x: torch.Tensor) -> None:
         """Take a module's input: ``(samples, longest, channels)``, or rows of a vision tower."""
+        size = bisect_right(self._sizes, batch.first)
+        if size == len(self._sizes):
+            return
+        largest = self._largest[size]
         if self._last is not None and self._last[1] is x:
-            self._largest[name] = self._largest[self._last[0]]  # q, k and v read one input
+            largest[name] = largest[self._last[0]]  # q, k and v read one input
             return
         self._last = name, x
+        if batch.first not in self._real:
+            real = batch.real_tokens()
+            self._real[batch.first] = None if real is None else real.to(self._device)
+        real = self._real[batch.first]
         rows = x.flatten(0, -2)
-        rows = rows[self._real] if self._real is not None and x.ndim == 3 else rows
-        largest = torch.linalg.vector_norm(rows, ord=torch.inf, dtype=torch.float32)
-        self._largest[name] = torch.maximum(self._largest[name], largest)
+        rows = rows[real] if real is not None and x.ndim == 3 else rows
+        found = torch.linalg.vector_norm(rows, ord=torch.inf, dtype=torch.float32)
+        largest[name] = torch.maximum(largest[name], found)
 
     def calibration_sizes(self) -> AmaxBySize:
-        """Return the amax at every calibration size, all batches begun and done."""
+        """Return the amax at every calibration size, all batches done."""
         self._last = None
-        return {
-            count: moved(self._found.get(count, self._largest), torch.device("cpu"))
-            for count in self._snapshots
-        }
+        found: AmaxBySize = {}
+        before: Amax = {}
+        for size, own in zip(self._sizes, self._largest, strict=True):
+            if before:
+                own = {name: torch.maximum(own[name], before[name]) for name in own}
+            found[size] = moved(own, torch.device("cpu"))
+            before = own
+        return found
 
 
 @torch.no_grad()
@@ -129,13 +137,7 @@ def calibrate(
         )
     batches = [batch for batch in batches if batch.first < end]
     with run.watched(running.take):
-        for index, batch in enumerate(batches):
-            running.begin(batch)
-            hidden = run.hidden(batch)
-            for name, module in modules.items():
-                if module is run.head.module:
-                    running.take(name, hidden)
-            progress("calibrate", index + 1, len(batches))
+        run.look(batches, lambda done: progress("calibrate", done, len(batches)))
     return running.calibration_sizes()
 
 

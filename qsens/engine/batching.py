@@ -9,6 +9,7 @@ from torch import nn
 from qsens.checkpoint.structure import traits_of
 from qsens.data.samples import Batch, Samples, batch_tokens, padded_batches
 from qsens.engine.candidates import Candidates
+from qsens.engine.layer_stream import device_of
 from qsens.engine.memory import Budget
 
 
@@ -31,7 +32,7 @@ def plan_batches(
         limit: Tokens of a batch at most, padding included.
     """
     cuts = [*boundaries, *candidates.scored, *candidates.calibration_sizes()]
-    together = batch_tokens(next(model.parameters()).device)
+    together = batch_tokens(device_of(model))
     return padded_batches(
         samples,
         upto,

@@ -1,7 +1,11 @@
-"""How much memory a pass may take, and how many tokens go through at once under it. Needs torch."""
+"""How much memory a pass may take: where weights lie under it, how many tokens go through at once.
+
+Needs torch.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +23,7 @@ from qsens.data.samples import BATCH_TOKENS, Samples
 from qsens.engine.candidates import Candidates
 from qsens.engine.head import HEAD_ROWS
 from qsens.engine.host_memory import available_memory, most_memory
+from qsens.engine.layer_stream import SLOTS, device_of, layer_bytes, stream_of
 from qsens.engine.quantizer import WEIGHT_CHUNK
 from qsens.errors import UserError
 
@@ -28,6 +33,8 @@ MEMORY_SHARE = "QSENS_MEMORY_SHARE"
 # What is left to the allocator's own waste and to what the estimate does not see.
 _SHARE_OF_FREE = 0.8
 _LEAST_TOKENS = 64
+# Tokens that must have room beside the weights: under fewer, layers that come and go leave more.
+_RESIDENT_TOKENS = BATCH_TOKENS // 4
 # Work on a weight is shared by the tokens of a window: more than this saves little.
 _WINDOW_TOKENS = 2 * BATCH_TOKENS
 # So are a GPU's launches, which one loss keeps too short of work: an eighth of the seconds, on an
@@ -75,36 +82,37 @@ def plan_budget(
     groups: Sequence[Group],
     candidates: Candidates,
     *,
-    limit_gb: float | None,
+    memory_gb: float | None,
     losses: int = 1,
     samples: Samples | None = None,
 ) -> Budget:
     """Return how many tokens fit.
 
     Args:
-        model: The model, loaded.
+        model: The model, where it is to run.
         groups: Its groups.
         candidates: What the pass computes.
-        limit_gb: GiB above the weights; from what is free when not given.
+        memory_gb: GiB of the device, weights included; from what is free when not given.
         losses: Losses that go backward, each with gradients of its own; 0 where nothing does.
         samples: The samples: how many patches of pictures a token brings along.
     """
-    parameter = next(model.parameters())
-    free = limit_gb * GIB if limit_gb else free_memory(parameter.device) * _SHARE_OF_FREE
-    limit = int(free * memory_share())
-    # Measured divergences are taken in float32; so are changes of outputs under several losses.
-    wide = parameter.element_size() if losses == 1 else max(4, parameter.element_size())
-    size = parameter.element_size() if losses else wide
+    device = device_of(model)
+    if memory_gb is not None:
+        free = memory_gb * GIB - weight_bytes(model)
+    else:
+        free = free_memory(device) * _SHARE_OF_FREE
+    limit = max(0, int(free * memory_share()))
     rows = _Rows.of(model, groups, samples)
+    size, wide = _widths(model, losses)
     fixed, per_token, records = _footprint(model, groups, candidates, size, wide, losses, rows)
     fitting = max(_LEAST_TOKENS, int((limit - fixed) / per_token))
     # Patches that a token brings along are work on weights too: fewer tokens share it as well.
-    on_a_gpu = parameter.device.type == "cuda"
+    on_a_gpu = device.type == "cuda"
     window = _SHARED_LAUNCHES if on_a_gpu and losses == 1 else _WINDOW_TOKENS
     enough = int((window if losses else _FORWARD_TOKENS) / max(1.0, rows.patches / 2))
     tokens = min(enough, fitting)
     recorded = int((min(limit, _RECORDS) - fixed) / (per_token + records))
-    keeps = losses > 0 and recorded >= _RECORDED_TOKENS
+    keeps = losses > 0 and recorded >= _RECORDED_TOKENS and stream_of(model) is None
     if keeps:
         tokens, per_token = min(enough, recorded), per_token + records
     predicted = int(fixed + tokens * per_token)
@@ -117,6 +125,86 @@ def plan_budget(
         predicted=predicted + (formats - 1) * head.numel() * size,
         keeps_records=keeps,
         head_formats=formats,
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's weights lie while it is worked on.
+
+    Attributes:
+        streamed: Whether its layers stay in host memory, and come to the device one by one.
+        weights: Bytes of weights that are on the device at once.
+    """
+
+    streamed: bool
+    weights: int
+
+
+def plan_placement(
+    model: nn.Module,
+    groups: Sequence[Group],
+    candidates: Candidates,
+    device: torch.device,
+    *,
+    memory_gb: float | None,
+    losses: int,
+) -> Placement:
+    """Return where the weights of a model are to lie.
+
+    On the device where there is room for a good many tokens beside them; else layer by layer. On a
+    CPU nothing is gained by that: only a limit that is given asks for it.
+
+    Args:
+        model: The model, in host memory.
+        groups: Its groups.
+        candidates: What is computed.
+        device: Where it is to run.
+        memory_gb: GiB of the device, weights included; from what is free when not given.
+        losses: Losses that go backward, see :func:`plan_budget`.
+
+    Raises:
+        UserError: Neither fits; the message has the GiB that would do.
+    """
+    whole = weight_bytes(model)
+    if memory_gb is None and device.type == "cpu":
+        return Placement(False, whole)
+    layers = layer_bytes(model) if traits_of(model).chained else {}
+    by_layers = whole - sum(layers.values()) + SLOTS * max(layers.values(), default=0)
+    size, wide = _widths(model, losses)
+    rows = _Rows.of(model, groups, None)
+    fixed, per_token, _ = _footprint(model, groups, candidates, size, wide, losses, rows)
+    given = memory_gb * GIB if memory_gb is not None else float(free_memory(device))
+    share = memory_share() * (1.0 if memory_gb is not None else _SHARE_OF_FREE)
+
+    def needed(weights: int, tokens: int) -> float:
+        return weights + (fixed + tokens * per_token) / share
+
+    if needed(whole, _RESIDENT_TOKENS) <= given:
+        return Placement(False, whole)
+    if by_layers < whole and needed(by_layers, _LEAST_TOKENS) <= given:
+        return Placement(True, by_layers)
+    if needed(whole, _LEAST_TOKENS) <= given:
+        return Placement(False, whole)
+    least = needed(min(whole, by_layers), _LEAST_TOKENS)
+    raise UserError(
+        f"a pass needs {_gib(least)} GiB: {_gib(min(whole, by_layers))} of weights, a layer at a "
+        f"time where that is less, and what is made of {_LEAST_TOKENS} tokens; there are "
+        f"{given / GIB:.2f}",
+        where="autoquant.memory_gb" if memory_gb is not None else f"device {device}",
+        remedy=f"Set autoquant.memory_gb={_gib(least)}, or use a device with more memory."
+        if memory_gb is not None
+        else "Use a device with more memory, or end what else runs there.",
+    )
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of a device that a model's weights take: of streamed layers, two at once."""
+    stream = stream_of(model)
+    if stream is not None:
+        return stream.weight_bytes
+    return sum(
+        each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers())
     )
 
 
@@ -154,6 +242,19 @@ def reset_peak(device: torch.device) -> int:
         return int(torch.cuda.memory_allocated(device))
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _gib(size: float) -> float:
+    """Return GiB, rounded up to two digits."""
+    return math.ceil(size / GIB * 100) / 100
+
+
+def _widths(model: nn.Module, losses: int) -> tuple[int, int]:
+    """Return the bytes of a value that a model makes, and of one of a quantized module's output."""
+    stored = next(model.parameters()).element_size()
+    # Measured divergences are taken in float32; so are changes of outputs under several losses.
+    wide = stored if losses == 1 else max(4, stored)
+    return stored if losses else wide, wide
 
 
 @dataclass(frozen=True)

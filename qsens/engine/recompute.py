@@ -10,6 +10,9 @@ need not grow with depth, and whoever works on a module's weight does it once a 
 batches there are. Modules outside the layers (a vision tower's patch embedding and mergers) keep
 their record, and hand out their rows with the layer that their gradient comes from. No code of a
 model is repeated here.
+
+Where layers are streamed, see :mod:`qsens.engine.layer_stream`, the batches of a window go forward
+in turns as well, all through one layer before any goes on: weights cross the bus once each way.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -39,12 +43,38 @@ from qsens.engine.activations import (
     SavedLayer,
 )
 from qsens.engine.head import Head, head_input, without_head
+from qsens.engine.layer_stream import device_of, stream_of
 
-Tap = Callable[[str, torch.Tensor], None]
-"""Called with the name of a module's input and the input itself.
+T = TypeVar("T")
+
+Tap = Callable[[Batch, str, torch.Tensor], None]
+"""Called with a batch, the name of a module's input and the input itself.
 
 The names are those of :func:`qsens.checkpoint.experts.input_names`.
 """
+
+
+# Batches that go through a layer before it gives way to the next, where layers are streamed.
+_IN_TURNS = 8
+
+
+def _silent(done: int) -> None:
+    pass
+
+
+@dataclass
+class _Run:
+    """A batch on its way forward.
+
+    Attributes:
+        batch: The batch, on the model's device.
+        saved: Receives what goes backward; none where the tap alone wants to see it.
+        calls: How many times each module has run.
+    """
+
+    batch: Batch
+    saved: SavedForward | None = None
+    calls: Counter[str] = field(default_factory=Counter)
 
 
 class RecomputedModel:
@@ -52,7 +82,8 @@ class RecomputedModel:
 
     Args:
         model: A Hugging Face model with an output embedding that is a linear module.
-        modules: The modules to hand out, by name; the head may be among them and is left out.
+        modules: The modules to hand out, by name. The head may be among them: it does not run, and
+            what it reads is all that is handed out of it.
         tower: Names of those that read pictures.
 
     Raises:
@@ -63,11 +94,13 @@ class RecomputedModel:
         self, model: Any, modules: Mapping[str, nn.Module], tower: Collection[str] = ()
     ) -> None:
         self.model = model
-        self.device: torch.device = next(model.parameters()).device
+        self.device = device_of(model)
+        self._stream = stream_of(model)
         self.head = Head.of(model)
         self.modules = {
             name: module for name, module in modules.items() if module is not self.head.module
         }
+        self._head_name = next((n for n, each in modules.items() if each is self.head.module), None)
         self._tower = frozenset(tower)
         traits = traits_of(model)
         # Where more than one layer's output reaches a layer, all are recorded as one.
@@ -83,22 +116,16 @@ class RecomputedModel:
             for layer in self._layers
             if not any(name.startswith(f"{layer}.") for name in self.modules)
         }
-        self._saved: SavedForward | None = None
-        self._batch: Batch | None = None
+        self._tap: Tap | None = None
+        self._run: _Run | None = None
+        self._again: Counter[str] | None = None  # of a layer that runs by itself, its calls
         self._collector = ActivationBuffer(Extent(), 1)
         self._keeps = False
-        self._looking = False
-        self._inside = False
-        self._runs: Counter[str] = Counter()
 
     @contextmanager
     def watched(self, tap: Tap) -> Iterator[None]:
-        """Call ``tap`` before a module runs, and keep the head out, while the context lasts."""
-        handles = [
-            module.register_forward_pre_hook(functools.partial(self._tap, tap, name))
-            for name, module in self.modules.items()
-        ]
-        with self._without_head(handles):
+        """Make ``look`` call ``tap`` before a module runs, while the context lasts."""
+        with self._hooked([], tap):
             yield
 
     @contextmanager
@@ -114,57 +141,86 @@ class RecomputedModel:
             module.register_forward_hook(functools.partial(self._forward_hook, name))
             for name, module in self.modules.items()
         ]
-        if tap is not None:
-            handles += [
-                module.register_forward_pre_hook(functools.partial(self._tap_hook, tap, name))
-                for name, module in self.modules.items()
-            ]
         self._forwards = {name: layer.forward for name, layer in self._layers.items()}
         for name, layer in self._layers.items():
             layer.forward = functools.partial(self._run_layer, name)
         try:
-            with self._without_head(handles):
+            with self._hooked(handles, tap):
                 yield
         finally:
             for layer in self._layers.values():
                 del layer.forward
 
     @contextmanager
-    def _without_head(self, handles: Sequence[RemovableHandle]) -> Iterator[None]:
-        """Keep the head out while the context lasts; then take the hooks away as well."""
+    def _hooked(self, handles: list[RemovableHandle], tap: Tap | None) -> Iterator[None]:
+        """Keep the head out and call a tap while the context lasts; then take away all hooks."""
+        self._tap = tap
+        if tap is not None:
+            handles += [
+                module.register_forward_pre_hook(functools.partial(self._pre_hook, name))
+                for name, module in self.modules.items()
+            ]
         try:
             with without_head(self.head.module):
                 yield
         finally:
+            self._tap = None
             for handle in handles:
                 handle.remove()
 
-    def hidden(self, batch: Batch) -> torch.Tensor:
-        """Return the head's input, ``(samples, longest, hidden)``."""
-        self._batch = batch
-        return head_input(self.model, batch.to(self.device))
-
     @torch.no_grad()
-    def look(self, batch: Batch) -> torch.Tensor:
-        """Run a batch forward for the tap alone; return the head's input."""
-        self._looking = True
-        try:
-            return self.hidden(batch)
-        finally:
-            self._looking = False
+    def look(self, batches: Sequence[Batch], progress: Callable[[int], None] = _silent) -> None:
+        """Run batches forward for the tap alone.
 
-    def forward(self, batch: Batch) -> SavedForward:
-        """Run a batch forward; keep each layer's input and output."""
-        real = batch.real_tokens()
-        moved = batch.to(self.device)
-        real = None if real is None else real.to(self.device)
-        saved = SavedForward(moved, real, Extent.of(batch))
-        self._saved = saved
-        self._runs.clear()
-        with torch.enable_grad():
-            saved.hidden = self.hidden(moved)
-        self._saved = None
-        return saved
+        Args:
+            batches: The batches.
+            progress: Called with how many are done.
+        """
+        together = 1 if self._stream is None else _IN_TURNS
+        for start in range(0, len(batches), together):
+            runs = [_Run(batch.to(self.device)) for batch in batches[start : start + together]]
+            self._in_turns(runs, self._hidden)
+            progress(start + len(runs))
+
+    def forward(self, batches: Sequence[Batch]) -> list[SavedForward]:
+        """Run batches forward; keep each layer's input and output."""
+        runs = []
+        for batch in batches:
+            real = batch.real_tokens()
+            moved = batch.to(self.device)
+            real = None if real is None else real.to(self.device)
+            runs.append(_Run(moved, SavedForward(moved, real, Extent.of(batch))))
+        return self._in_turns(runs, self._kept)
+
+    def _in_turns(self, runs: Sequence[_Run], run: Callable[[_Run], T]) -> list[T]:
+        """Take runs forward, in turns where layers are streamed, else one after the other."""
+
+        def resumed(index: int) -> None:
+            self._run = runs[index]
+
+        try:
+            if self._stream is not None:
+                taken = [functools.partial(run, each) for each in runs]
+                return self._stream.interleaved.run(taken, resumed)
+            results = []
+            for index, each in enumerate(runs):
+                resumed(index)
+                results.append(run(each))
+            return results
+        finally:
+            self._run = None
+
+    def _hidden(self, run: _Run) -> torch.Tensor:
+        hidden = head_input(self.model, run.batch)
+        if self._tap is not None and self._head_name is not None:
+            self._tap(run.batch, self._head_name, hidden)
+        return hidden
+
+    @torch.enable_grad()
+    def _kept(self, run: _Run) -> SavedForward:
+        assert run.saved is not None
+        run.saved.hidden = self._hidden(run)
+        return run.saved
 
     def backward(
         self, saved_forwards: Sequence[SavedForward], grad_output: Sequence[Sequence[torch.Tensor]]
@@ -190,11 +246,22 @@ class RecomputedModel:
                     _hand_on(saved, index)
         yield self._collector.rows
         while any(saved.calls for saved in saved_forwards):
+            self._fetch(saved_forwards)
             self._collector = ActivationBuffer(starts[-1], len(grad_output[0]))
             for saved, start in zip(saved_forwards, starts, strict=False):
                 with self._collector.batch(saved, start):
                     self._backward_layer(saved, saved.calls.pop())
             yield self._collector.rows
+
+    def _fetch(self, saved_forwards: Sequence[SavedForward]) -> None:
+        """Bring the layer to the device whose turn it is to go backward, and the one before it."""
+        if self._stream is not None:
+            name, *before = next(
+                [call.name for call in saved.calls[:-3:-1]]
+                for saved in saved_forwards
+                if saved.calls
+            )
+            self._stream.fetch(name, next(iter(before), None))
 
     def _backward_layer(self, saved: SavedForward, call: SavedLayer) -> None:
         if not call.grad_output:
@@ -213,14 +280,12 @@ class RecomputedModel:
     ) -> tuple[torch.Tensor, Any]:
         """Run a layer with a record of its own; return its input there, and what it gives."""
         inner = hidden.detach().requires_grad_()
-        self._inside = True
-        outside, self._runs = self._runs, Counter()
+        self._again = Counter()
         try:
             with torch.enable_grad():
                 return inner, self._forwards[name](inner, *args, **kwargs)
         finally:
-            self._inside = False
-            self._runs = outside
+            self._again = None
 
     def _run_layer(self, name: str, *args: Any, **kwargs: Any) -> Any:
         """Run a layer, its record kept or not; what it gives starts a new one."""
@@ -230,7 +295,8 @@ class RecomputedModel:
             hidden = kwargs.pop(next(iter(inspect.signature(self._forwards[name]).parameters)))
         # A tower that is not covered, below all that is: no gradient has to pass it.
         idle = name in self._idle and not hidden.requires_grad
-        if self._looking or idle:
+        saved = self._run.saved if self._run is not None else None
+        if saved is None or idle:
             return self._forwards[name](hidden, *args, **kwargs)
         record = None
         if self._keeps:
@@ -240,50 +306,47 @@ class RecomputedModel:
             with torch.no_grad():
                 result = self._forwards[name](hidden, *args, **kwargs)
         output = _first(result).detach().requires_grad_()
-        assert self._saved is not None
-        self._saved.calls.append(SavedLayer(name, hidden, args, kwargs, output, record))
+        saved.calls.append(SavedLayer(name, hidden, args, kwargs, output, record))
         return (output, *result[1:]) if isinstance(result, tuple) else output
 
-    def _tap_hook(
-        self, tap: Tap, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]
-    ) -> None:
-        if self._looking or self._saved is not None:  # not when a layer runs again
-            self._tap(tap, name, module, args)
-
     @torch.no_grad()
-    def _tap(self, tap: Tap, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _pre_hook(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         """Hand out a module's input; of experts also what stands between their products.
 
         Of the language model's modules ``(samples, longest, channels)``, of a tower's ``(rows,
         channels)``, however they are called.
         """
-        assert self._batch is not None
-        if not is_experts(module):
-            shape = self._batch.input_ids.shape
-            if name in self._tower and not is_convolution(module):
-                tap(name, args[0].flatten(0, -2))
-            elif args[0].shape[:-1].numel() == shape.numel() and args[0].ndim == 2:
-                tap(name, args[0].view(*shape, -1))
-            else:
-                tap(name, args[0])
+        tap = self._tap
+        if tap is None or self._run is None:  # a layer runs again
             return
-        real = self._batch.real_tokens()
-        for each, rows in expert_inputs(name, module, args, self._batch.input_ids.shape, real):
-            tap(each, rows)
+        batch = self._run.batch
+        shape = batch.input_ids.shape
+        if not is_experts(module):
+            if name in self._tower and not is_convolution(module):
+                tap(batch, name, args[0].flatten(0, -2))
+            elif args[0].shape[:-1].numel() == shape.numel() and args[0].ndim == 2:
+                tap(batch, name, args[0].view(*shape, -1))
+            else:
+                tap(batch, name, args[0])
+            return
+        for each, rows in expert_inputs(name, module, args, shape, batch.real_tokens()):
+            tap(batch, each, rows)
 
     def _forward_hook(
         self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor | None:
-        outside = name in self._outside and self._saved is not None
-        if not (self._inside or outside):
+        calls = self._again
+        if calls is None and name in self._outside and self._run is not None and self._run.saved:
+            calls = self._run.calls
+        if calls is None:
             return None
         entered, left = args[0].detach(), output.detach()
         routing = tuple(part.detach() for part in args[1:3]) if is_experts(module) else ()
         convolution = is_convolution(module)
         if convolution:
             entered, left = patches_of(module, entered).flatten(1), channels_last(left)
-        call = Call(name, self._runs[name])
-        self._runs[name] += 1
+        call = Call(name, calls[name])
+        calls[name] += 1
         if not output.requires_grad:  # what the weights are frozen for; the first of a tower
             output = output.detach().requires_grad_()
             given = output.clone()  # in-place operations refuse a leaf

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import nn
 
 from qsens.checkpoint.groups import Group
@@ -19,7 +20,17 @@ from qsens.engine.batching import calibrates
 from qsens.engine.candidates import Candidates, Request, distinct
 from qsens.engine.gradient import fisher, scorer
 from qsens.engine.kl.measure import diverge
-from qsens.engine.memory import GIB, Budget, memory_share, peak, plan_budget, reset_peak
+from qsens.engine.layer_stream import LayerStream, device_of, layer_bytes, stream_of
+from qsens.engine.memory import (
+    GIB,
+    Budget,
+    memory_share,
+    peak,
+    plan_budget,
+    plan_placement,
+    reset_peak,
+    weight_bytes,
+)
 from qsens.engine.scores import PassScores, Progress, silent
 
 log = logging.getLogger(__name__)
@@ -35,6 +46,8 @@ class ScoringPass:
         budget: How much went through at once.
         seconds: Seconds of ``calibrate`` and ``score``.
         taken: Bytes that it took at most above the weights, calibration left out.
+        weights: Bytes of weights on the device.
+        streamed: Bytes of weights that were copied there, layer by layer.
     """
 
     scores: PassScores
@@ -42,10 +55,17 @@ class ScoringPass:
     budget: Budget
     seconds: Mapping[str, float]
     taken: int
+    weights: int
+    streamed: int
 
     def memory(self) -> dict[str, float]:
-        """Return the GiB above the weights, predicted and taken."""
-        return {"predicted": self.budget.predicted / GIB, "peak": self.taken / GIB}
+        """Return GiB: of weights on the device, above them predicted and taken, and streamed."""
+        return {
+            "weights": self.weights / GIB,
+            "predicted": self.budget.predicted / GIB,
+            "peak": self.taken / GIB,
+            "streamed": self.streamed / GIB,
+        }
 
 
 def run_pass(
@@ -79,10 +99,12 @@ def run_pass(
         model,
         groups,
         candidates,
-        limit_gb=autoquant.memory_budget_gb,
-        losses={"gradient": 1, "fisher": autoquant.draws, "kl_div": 0}[method],
+        memory_gb=autoquant.memory_gb,
+        losses=_losses(autoquant),
         samples=samples,
     )
+    stream = stream_of(model)
+    streamed = -stream.fetched if stream is not None else 0
     started = time.monotonic()
     amax = calibrated(candidates)
     missing = [count for count in candidates.calibration_sizes() if count not in amax]
@@ -103,7 +125,7 @@ def run_pass(
         budget.predicted / GIB,
         budget.limit / GIB,
     )
-    device = next(model.parameters()).device
+    device = device_of(model)
     before = reset_peak(device)
     known = None if in_passing else amax
     if method == "gradient":
@@ -123,8 +145,56 @@ def run_pass(
     )
     taken = max(0, peak(device) - before)
     log.info("memory above the weights: %.2f GiB taken at most", taken / GIB)
+    if stream is not None:
+        streamed += stream.fetched
+        log.info("%.2f GiB of layers were copied to the device", streamed / GIB)
     took = {"calibrate": seconds, "score": scores.seconds}
-    return ScoringPass(scores, candidates, budget, took, taken)
+    weights = weight_bytes(model)
+    return ScoringPass(scores, candidates, budget, took, taken, weights, streamed)
+
+
+def place(
+    model: nn.Module,
+    groups: Sequence[Group],
+    requests: Sequence[Request],
+    autoquant: AutoquantConfig,
+    device: torch.device,
+) -> None:
+    """Move a model to a device, as a whole where it fits, else with its layers streamed.
+
+    Args:
+        model: The model, in host memory.
+        groups: Its groups.
+        requests: What is to be computed.
+        autoquant: As of :func:`run_pass`.
+        device: Where to.
+
+    Raises:
+        UserError: Not even one layer fits.
+    """
+    placement = plan_placement(
+        model,
+        groups,
+        distinct(requests),
+        device,
+        memory_gb=autoquant.memory_gb,
+        losses=_losses(autoquant),
+    )
+    if not placement.streamed:
+        model.to(device)
+        return
+    log.info(
+        "layers are streamed from host memory: %.2f GiB of weights on the device at once, %.2f GiB "
+        "cross the bus each way that a window of samples goes",
+        placement.weights / GIB,
+        sum(layer_bytes(model).values()) / GIB,
+    )
+    LayerStream(model, device)
+
+
+def _losses(autoquant: AutoquantConfig) -> int:
+    """Return how many losses go backward."""
+    return {"gradient": 1, "fisher": autoquant.draws, "kl_div": 0}[autoquant.method]
 
 
 def calibrate(
@@ -140,7 +210,7 @@ def calibrate(
     What does not fit in one batch goes through in several: no maximum depends on it.
     """
     share = memory_share()
-    together = batch_tokens(next(model.parameters()).device)
+    together = batch_tokens(device_of(model))
     return calibration.calibrate(
         model,
         samples,

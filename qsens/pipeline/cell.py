@@ -220,7 +220,7 @@ def _out_of_memory(error: Exception, cell: CellSpec) -> OutOfMemory | None:
     return OutOfMemory(
         f"out of memory: {str(error).splitlines()[0] if str(error) else 'the host has none left'}",
         where=cell.cell,
-        remedy="Set a smaller autoquant.memory_budget_gb, or use a device with more memory.",
+        remedy="Set a smaller autoquant.memory_gb, or use a device with more memory.",
     )
 
 

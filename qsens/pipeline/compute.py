@@ -17,7 +17,7 @@ from qsens.checkpoint.loading import device_name
 from qsens.data.samples import Samples, equal_length_batches
 from qsens.engine.amax import Amax, AmaxBySize
 from qsens.engine.amax import calibrate as run_calibration
-from qsens.engine.candidates import Candidates, Request, distinct
+from qsens.engine.candidates import Candidates, distinct
 from qsens.engine.gradient import scorer
 from qsens.engine.scores import CellScores, Progress
 from qsens.engine.scoring_pass import calibrate, run_pass
@@ -30,9 +30,11 @@ from qsens.pipeline.loading import (
     Loaded,
     dataset_of,
     groups_of,
-    load,
     load_checkpoint,
+    load_whole,
+    request_of,
     together,
+    widest,
     with_set,
 )
 from qsens.pipeline.result import build_manifest
@@ -80,7 +82,7 @@ def score_reference(store: Store, cell: CellSpec, progress: Progress) -> None:
 
     plan = store.plan
     config = plan.config
-    loaded = load(plan, cell, progress)
+    loaded = load_whole(plan, cell, progress)
     refused = _without_labels(plan, cell, cell.sets[0], loaded.samples)
     if refused is not None:
         raise refused
@@ -155,12 +157,6 @@ def by_set(cells: Sequence[CellSpec]) -> list[list[tuple[CellSpec, CalibrationSe
 def _longest(sets: Sequence[CalibrationSet]) -> CalibrationSet:
     """Return the one with the most samples."""
     return max(sets, key=lambda one: one.taken)
-
-
-def widest(cells: Sequence[CellSpec], like: CellSpec) -> CellSpec:
-    """Return the cell that covers most of those with the modality of ``like``."""
-    alike = [cell for cell in cells if cell.modality == like.modality]
-    return next((cell for cell in alike if cell.coverage == "all_layers"), like)
 
 
 def _score_set(
@@ -256,7 +252,7 @@ def both_engines(
 
     plan = store.plan
     config = plan.config
-    loaded = load(plan, cell, progress)
+    loaded = load_whole(plan, cell, progress)
     model, samples = loaded.model, loaded.samples
     groups = groups_of(plan, cell, model)
     reference.check_device(model, groups, cell.precision)
@@ -305,18 +301,6 @@ def _by_name(scores: CellScores) -> dict[str, float]:
         for entry in scores.groups
         if entry.sensitivity is not None
     }
-
-
-def request_of(cell: CellSpec, one: CalibrationSet | None = None) -> Request:
-    """Return what ``cell`` asks of a pass over one of its data sets; over all when not given."""
-    pair = cell.precision
-    return Request(
-        cell=cell.cell,
-        weight=pair.weight_quantizer.modelopt(),
-        input=pair.input_quantizer.modelopt() if pair.input_quantizer else None,
-        calibrated=size_of(cell),
-        scored=(one or cell).scored,
-    )
 
 
 def _without_labels(

@@ -149,7 +149,7 @@ def end_to_end_of(
     from qsens.engine.modelopt.end_to_end import EndToEnd
     from qsens.pipeline.loading import groups_of, load_checkpoint, read_as, with_samples
 
-    checkpoint = load_checkpoint(plan, lambda *_: None)
+    checkpoint = load_checkpoint(plan, lambda *_: None, whole=True)
     loaded = with_samples(plan, cell, checkpoint)
     measured_on = [
         read_as(cell.modality, held_out[dataset.name], plan, dataset, checkpoint)

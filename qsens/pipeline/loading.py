@@ -25,10 +25,13 @@ from qsens.data.images import PictureReader, Pixels
 from qsens.data.records import Record
 from qsens.data.samples import Samples, refuse_unknown_tokens
 from qsens.data.text import text_samples
+from qsens.engine.candidates import Request
 from qsens.engine.scores import Progress
+from qsens.engine.scoring_pass import place
 from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.pipeline.plan import identify_checkpoint
+from qsens.pipeline.stored_amax import size_of
 from qsens.schema.manifest import Dataset
 
 log = logging.getLogger(__name__)
@@ -72,8 +75,13 @@ class Loaded:
     notices: tuple[str, ...]
 
 
-def load_checkpoint(plan: Plan, progress: Progress) -> Checkpoint:
+def load_checkpoint(plan: Plan, progress: Progress, *, whole: bool = False) -> Checkpoint:
     """Load the model of ``plan``.
+
+    Args:
+        plan: The plan.
+        progress: Called as work goes on.
+        whole: Whether all of it has to be on the device, as ModelOpt needs it.
 
     Raises:
         UserError: It cannot be loaded, or is not what it was when the sweep was planned.
@@ -83,8 +91,12 @@ def load_checkpoint(plan: Plan, progress: Progress) -> Checkpoint:
     progress("load", 0, 1)
     started = time.monotonic()
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, device, plan.results)
+    model = load_model(config.model, device, plan.results, move=whole)
     _check_identity(plan, model)
+    if not whole:
+        requests = [request_of(cell, one) for cell in plan.cells for one in cell.sets]
+        groups = groups_of(plan, widest(plan.cells, plan.cells[0]), model)
+        place(model, groups, requests, config.autoquant, device)
     unused = unused_notices(model, shapes(config.model.path))
     unused += left_alone_notices(model)
     progress("load", 1, 1)
@@ -162,9 +174,9 @@ def with_set(plan: Plan, one: CalibrationSet, checkpoint: Checkpoint) -> Loaded:
     return Loaded(checkpoint.model, samples, checkpoint.device, seconds, notices)
 
 
-def load(plan: Plan, cell: CellSpec, progress: Progress) -> Loaded:
-    """Load the model and the samples of ``cell``."""
-    return with_samples(plan, cell, load_checkpoint(plan, progress))
+def load_whole(plan: Plan, cell: CellSpec, progress: Progress) -> Loaded:
+    """Load the model, all of it on the device, and the samples of ``cell``."""
+    return with_samples(plan, cell, load_checkpoint(plan, progress, whole=True))
 
 
 def read_as(
@@ -278,6 +290,24 @@ def groups_of(plan: Plan, cell: CellSpec, model: nn.Module) -> list[Group]:
     """Return the groups of ``model``, covered as ``cell`` says."""
     return find_groups(
         model, plan.config.model.vision_patterns, all_layers=cell.coverage == "all_layers"
+    )
+
+
+def widest(cells: Sequence[CellSpec], like: CellSpec) -> CellSpec:
+    """Return the cell that covers most of those with the modality of ``like``."""
+    alike = [cell for cell in cells if cell.modality == like.modality]
+    return next((cell for cell in alike if cell.coverage == "all_layers"), like)
+
+
+def request_of(cell: CellSpec, one: CalibrationSet | None = None) -> Request:
+    """Return what ``cell`` asks of a pass over one of its data sets; over all when not given."""
+    pair = cell.precision
+    return Request(
+        cell=cell.cell,
+        weight=pair.weight_quantizer.modelopt(),
+        input=pair.input_quantizer.modelopt() if pair.input_quantizer else None,
+        calibrated=size_of(cell),
+        scored=(one or cell).scored,
     )
 
 

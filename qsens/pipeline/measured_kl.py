@@ -12,8 +12,7 @@ from qsens.checkpoint.loading import device_name
 from qsens.engine.scores import Progress
 from qsens.engine.scoring_pass import run_pass
 from qsens.errors import Fault
-from qsens.pipeline.compute import request_of, widest
-from qsens.pipeline.loading import Checkpoint, groups_of, with_samples
+from qsens.pipeline.loading import Checkpoint, groups_of, request_of, widest, with_samples
 from qsens.pipeline.shared_checkpoint import SharedCheckpoint
 from qsens.pipeline.stored_amax import read_scored
 from qsens.store import Store

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRESET = """
 defaults: {model: tiny_qwen3_vl, dataset: demo, quant_pair: [wfp8_afp16, wint8_afp16]}
 dataset: {size: [large]}
-autoquant: {method: fisher, draws: 8, score_size: 512, memory_budget_gb: 0.2}
+autoquant: {method: fisher, draws: 8, score_size: 512, memory_gb: 0.2}
 dag: {schedule: null, pool: gpu, retries: 1, retry_delay_seconds: 2}
 """
 PAIRS = ["wfp8_afp16", "wint8_afp16"]

@@ -11,7 +11,7 @@ from qsens.checkpoint.groups import find_groups
 from qsens.checkpoint.loading import load_model
 from qsens.config import ModelConfig
 from qsens.engine.candidates import Request, distinct
-from qsens.engine.memory import GIB, MEMORY_SHARE, memory_share, plan_budget
+from qsens.engine.memory import GIB, MEMORY_SHARE, memory_share, plan_budget, weight_bytes
 from qsens.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ def test_a_share_of_the_budget_halves_it_and_lets_fewer_tokens_through(
     model = load_model(config, torch.device("cpu"))
     groups = find_groups(model, config.vision_patterns)
     candidates = distinct([Request("a", {"num_bits": 8, "axis": 0}, None, 16, 16)])
-    whole = plan_budget(model, groups, candidates, limit_gb=0.125)
+    given = 0.125 + weight_bytes(model) / GIB
+    whole = plan_budget(model, groups, candidates, memory_gb=given)
     monkeypatch.setenv(MEMORY_SHARE, "0.5")
-    half = plan_budget(model, groups, candidates, limit_gb=0.125)
+    half = plan_budget(model, groups, candidates, memory_gb=given)
     assert (whole.limit, half.limit) == (GIB // 8, GIB // 16)
     assert half.predicted <= half.limit
     assert half.max_tokens < whole.max_tokens

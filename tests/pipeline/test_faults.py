@@ -26,7 +26,7 @@ PAIRS = ("wfp8_afp8", "wint8_afp16", "wint8_aint8")
 WORDS = (
     "dataset.size=small,large",
     "autoquant.score_size=512",
-    "autoquant.memory_budget_gb=0.1",
+    "autoquant.memory_gb=0.1",
 )
 
 

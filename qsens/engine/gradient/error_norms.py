@@ -20,7 +20,8 @@ try:
 except ImportError:  # a CPU build of torch brings none
     triton = None
 
-_COLUMNS = 4096  # held by a program at once: fewer are slower
+# Held by a program at once: columns with one gradient, fewer with the most gradients.
+_COLUMNS, _COLUMNS_OF_DRAWS, _DRAWS = 4096, 2048, 8
 
 
 RowSpan = tuple[int, int, int]
@@ -131,9 +132,11 @@ def _launch(
     norms: bool,
 ) -> None:
     """Run the kernel; gradients and scores have the draws in front, also where there is one."""
-    channels = changed.shape[1]
+    channels, draws = changed.shape[1], len(grad_output)
+    together = min(_DRAWS, triton.next_power_of_2(draws))
+    columns = _COLUMNS if together == 1 else _COLUMNS_OF_DRAWS
     with torch.cuda.device(changed.device):
-        _kernel[max(count for _, _, count in spans), len(grad_output)](
+        _kernel[max(count for _, _, count in spans), triton.cdiv(draws, together)](
             changed,
             outputs,
             grad_output,
@@ -142,12 +145,14 @@ def _launch(
             errors,
             scores,
             channels,
+            draws,
             changed.stride(0),
             outputs.stride(0),
             *grad_output.stride()[:2],
             scores.stride(0),
             NORMS=norms,
-            BLOCK=min(_COLUMNS, triton.next_power_of_2(channels)),
+            DRAWS=together,
+            BLOCK=min(columns, triton.next_power_of_2(channels)),
             num_warps=4,
         )
 
@@ -170,19 +175,22 @@ if triton is not None:
         errors,
         scores,
         channels,
+        draws,
         changed_stride,
         outputs_stride,
         draw_stride,
         grad_stride,
         scores_stride,
         NORMS: tl.constexpr,
+        DRAWS: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        # All that is made of one row, so that its output and gradient are read from memory once.
+        # All that is made of one row, so that its output and gradients are read from memory once.
         row = tl.program_id(0).to(tl.int64)
-        draw = tl.program_id(1).to(tl.int64)
+        draw = tl.program_id(1).to(tl.int64) * DRAWS + tl.arange(0, DRAWS)
+        drawn = draw < draws
         old_row = outputs + row * outputs_stride
-        grad_row = grad_output + draw * draw_stride + row * grad_stride
+        grad_rows = grad_output + draw[:, None] * draw_stride + row * grad_stride
         for span in range(count):
             length = tl.load(spans + 3 * span + 2)
             if row < length:
@@ -190,19 +198,20 @@ if triton is not None:
                 into = tl.load(spans + 3 * span + 1) + row
                 new_row = changed + (start + row) * changed_stride
                 error = tl.zeros((BLOCK,), dtype=tl.float32)
-                score = tl.zeros((BLOCK,), dtype=tl.float32)
+                score = tl.zeros((DRAWS, BLOCK), dtype=tl.float32)
                 for first in range(0, channels, BLOCK):
                     column = first + tl.arange(0, BLOCK)
                     inside = column < channels
                     new = tl.load(new_row + column, mask=inside, other=0.0)
                     old = tl.load(old_row + column, mask=inside, other=0.0)
-                    grad = tl.load(grad_row + column, mask=inside, other=0.0)
+                    wanted = drawn[:, None] & inside[None, :]
+                    grads = tl.load(grad_rows + column[None, :], mask=wanted, other=0.0)
                     change = (new.to(tl.float32) - old.to(tl.float32)).to(new.dtype)
                     change = change.to(tl.float32)
-                    product = change * grad.to(tl.float32)
+                    products = change[None, :] * grads.to(tl.float32)
                     error += change * change
-                    score += product * product if NORMS else product
-                if draw == 0:
+                    score += products * products if NORMS else products
+                if tl.program_id(1) == 0:
                     tl.store(errors + into, tl.sqrt(tl.sum(error)))
-                total = tl.sqrt(tl.sum(score)) if NORMS else tl.sum(score)
-                tl.store(scores + draw * scores_stride + into, total)
+                total = tl.sqrt(tl.sum(score, axis=1)) if NORMS else tl.sum(score, axis=1)
+                tl.store(scores + draw * scores_stride + into, total, mask=drawn)

@@ -30,6 +30,7 @@ from qsens.engine.gradient.buffers import (
     row_norms,
 )
 from qsens.engine.gradient.error_norms import RowSpan, score_norms
+from qsens.engine.gradient.half_variance import half_variance
 from qsens.engine.gradient.quantized_inputs import InputQuantizer
 from qsens.engine.head import HEAD_ROWS, Head
 
@@ -186,9 +187,7 @@ class DrawnHead:
                         into = slice(start, start + length)
                         statistics.errors[0, into] = row_norms(changed - outputs[:length])
                         change = head.logits(changed).sub_(logits[:length])
-                        statistics.scores[0, into] = half_variance(
-                            change.double(), p[:length]
-                        ).sqrt()
+                        statistics.scores[0, into] = half_variance(change, p[:length]).sqrt()
         return window.scores(back)
 
     def _quantiles(self, sample: int, length: int) -> torch.Tensor:
@@ -199,12 +198,6 @@ class DrawnHead:
         generator = np.random.default_rng([self._seed, sample])
         strata = generator.permuted(np.tile(np.arange(self._draws), (length, 1)), axis=1)
         return torch.from_numpy((strata + generator.random((length, self._draws))) / self._draws)
-
-
-def half_variance(change: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Return ``1/2 d^T (diag(p) - p p^T) d`` of each row."""
-    centred = change - (p * change).sum(dim=-1, keepdim=True)
-    return (p * centred.square()).sum(dim=-1) / 2
 
 
 def _times(x: torch.Tensor, slope: torch.Tensor | float) -> torch.Tensor:

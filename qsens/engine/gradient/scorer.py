@@ -194,19 +194,9 @@ class GradientScorer:
             running: Finds amax in the forward pass; none where they are there.
             more: Batches that it needs beside those.
         """
-        saved_forwards = []
-        for batch in window:
-            if running is not None:
-                running.begin(batch)
-            saved_forwards.append(self.model.forward(batch))
-            if running is not None and self._head.name is not None:
-                running.take(self._head.name, saved_forwards[-1].hidden)
+        saved_forwards = self.model.forward(window)
         if running is not None:
-            for batch in more:
-                running.begin(batch)
-                hidden = self.model.look(batch)
-                if self._head.name is not None:
-                    running.take(self._head.name, hidden)
+            self.model.look(more)
             self.calibrate(running.calibration_sizes())
         order = [index for batch in window for index in batch.samples]
         with torch.no_grad():

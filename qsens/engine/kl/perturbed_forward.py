@@ -34,6 +34,7 @@ from qsens.data.samples import Batch
 from qsens.engine.amax import Amax, moved
 from qsens.engine.candidates import CalibrationSize, Candidates
 from qsens.engine.head import Head, head_input, without_head
+from qsens.engine.layer_stream import device_of
 from qsens.engine.quantizer import quantize, quantize_experts, quantize_weight
 from qsens.engine.scores import Failures
 
@@ -80,7 +81,7 @@ class PerturbedForward:
         self.model = model
         self.groups = groups
         self.candidates = candidates
-        self.device: torch.device = next(model.parameters()).device
+        self.device = device_of(model)
         self.head = Head.of(model)
         self.ran: set[str] = set()
         self.failures = Failures()

