@@ -233,6 +233,13 @@ def random_samples(captions: Sequence[str], vocabulary: int, *, longest: int) ->
     return Samples(ids=tuple(ids), truncated=(False,) * len(ids))
 
 
+def samples_of_length(model: Any, count: int, tokens: int) -> Samples:
+    """Return samples of random ids, all of one length."""
+    high = ordinary_ids(model.config.get_text_config().vocab_size)
+    ids = torch.randint(0, high, (count, tokens), generator=torch.Generator().manual_seed(0))
+    return Samples(tuple(map(tuple, ids.tolist())), (False,) * count)
+
+
 def pair_configs(names: Sequence[str]) -> list[PairConfig]:
     """Return the pairs of that name; every pair of ``configs/quant_pair`` where there is none."""
     names = names or list(choices("quant_pair"))

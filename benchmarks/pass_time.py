@@ -26,8 +26,8 @@ from benchmarks._workload import (
     SHAPES,
     Cell,
     build_shape,
-    ordinary_ids,
     pair_configs,
+    samples_of_length,
     tower_patterns,
 )
 from qsens.checkpoint.groups import find_groups
@@ -59,13 +59,7 @@ def main() -> None:
     device, dtype = resolve_device(given.device), getattr(torch, given.dtype)
     model = build_shape(given.shape, device, dtype)
     groups = find_groups(model, tower_patterns(model))
-    ids = torch.randint(
-        0,
-        ordinary_ids(model.config.get_text_config().vocab_size),  # type: ignore[union-attr,operator]
-        (given.samples, given.tokens),
-        generator=torch.Generator().manual_seed(0),
-    )
-    samples = Samples(tuple(map(tuple, ids.tolist())), (False,) * given.samples)
+    samples = samples_of_length(model, given.samples, given.tokens)
     requests = [
         request(Cell(pair, str(given.samples), given.samples, given.samples))
         for pair in pair_configs(given.pairs.split(","))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import queue
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -136,11 +137,26 @@ class LayerStream:
             _Slot(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(SLOTS)
         ]
         self._copier = _Copier(device) if device.type == "cuda" else None
-        for name in layers:
+        self._model = weakref.ref(model)
+        self._hooks = [
             model.get_submodule(name).register_forward_pre_hook(
                 functools.partial(self._before, name)
             )
+            for name in layers
+        ]
         _STREAMS[model] = self
+
+    def remove(self) -> None:
+        """Leave the layers in host memory, and bring none to the device any more."""
+        for hook in self._hooks:
+            hook.remove()
+        for weights in self._weights.values():
+            for weight in weights:
+                weight.parameter.data = weight.host
+        self._slots.clear()
+        model = self._model()
+        if model is not None:
+            del _STREAMS[model]
 
     def fetch(self, name: str, ahead: str | None) -> None:
         """Make sure that a layer's weights are on the device.
