@@ -33,8 +33,8 @@ SLOTS = 2
 """Layers that are on the device at once."""
 
 _ALIGNED = 512  # bytes
-_THREADS = 6
-_STAGING, _BUFFERS = 32 << 20, 12  # bytes of a pinned buffer, and how many there are
+_THREADS = 8
+_STAGING, _BUFFERS = 8 << 20, 32  # bytes of a pinned buffer, and how many there are
 
 _STREAMS: WeakKeyDictionary[nn.Module, LayerStream] = WeakKeyDictionary()
 
