@@ -62,6 +62,7 @@ def plan(
         done = "there" if cell["done"] else "to compute"
         table.add_row(cell["cell"], cell["coverage"], cell["modality"], str(cell["lane"]), done)
     stdout.print(table)
+    stdout.print(described["weights"]["placement"])
 
 
 @app.command()

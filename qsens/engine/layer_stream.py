@@ -27,10 +27,8 @@ import torch
 from torch import nn
 
 from qsens.checkpoint.modules import layers_of
+from qsens.checkpoint.weight_sizes import SLOTS
 from qsens.engine.interleave import Interleaved
-
-SLOTS = 2
-"""Layers that are on the device at once."""
 
 _ALIGNED = 512  # bytes
 _THREADS = 8

@@ -19,11 +19,12 @@ from qsens.checkpoint.experts import expert_weights, is_experts
 from qsens.checkpoint.groups import Group, tower_of
 from qsens.checkpoint.modules import is_linear, layers_of, weight_of
 from qsens.checkpoint.structure import head_of, traits_of
+from qsens.checkpoint.weight_sizes import SLOTS
 from qsens.data.samples import BATCH_TOKENS, Samples
 from qsens.engine.candidates import Candidates
 from qsens.engine.head import HEAD_ROWS
 from qsens.engine.host_memory import available_memory, most_memory
-from qsens.engine.layer_stream import SLOTS, device_of, layer_bytes, stream_of
+from qsens.engine.layer_stream import device_of, layer_bytes, stream_of
 from qsens.engine.quantizer import WEIGHT_CHUNK
 from qsens.errors import UserError
 

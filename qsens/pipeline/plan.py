@@ -21,6 +21,7 @@ from qsens.checkpoint.quantized import read_quantization, shapes
 from qsens.checkpoint.settings import check_settings
 from qsens.checkpoint.templates import check_chat_template
 from qsens.checkpoint.tokenizer_files import check_tokenizer
+from qsens.checkpoint.weight_sizes import WeightSizes
 from qsens.config import DatasetConfig, ModelConfig, Roots, SweepConfig, load_sweep
 from qsens.config.models import CONVERSATIONS, Size, tokens_of
 from qsens.data.captions import identify_samples
@@ -192,11 +193,19 @@ def plan_json(plan: Plan) -> str:
 def describe(plan: Plan, path: Path | None) -> dict[str, Any]:
     """Return what ``qsens plan --json`` prints."""
     store = Store(plan)
+    model = plan.config.model
+    sizes = WeightSizes.of(shapes(model.path), model.dtype)
     return {
         "plan_id": plan.plan_id,
         "sweep_id": plan.sweep_id,
         "plan_path": str(path) if path else None,
         "notices": plan.notices,
+        "weights": {
+            "bytes": sizes.total,
+            "streamed_bytes": sizes.streamed,
+            "bus_bytes": sizes.layers,
+            "placement": sizes.placement(plan.config.autoquant.memory_gb),
+        },
         "cells": [
             {
                 **cell.model_dump(include=Cell.model_fields.keys() - {"digest"}),

@@ -21,6 +21,7 @@ from qsens.engine.layer_stream import LayerStream, device_of, layer_bytes, strea
 from qsens.engine.memory import GIB, weight_bytes
 from qsens.engine.scoring_pass import ScoringPass, place, run_pass
 from qsens.errors import UserError
+from tests.engine import pictures
 
 CPU = torch.device("cpu")
 FP8 = {"num_bits": (4, 3), "axis": None}
@@ -94,6 +95,29 @@ def test_scores_and_amax_are_those_of_a_resident_model(
     assert (expected.streamed, expected.weights) == (0, weight_bytes(make()))
     assert found.streamed > 0
     assert found.weights < expected.weights
+
+
+@pytest.mark.parametrize("family", pictures.FAMILIES)
+@pytest.mark.parametrize("method", ["gradient", "kl_div"])
+def test_with_pictures_layers_of_the_tower_come_and_go_as_well(family: str, method: Any) -> None:
+    read, autoquant = pictures.samples(8), AutoquantConfig(method=method)
+    requests = [Request("a", FP8, FP8, 8, 8)]
+    passes = []
+    for streamed in (False, True):
+        model = pictures.model(family).requires_grad_(False)
+        if streamed:
+            LayerStream(model, CPU)
+        passes.append(run_pass(model, read, find_groups(model), requests, autoquant, boundaries=()))
+    resident, found = (done.scores.per_sample for done in passes)
+    torch.testing.assert_close(found, resident, rtol=0, atol=0)
+    assert (found.sum(dim=(1, 2)) > 0).sum() > pictures.TOWER[family]
+
+
+def test_in_bfloat16_too() -> None:
+    expected = done(dense().bfloat16(), "fisher").scores.per_sample
+    model = dense().bfloat16()
+    LayerStream(model, CPU)
+    torch.testing.assert_close(done(model, "fisher").scores.per_sample, expected, rtol=0, atol=0)
 
 
 def test_weights_cross_once_each_way_whatever_the_number_of_batches() -> None:
