@@ -206,7 +206,7 @@ def test_what_a_new_field_means_for_digests_is_decided_here() -> None:
         # Files enter by their content, and by what their records are found to be.
         ModelConfig: {"path", "language_patterns", "hub"},
         DatasetConfig: {"directory", "files", "images", "format"},
-        AutoquantConfig: {"audit", "memory_gb", "device"},
+        AutoquantConfig: {"audit", "memory_gb", "device", "devices"},
     }
     for model, inside in in_digest.items():
         assert set(model.model_fields) == inside | outside[model]

@@ -38,6 +38,16 @@ def _read_count(given: Any) -> int | str:
     )
 
 
+def _read_devices(given: Any) -> int | Literal["auto"]:
+    """Return how many devices are used, or that all are."""
+    text = str(given).strip()
+    if text == "auto":
+        return "auto"
+    if re.fullmatch(r"\d{1,2}", text) and not isinstance(given, bool) and 1 <= int(text) <= 64:
+        return int(text)
+    raise ValueError("neither a number of devices, 1 to 64, nor auto")
+
+
 def _read_files(given: Any) -> str | tuple[str, ...]:
     """Return the name of a file, or several."""
     names = (given,) if isinstance(given, str) else given
@@ -48,6 +58,8 @@ def _read_files(given: Any) -> str | tuple[str, ...]:
 
 Count: TypeAlias = Annotated[int | str, PlainValidator(_read_count)]
 """Samples, or tokens: ``64k tokens``."""
+Devices: TypeAlias = Annotated[int | Literal["auto"], PlainValidator(_read_devices)]
+"""How many devices."""
 Files: TypeAlias = Annotated[str | tuple[str, ...], PlainValidator(_read_files)]
 """A file's name or pattern, or several."""
 # Suffixes of sample files, in any case: captions alone, and those of records.
@@ -239,8 +251,19 @@ class AutoquantConfig(Frozen):
     they stay in host memory, and the device holds two layers at a time."""
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """``auto`` (the first GPU, else the CPU), ``cpu``, ``cuda``, ``cuda:N``."""
+    devices: Devices = 1
+    """Devices of this host that share the samples of a pass, a process each; ``auto``, all GPUs
+    that are visible. No number depends on it."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of all that is drawn at random."""
+
+    @model_validator(mode="after")
+    def _several_devices_are_none_by_name(self) -> Self:
+        if self.devices != 1 and ":" in self.device:
+            raise ValueError(f"device={self.device} is one: leave it out, or set devices=1")
+        if self.devices != 1 and self.engine == "modelopt":
+            raise ValueError("engine=modelopt runs on one device: set devices=1")
+        return self
 
     @model_validator(mode="after")
     def _the_engine_knows_the_method(self) -> Self:

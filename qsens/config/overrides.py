@@ -139,7 +139,8 @@ def _read(annotation: Any, text: str, key: str) -> Any:
     if get_origin(annotation) in (Union, UnionType):
         if text.strip() in ("null", "~"):
             return None
-        (annotation,) = (entry for entry in get_args(annotation) if entry is not type(None))
+        kinds = [entry for entry in get_args(annotation) if entry is not type(None)]
+        annotation = kinds[0] if len(kinds) == 1 else str
     if key in CHOICES:
         return _items(text) if CHOICES[key] else text
     if _is_section(annotation):

@@ -21,6 +21,7 @@ from qsens.data.samples import Batch, Samples, batch_tokens, padded_batches
 from qsens.engine.candidates import CalibrationSize
 from qsens.engine.recompute import RecomputedModel
 from qsens.engine.scores import Progress, silent
+from qsens.engine.team import Team, team_of
 
 Amax = dict[str, torch.Tensor]
 """The largest magnitude of each module's inputs over the real tokens: float32 scalars on a CPU."""
@@ -74,16 +75,16 @@ class RunningAmax:
         found = torch.linalg.vector_norm(rows, ord=torch.inf, dtype=torch.float32)
         largest[name] = torch.maximum(largest[name], found)
 
-    def calibration_sizes(self) -> AmaxBySize:
-        """Return the amax at every calibration size, all batches done."""
+    def calibration_sizes(self, team: Team) -> AmaxBySize:
+        """Return the amax at every calibration size, all batches of a team done."""
         self._last = None
         found: AmaxBySize = {}
         before: Amax = {}
-        for size, own in zip(self._sizes, self._largest, strict=True):
+        for size, largest in zip(self._sizes, self._largest, strict=True):
+            own = team.largest(moved(largest, torch.device("cpu")))
             if before:
                 own = {name: torch.maximum(own[name], before[name]) for name in own}
-            found[size] = moved(own, torch.device("cpu"))
-            before = own
+            found[size] = before = own
         return found
 
 
@@ -135,10 +136,11 @@ def calibrate(
             max_tokens=max_tokens,
             pads=traits_of(model).pads,
         )
-    batches = [batch for batch in batches if batch.first < end]
+    team = team_of(model)
+    batches = team.share([batch for batch in batches if batch.first < end])
     with run.watched(running.take):
         run.look(batches, lambda done: progress("calibrate", done, len(batches)))
-    return running.calibration_sizes()
+    return running.calibration_sizes(team)
 
 
 def moved(amax: Amax, device: torch.device) -> Amax:

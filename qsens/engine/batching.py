@@ -11,6 +11,7 @@ from qsens.data.samples import Batch, Samples, batch_tokens, padded_batches
 from qsens.engine.candidates import Candidates
 from qsens.engine.layer_stream import device_of
 from qsens.engine.memory import Budget
+from qsens.engine.team import team_of
 
 
 def plan_batches(
@@ -71,6 +72,7 @@ def calibrates(
     """
     if not candidates.calibration_sizes():
         return False
-    scored = min(max(candidates.scored), len(samples))
+    scored, team = min(max(candidates.scored), len(samples)), team_of(model)
     batches = plan_batches(model, samples, scored, candidates, boundaries, budget.max_tokens)
-    return len(list(windows(batches, budget.max_tokens))) == 1
+    own = team.share(batches)
+    return bool(team.least(len(list(windows(own, budget.max_tokens))) <= 1))

@@ -26,6 +26,7 @@ from qsens.engine.head import HEAD_ROWS
 from qsens.engine.host_memory import available_memory, most_memory
 from qsens.engine.layer_stream import device_of, layer_bytes, stream_of
 from qsens.engine.quantizer import WEIGHT_CHUNK
+from qsens.engine.team import team_of
 from qsens.errors import UserError
 
 GIB = 1 << 30
@@ -102,6 +103,8 @@ def plan_budget(
         free = memory_gb * GIB - weight_bytes(model)
     else:
         free = free_memory(device) * _SHARE_OF_FREE
+        if device.type == "cpu":  # which all processes of a team take from
+            free /= team_of(model).count
     limit = max(0, int(free * memory_share()))
     rows = _Rows.of(model, groups, samples)
     size, wide = _widths(model, losses)

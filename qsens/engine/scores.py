@@ -72,6 +72,13 @@ class Failures:
             else:
                 self.broken.setdefault(candidate, error)
 
+    def absorb(self, other: Failures) -> None:
+        """Note what another process of the same pass could not compute."""
+        for place, reason in other.refused.items():
+            self.refused.setdefault(place, reason)
+        for candidate, error in other.broken.items():
+            self.broken.setdefault(candidate, error)
+
     def fault(self, candidate: int, where: str) -> Fault | None:
         """Return why the cells that read a candidate have no result; none where they have one.
 

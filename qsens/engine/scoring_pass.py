@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from qsens.checkpoint.groups import Group
 from qsens.config.models import AutoquantConfig
 from qsens.data.samples import Samples, batch_tokens
-from qsens.engine import amax as calibration
+from qsens.engine import amax as running_amax
 from qsens.engine.amax import AmaxBySize
 from qsens.engine.batching import calibrates
 from qsens.engine.candidates import Candidates, Request, distinct
@@ -32,6 +32,7 @@ from qsens.engine.memory import (
     weight_bytes,
 )
 from qsens.engine.scores import PassScores, Progress, silent
+from qsens.engine.team import team_of
 
 log = logging.getLogger(__name__)
 
@@ -94,63 +95,135 @@ def run_pass(
         only: Names of groups and cells to measure, with method ``kl_div``; all when not given.
         progress: Called as work goes on.
     """
-    candidates, method = distinct(requests), autoquant.method
-    budget = plan_budget(
-        model,
-        groups,
-        candidates,
-        memory_gb=autoquant.memory_gb,
-        losses=_losses(autoquant),
-        samples=samples,
+    candidates = distinct(requests)
+    scoring = _Scoring(
+        samples, groups, candidates, autoquant, boundaries, calibrated(candidates), only
     )
-    stream = stream_of(model)
-    streamed = -stream.fetched if stream is not None else 0
-    started = time.monotonic()
-    amax = calibrated(candidates)
-    missing = [count for count in candidates.calibration_sizes() if count not in amax]
-    in_passing = (
-        not (amax or candidates.shares)
-        and method != "kl_div"
-        and calibrates(model, samples, candidates, boundaries=boundaries, budget=budget)
-    )
-    if missing and not in_passing:
-        amax |= calibrate(model, samples, groups, missing, boundaries, progress)
-    seconds = time.monotonic() - started
-    log.info(
-        "%d cells, %d candidates, at most %d tokens at once; memory above the weights: "
-        "%.2f GiB predicted of %.2f GiB",
-        len(candidates.of_cell),
-        len(candidates.pairs),
-        budget.max_tokens,
-        budget.predicted / GIB,
-        budget.limit / GIB,
-    )
-    device = device_of(model)
-    before = reset_peak(device)
-    known = None if in_passing else amax
-    if method == "gradient":
-        measure = partial(scorer.score, amax=known)
-    elif method == "fisher":
-        draws, seed = autoquant.draws, autoquant.seed
-        measure = partial(fisher.estimate, amax=known, draws=draws, seed=seed)
-    else:
+    return team_of(model).do(scoring, model, progress)
+
+
+def calibrate(
+    model: nn.Module,
+    samples: Samples,
+    groups: Sequence[Group],
+    sizes: Sequence[int],
+    boundaries: Sequence[int],
+    progress: Progress = silent,
+) -> AmaxBySize:
+    """Return the amax at each of ``sizes``, in batches that fit this process' share of memory.
+
+    What does not fit in one batch goes through in several: no maximum depends on it.
+    """
+    calibration = _Calibration(samples, groups, sizes, boundaries)
+    return team_of(model).do(calibration, model, progress)
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """The calibration of a model, see :func:`calibrate`."""
+
+    samples: Samples
+    groups: Sequence[Group]
+    sizes: Sequence[int]
+    boundaries: Sequence[int]
+
+    def run(self, model: nn.Module, progress: Progress = silent) -> AmaxBySize:
+        """Do this process' part; return what all have found."""
+        share, team = memory_share(), team_of(model)
+        together = batch_tokens(device_of(model))
+        limits = [int(together * share)] if share < 1 else []
+        if team.count > 1:
+            limits.append(-(-self.samples.tokens(max(self.sizes)) // team.count))
+        return running_amax.calibrate(
+            model,
+            self.samples,
+            self.groups,
+            calibration_sizes=self.sizes,
+            boundaries=self.boundaries,
+            max_tokens=min(limits, default=None),
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """One pass over samples, see :func:`run_pass`."""
+
+    samples: Samples
+    groups: Sequence[Group]
+    candidates: Candidates
+    autoquant: AutoquantConfig
+    boundaries: Sequence[int]
+    amax: AmaxBySize
+    only: Collection[tuple[str, str]] | None
+
+    def run(self, model: nn.Module, progress: Progress = silent) -> ScoringPass:
+        """Do this process' part; return what all have found."""
+        candidates, samples, team = self.candidates, self.samples, team_of(model)
+        budget = plan_budget(
+            model,
+            self.groups,
+            candidates,
+            memory_gb=self.autoquant.memory_gb,
+            losses=_losses(self.autoquant),
+            samples=samples,
+        )
+        tokens = team.least(budget.max_tokens)
+        if team.count > 1 and self.autoquant.method != "kl_div":  # whose batches are small anyway
+            tokens = min(tokens, -(-samples.tokens(max(candidates.scored)) // team.count))
+        budget = replace(budget, max_tokens=tokens)
+        stream = stream_of(model)
+        streamed = -stream.fetched if stream is not None else 0
+        started = time.monotonic()
+        found = dict(self.amax)
+        missing = [count for count in candidates.calibration_sizes() if count not in found]
+        in_passing = (
+            not (found or candidates.shares)
+            and self.autoquant.method != "kl_div"
+            and calibrates(model, samples, candidates, boundaries=self.boundaries, budget=budget)
+        )
+        if missing and not in_passing:
+            calibration = _Calibration(samples, self.groups, missing, self.boundaries)
+            found |= calibration.run(model, progress)
+        seconds = time.monotonic() - started
+        log.info(
+            "%d cells, %d candidates, at most %d tokens at once; memory above the weights: "
+            "%.2f GiB predicted of %.2f GiB",
+            len(candidates.of_cell),
+            len(candidates.pairs),
+            budget.max_tokens,
+            budget.predicted / GIB,
+            budget.limit / GIB,
+        )
+        device = device_of(model)
+        before = reset_peak(device)
+        scores = self._measure(None if in_passing else found)(
+            model, samples, boundaries=self.boundaries, budget=budget, progress=progress
+        )
+        taken = max(0, peak(device) - before)
+        log.info("memory above the weights: %.2f GiB taken at most", taken / GIB)
+        if stream is not None:
+            streamed += stream.fetched
+            log.info("%.2f GiB of layers were copied to the device", streamed / GIB)
+        took = {"calibrate": seconds, "score": scores.seconds}
+        weights = weight_bytes(model)
+        return ScoringPass(scores, candidates, budget, took, taken, weights, streamed)
+
+    def _measure(self, known: AmaxBySize | None) -> Callable[..., PassScores]:
+        """Return what measures, given amax where they are known."""
+        candidates, groups = self.candidates, self.groups
+        if self.autoquant.method == "gradient":
+            return partial(scorer.score, groups=groups, candidates=candidates, amax=known)
+        if self.autoquant.method == "fisher":
+            draws, seed = self.autoquant.draws, self.autoquant.seed
+            fixed = partial(fisher.estimate, draws=draws, seed=seed)
+            return partial(fixed, groups=groups, candidates=candidates, amax=known)
         chosen = None
-        if only is not None:
-            names = {name for name, _ in only}
+        if self.only is not None:
+            names = {name for name, _ in self.only}
             groups = [group for group in groups if group.name in names]
-            chosen = {(name, candidates.of_cell[cell]) for name, cell in only}
-        measure = partial(diverge, amax=amax, only=chosen)
-    scores = measure(
-        model, samples, groups, candidates, boundaries=boundaries, budget=budget, progress=progress
-    )
-    taken = max(0, peak(device) - before)
-    log.info("memory above the weights: %.2f GiB taken at most", taken / GIB)
-    if stream is not None:
-        streamed += stream.fetched
-        log.info("%.2f GiB of layers were copied to the device", streamed / GIB)
-    took = {"calibrate": seconds, "score": scores.seconds}
-    weights = weight_bytes(model)
-    return ScoringPass(scores, candidates, budget, took, taken, weights, streamed)
+            chosen = {(name, candidates.of_cell[cell]) for name, cell in self.only}
+        return partial(diverge, groups=groups, candidates=candidates, amax=known or {}, only=chosen)
 
 
 def place(
@@ -195,28 +268,3 @@ def place(
 def _losses(autoquant: AutoquantConfig) -> int:
     """Return how many losses go backward."""
     return {"gradient": 1, "fisher": autoquant.draws, "kl_div": 0}[autoquant.method]
-
-
-def calibrate(
-    model: nn.Module,
-    samples: Samples,
-    groups: Sequence[Group],
-    sizes: Sequence[int],
-    boundaries: Sequence[int],
-    progress: Progress = silent,
-) -> AmaxBySize:
-    """Return the amax at each of ``sizes``, in batches that fit this process' share of memory.
-
-    What does not fit in one batch goes through in several: no maximum depends on it.
-    """
-    share = memory_share()
-    together = batch_tokens(device_of(model))
-    return calibration.calibrate(
-        model,
-        samples,
-        groups,
-        calibration_sizes=sizes,
-        boundaries=boundaries,
-        max_tokens=int(together * share) if share < 1 else None,
-        progress=progress,
-    )

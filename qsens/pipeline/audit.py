@@ -86,8 +86,7 @@ def audit(
     for name in wanted:
         _set_aside(store, plan.cell(name))
     faults: list[Fault] = []
-    shared = checkpoint or SharedCheckpoint(plan)
-    for measured in _measure(store, wanted, progress or (lambda *_: None), shared):
+    for measured in _measure(store, wanted, progress or (lambda *_: None), checkpoint):
         faults += measured.faults.values()
         for name in measured.nats:
             cell = plan.cell(name)
@@ -256,10 +255,12 @@ def _measure(
     store: Store,
     wanted: Mapping[str, Sequence[str]],
     progress: Progress,
-    shared: SharedCheckpoint,
+    checkpoint: SharedCheckpoint | None,
 ) -> Iterator[MeasuredKL]:
     if not wanted:
         return
     from qsens.pipeline.measured_kl import measured_kl
 
-    yield from measured_kl(store, wanted, progress, shared)
+    with contextlib.ExitStack() as stack:
+        shared = checkpoint or stack.enter_context(SharedCheckpoint(store.plan))
+        yield from measured_kl(store, wanted, progress, shared)

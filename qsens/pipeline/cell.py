@@ -70,8 +70,9 @@ def calibrate(
             ]
             from qsens.pipeline.compute import calibrate_sizes
 
+            shared = locks.enter_context(SharedCheckpoint(plan))
             with _failure_is_kept(store, [cell, *others]):
-                calibrate_sizes(store, sizes, progress or _silent)
+                calibrate_sizes(store, sizes, progress or _silent, shared)
     return _outcome(store, cell, "done", computed=computed, started=started)
 
 
@@ -122,10 +123,9 @@ def score(
                 store.set_aside_result(each)
             from qsens.pipeline.compute import score_fused
 
+            shared = checkpoint or locks.enter_context(SharedCheckpoint(plan))
             with _failure_is_kept(store, together):
-                failed = score_fused(
-                    store, together, progress or _silent, checkpoint or SharedCheckpoint(plan)
-                )
+                failed = score_fused(store, together, progress or _silent, shared)
             if cell.cell in failed:
                 mark_told(store, cell)
                 raise failed[cell.cell]

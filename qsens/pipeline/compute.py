@@ -30,7 +30,6 @@ from qsens.pipeline.loading import (
     Loaded,
     dataset_of,
     groups_of,
-    load_checkpoint,
     load_whole,
     request_of,
     together,
@@ -44,10 +43,11 @@ from qsens.store import Store
 
 
 @torch.inference_mode(False)
-def calibrate_sizes(store: Store, cells: Sequence[CellSpec], progress: Progress) -> None:
+def calibrate_sizes(
+    store: Store, cells: Sequence[CellSpec], progress: Progress, shared: SharedCheckpoint
+) -> None:
     """Compute the amax that ``cells`` read: one run over the samples of each data set."""
-    checkpoint = load_checkpoint(store.plan, progress)
-    found = _calibrated(store, cells, checkpoint, progress)
+    found = _calibrated(store, cells, shared.load(progress), progress)
     for cell in cells:
         write_calibrated(store, cell, found[cell.calibration])
 

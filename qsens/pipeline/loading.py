@@ -75,19 +75,25 @@ class Loaded:
     notices: tuple[str, ...]
 
 
-def load_checkpoint(plan: Plan, progress: Progress, *, whole: bool = False) -> Checkpoint:
+def load_checkpoint(
+    plan: Plan, progress: Progress, *, whole: bool = False, rank: int | None = None
+) -> Checkpoint:
     """Load the model of ``plan``.
 
     Args:
         plan: The plan.
         progress: Called as work goes on.
         whole: Whether all of it has to be on the device, as ModelOpt needs it.
+        rank: Which of several devices it is for; none where one is all that is used.
 
     Raises:
         UserError: It cannot be loaded, or is not what it was when the sweep was planned.
     """
     config = plan.config
     device = resolve_device(config.autoquant.device)
+    if rank is not None and device.type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     progress("load", 0, 1)
     started = time.monotonic()
     tokenizer = load_tokenizer(config.model)
@@ -106,6 +112,26 @@ def load_checkpoint(plan: Plan, progress: Progress, *, whole: bool = False) -> C
         log.warning("bfloat16 on a CPU is slow: set model.dtype=float32 for work on a CPU")
     seconds = time.monotonic() - started
     return Checkpoint(model, tokenizer, device, seconds, (*plan.checkpoint.notices, *unused))
+
+
+def processes_of(plan: Plan) -> int:
+    """Return how many processes share the samples of a pass: one a device.
+
+    Raises:
+        UserError: There are not as many devices as are asked for.
+    """
+    asked, name = plan.config.autoquant.devices, plan.config.autoquant.device
+    on_a_gpu = resolve_device(name).type == "cuda"
+    there = torch.cuda.device_count() if on_a_gpu else 1
+    if asked == "auto":
+        return there
+    if on_a_gpu and asked > there:
+        raise UserError(
+            f"asks for {asked} devices, and {there} are visible",
+            where="autoquant.devices",
+            remedy="Set autoquant.devices=auto, or make more of them visible.",
+        )
+    return asked
 
 
 def _check_identity(plan: Plan, model: nn.Module) -> None:

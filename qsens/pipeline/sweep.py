@@ -30,8 +30,9 @@ def run_sweep(
         What ``publish`` returns, and the errors of the cells, and of the audit, that failed.
     """
     errors: list[QsensError] = []
-    checkpoint = SharedCheckpoint(plan)
-    if not plan.config.runner.report_only:
+    if plan.config.runner.report_only:
+        return publish(plan), errors
+    with SharedCheckpoint(plan) as checkpoint:
         for cell in plan.cells:
             try:
                 # Calibration comes with the score: one load of the checkpoint, often one forward.

@@ -158,7 +158,7 @@ def test_a_sample_scores_what_it_scores_alone(family: str, samples: Samples) -> 
     for index in range(SCORED):
         single = alone(samples, index)
         found = scorer.score(model, single, groups, candidates, amax).per_sample
-        torch.testing.assert_close(found[..., 0], together[..., index], rtol=1e-4, atol=0)
+        torch.testing.assert_close(found[..., 0], together[..., index], rtol=1e-3, atol=0)
         found = diverge(model, single, groups, candidates, amax, boundaries=[]).per_sample
         torch.testing.assert_close(found[..., 0], truth[..., index], rtol=1e-3, atol=1e-9)
     # The draws of a sample hang on its index: one sample at a time, but of the same samples.

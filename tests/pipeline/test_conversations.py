@@ -15,7 +15,7 @@ from qsens.engine.scores import silent
 from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.pipeline.compute import both_engines
-from qsens.pipeline.loading import load
+from qsens.pipeline.loading import load_whole
 from qsens.pipeline.sweep import run_sweep
 from qsens.results import read_manifest
 from qsens.store import Store
@@ -68,7 +68,7 @@ def planned(checkpoint: Path, root: Path, *overrides: str, chats: Any = CHATS) -
 def test_each_answer_may_be_a_sample(checkpoint: Path, tmp_path: Path) -> None:
     together = planned(checkpoint, tmp_path / "a")
     plan = planned(checkpoint, tmp_path / "b", "dataset.turns=each", "dataset.sizes.small=5")
-    samples = load(plan, plan.cells[0], silent).samples
+    samples = load_whole(plan, plan.cells[0], silent).samples
     answers = [
         (chat["messages"][:at], chat["messages"][at])
         for chat in CHATS
@@ -93,7 +93,7 @@ def words(text: str) -> int:
 
 def test_labels_are_the_answers(checkpoint: Path, tmp_path: Path) -> None:
     plan = planned(checkpoint, tmp_path)
-    samples = load(plan, plan.cells[0], silent).samples
+    samples = load_whole(plan, plan.cells[0], silent).samples
     answers = [
         [message["content"] for message in chat["messages"] if message["role"] == "assistant"]
         for chat in CHATS
@@ -115,7 +115,7 @@ def test_both_engines_agree(loss: str, checkpoint: Path, tmp_path: Path) -> None
 
 def test_the_loss_is_that_of_the_answers(checkpoint: Path, tmp_path: Path) -> None:
     plan = planned(checkpoint, tmp_path)
-    loaded = load(plan, plan.cells[0], silent)
+    loaded = load_whole(plan, plan.cells[0], silent)
     from qsens.engine.candidates import distinct
     from qsens.engine.gradient import scorer
     from qsens.pipeline.compute import request_of

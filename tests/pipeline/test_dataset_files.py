@@ -12,7 +12,7 @@ import pytest
 from qsens.engine.scores import silent
 from qsens.errors import UserError
 from qsens.grid import Plan
-from qsens.pipeline.loading import load
+from qsens.pipeline.loading import load_whole
 from qsens.pipeline.sweep import run_sweep
 from qsens.results import read_manifest
 from qsens.store import Store
@@ -74,7 +74,7 @@ def test_sizes_in_tokens_are_heads_of_one_another(checkpoint: Path, tmp_path: Pa
     said = f"size 'large' is {needed(64)} samples of texts.jsonl, "
     assert f"{said}{sum(LENGTHS[: needed(64)])} tokens" in plan.notices
     # What is loaded is what was counted.
-    samples = load(plan, plan.cell("wint8_afp16-large"), silent).samples
+    samples = load_whole(plan, plan.cell("wint8_afp16-large"), silent).samples
     assert samples.tokens() == sum(LENGTHS[: needed(64)])
     # In samples, they have the same scores.
     in_samples = planned(

@@ -122,7 +122,10 @@ def test_each_data_set_scores_as_in_a_sweep_of_its_own(
         for cell, manifest in alone.items():
             pair, size = cell.rsplit("-", 1)
             own = together[f"{pair}-{name}-{size}"]
-            assert numbers(own) == numbers(manifest)
+            # More products go through at once, which some processors round otherwise.
+            assert numbers(own) == {
+                name: pytest.approx(values, rel=1e-5) for name, values in numbers(manifest).items()
+            }
             assert own.dataset == manifest.dataset
 
 

@@ -12,7 +12,7 @@ from qsens.engine.scores import silent
 from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.pipeline.compute import both_engines
-from qsens.pipeline.loading import load
+from qsens.pipeline.loading import load_whole
 from qsens.results import read_manifest
 from qsens.store import Store
 from tests.engine import pictures
@@ -60,7 +60,7 @@ def planned(place: Place, name: str, chats: list[Any], *overrides: str) -> Plan:
 
 
 def read(plan: Plan) -> Any:
-    return load(plan, plan.cells[0], silent)
+    return load_whole(plan, plan.cells[0], silent)
 
 
 def shown(samples: Any, index: int, plan: Plan) -> tuple[list[str], list[str]]:

@@ -20,8 +20,8 @@ from qsens.engine.kl.measure import diverge
 from qsens.engine.memory import Budget
 from qsens.engine.scores import silent
 from qsens.grid import Plan
-from qsens.pipeline.compute import both_engines, request_of
-from qsens.pipeline.loading import groups_of, load
+from qsens.pipeline.compute import both_engines
+from qsens.pipeline.loading import groups_of, load_whole, request_of
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.sweep import run_sweep
 from qsens.results import read_manifest
@@ -84,7 +84,7 @@ def test_llama_4s_tower_equals_plain_autograd(tmp_path: Path) -> None:
     family = next(one for one in FAMILIES if one.model_type == "llama4")
     planned = plan(family, tmp_path, "quant_pair=wint8_aint8")
     (cell,) = planned.cells
-    loaded = load(planned, cell, silent)
+    loaded = load_whole(planned, cell, silent)
     model, samples, groups = loaded.model, loaded.samples, groups_of(planned, cell, loaded.model)
     request = request_of(cell)
     candidates = distinct([request])
@@ -127,7 +127,7 @@ def test_a_sample_scores_what_it_scores_alone(family: Family, tmp_path: Path) ->
     """
     planned = plan(family, tmp_path, "quant_pair=wint8_afp16")
     (cell,) = planned.cells
-    loaded = load(planned, cell, silent)
+    loaded = load_whole(planned, cell, silent)
     model, samples, groups = loaded.model, loaded.samples, groups_of(planned, cell, loaded.model)
     candidates = distinct([request_of(cell)])
     together = scorer.score(model, samples, groups, candidates, {})
@@ -152,7 +152,7 @@ def test_pictures_that_share_no_batch_go_apart(tmp_path: Path) -> None:
     """Tiles of LLaVA-OneVision lie in one tensor a picture: so many share a batch, or none do."""
     family = next(one for one in FAMILIES if one.model_type == "llava_onevision")
     planned = plan(family, tmp_path)
-    samples = load(planned, planned.cells[0], silent).samples
+    samples = load_whole(planned, planned.cells[0], silent).samples
     tiles = [picture.tensors["pixel_values"].shape[1] for picture in samples.pictures]
     assert len(set(tiles)) > 1
     batches = padded_batches(samples, COUNT, boundaries=[])

@@ -49,6 +49,7 @@ from qsens.engine.memory import Budget
 from qsens.engine.quantizer import quantize_weight
 from qsens.engine.recompute import RecomputedModel
 from qsens.engine.scores import ExpertTable, Failures, PassScores, Progress, silent
+from qsens.engine.team import team_of
 
 
 def score(
@@ -94,22 +95,25 @@ def score(
     if batches is None:
         batches = plan_batches(model, samples, scored, candidates, boundaries, limit)
     batches = [batch for batch in batches if batch.first < scored]
+    padding = padding_share(batches)
+    batches = work.team.share(batches)
     running, more = None, []
     if amax is None:
         sizes = candidates.calibration_sizes()
         running = RunningAmax(work.inputs.names(), sizes, work.device)
         more = plan_batches(model, samples, max(sizes), candidates, boundaries, limit)
-        more = [batch for batch in more if batch.first >= scored]
+        more = work.team.share([batch for batch in more if batch.first >= scored])
     else:
         work.calibrate(amax)
     done = 0
     keep = budget is not None and budget.keeps_records
     with work.model.recorded(keep=keep, tap=running.take if running else None):
-        for window in windows(batches, limit):
+        for window in list(windows(batches, limit)) or [[]]:
             work.run(window, running, more)
             done += len(window)
             progress("score", done, len(batches))
-    return work.scores(seconds=time.monotonic() - started, padding=padding_share(batches))
+    work.unite()
+    return work.scores(seconds=time.monotonic() - started, padding=padding)
 
 
 class GradientScorer:
@@ -145,6 +149,7 @@ class GradientScorer:
         self._modules = {name: model.get_submodule(name) for name in self._group_of}
         self.model = RecomputedModel(model, self._modules, tower_of(groups))
         self.device = self.model.device
+        self.team = team_of(model)
         mixtures = {name: module for name, module in self._modules.items() if is_experts(module)}
         shapes = {
             name: expert_weights(module)[0].shape[2:]
@@ -197,7 +202,9 @@ class GradientScorer:
         saved_forwards = self.model.forward(window)
         if running is not None:
             self.model.look(more)
-            self.calibrate(running.calibration_sizes())
+            self.calibrate(running.calibration_sizes(self.team))
+        if not window:  # others of the team have all batches
+            return
         order = [index for batch in window for index in batch.samples]
         with torch.no_grad():
             head = self._score_head(self._head, saved_forwards)
@@ -215,6 +222,15 @@ class GradientScorer:
             # Read at the end of a window: until here, only mixtures have waited for the device.
             if measured:
                 self._book(measured, order)
+
+    def unite(self) -> None:
+        """Put together what all processes of the team have found."""
+        self.team.add([self._squares, self._products, self._errors, self._norms, self._loss])
+        for table in self._experts.values():
+            self.team.add([table.per_sample, table.tokens])
+        for seen, failures in self.team.gather((self._seen, self._failures)):
+            self._seen |= seen
+            self._failures.absorb(failures)
 
     def scores(self, *, seconds: float, padding: float) -> PassScores:
         """Return what all windows found.

@@ -36,6 +36,7 @@ from qsens.engine.kl.divergence import divergences
 from qsens.engine.kl.perturbed_forward import Perturbation, PerturbedForward
 from qsens.engine.memory import Budget
 from qsens.engine.scores import PassScores, Progress, silent
+from qsens.engine.team import team_of
 
 # Tokens that go through together, over all copies of a batch. On a GPU few kernels are what counts;
 # a CPU is quickest while what a layer makes of them stays in its caches.
@@ -83,6 +84,8 @@ def diverge(
         together=min(_BATCH_TOKENS, tokens // _COPIES),
         pads=traits_of(model).pads,
     )
+    padding, team = padding_share(batches), team_of(model)
+    batches = team.share(batches)
     nats = torch.zeros(len(covered), len(candidates.pairs), scored, dtype=torch.float64)
     losses = torch.zeros(scored, dtype=torch.float64)
     rounds = is_narrow(next(model.parameters()).dtype)
@@ -110,9 +113,13 @@ def diverge(
             floor[order] = of_batch.floor.cpu()
         for perturbation, per_sample in of_batch.sums():
             nats[perturbation.group, perturbation.candidate, order] = per_sample
+    team.add([nats, losses, *([floor] if floor is not None else [])])
+    ran: set[str] = set()
+    for own, failures in team.gather((forwards.ran, forwards.failures)):
+        ran |= own
+        forwards.failures.absorb(failures)
     for group, candidate in forwards.failures.refused:
         nats[group, candidate] = 0
-    ran = forwards.ran
     if forwards.head_group is not None:
         ran |= set(covered[forwards.head_group].members)
     return PassScores(
@@ -124,7 +131,7 @@ def diverge(
         failures=forwards.failures,
         loss=losses,
         seconds=time.monotonic() - started,
-        padding_share=padding_share(batches),
+        padding_share=padding,
         amax=amax,
         floor=floor,
     )
