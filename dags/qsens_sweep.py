@@ -69,6 +69,7 @@ def qsens_sweep() -> None:
     plan = PlanOperator(
         task_id="plan",
         gpu_pool=settings.pool,
+        gpus_per_task=settings.dag.gpus_per_task,
         makes_traces=settings.dag.traces is not None,
         # The answers are not made again by a run that computes nothing.
         trigger_rule=TriggerRule.NONE_FAILED,
@@ -145,7 +146,7 @@ def qsens_sweep() -> None:
             on_failure_callback=remember,
             doc_md="Lets the unquantized model answer the prompts of `dag.traces`, for a data set "
             "that reads its answers; a file that is there stays as it is.",
-            **settings.gpu_task(),
+            **settings.gpu_task(gpus=1),
         )
         traces >> plan
 

@@ -1,4 +1,4 @@
-"""What the operators that take a GPU share: one device for each task of a host."""
+"""What the operators that take GPUs share: devices of its own for each task of a host."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from airflow.sdk import Context
+from airflow.sdk.exceptions import AirflowFailException
 
 from qsens.errors import UserError
 from qsens.grid import Plan, read_plan
@@ -16,10 +17,18 @@ from qsens_airflow.lease import VISIBLE, devices_to_lease, take
 
 
 class GpuOperator(QsensOperator):
-    """Base of the operators that run a verb on a GPU."""
+    """Base of the operators that run a verb on GPUs.
+
+    Args:
+        gpus: How many it takes, all at once.
+    """
+
+    def __init__(self, *, gpus: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.gpus = gpus
 
     def run_on_device(self, context: Context, *arguments: str) -> dict[str, Any]:
-        """Run ``qsens`` with a device of its own where tasks share several."""
+        """Run ``qsens`` with devices of its own where tasks share several."""
         with self._device(context) as (environment, inherited):
             return self.run_verb(context, *arguments, environment=environment, inherited=inherited)
 
@@ -34,25 +43,31 @@ class GpuOperator(QsensOperator):
 
     @contextmanager
     def _device(self, context: Context) -> Iterator[tuple[dict[str, str], tuple[int, ...]]]:
-        """Lease a GPU where tasks share several; what needs none goes without."""
+        """Lease GPUs where tasks share several; what needs none goes without."""
         devices = devices_to_lease()
         wanted = _allowed(self.device_wanted(), devices) if devices else []
         if not wanted:
             yield {}, ()
             return
-        lease = take(wanted)
+        if self.gpus > len(wanted):
+            raise AirflowFailException(
+                f"{self.title}: takes {self.gpus} devices (dag.gpus_per_task), and this host has "
+                f"{len(wanted)}: {', '.join(wanted)}"
+            )
+        lease = take(wanted, self.gpus)
         if lease is None:
-            raise self.give_back(context, f"{self.title}: no device is free of {', '.join(wanted)}")
-        self.log.info("Device %s", lease.device)
+            free = "no device is" if self.gpus == 1 else f"fewer than {self.gpus} devices are"
+            raise self.give_back(context, f"{self.title}: {free} free of {', '.join(wanted)}")
+        self.log.info("Devices %s", lease.devices)
         try:
             # A device that the plan names by its number needs the others before it in sight.
-            yield {VISIBLE: lease.device} if wanted == devices else {}, (lease.descriptor,)
+            yield {VISIBLE: lease.devices} if wanted == devices else {}, lease.descriptors
         finally:
             lease.release()
 
 
 class PlannedOperator(GpuOperator):
-    """Base of the operators that run a verb of a plan on a GPU.
+    """Base of the operators that run a verb of a plan on GPUs.
 
     Args:
         plan: Path of the plan.
@@ -65,7 +80,7 @@ class PlannedOperator(GpuOperator):
         self.plan = plan
 
     def run_planned(self, context: Context, verb: str, *arguments: str) -> dict[str, Any]:
-        """Run ``qsens VERB --plan ...`` with a device of its own where tasks share several."""
+        """Run ``qsens VERB --plan ...`` with devices of its own where tasks share several."""
         return self.run_on_device(context, verb, "--plan", self.plan, *arguments)
 
     def nothing_to_compute(self, plan: Plan) -> bool:

@@ -1,13 +1,15 @@
-"""Leases of GPUs: on a host with several, each running task has a device of its own.
+"""Leases of GPUs: on a host with several, each running task has devices of its own.
 
 A lease is a ``flock`` on one file a device, in a directory of this host. The task process holds it
-by an open descriptor that its child inherits: the kernel gives the device back when both are gone,
-however they ended. Devices are counted without CUDA, which a forked process must not touch.
+by open descriptors that its child inherits: the kernel gives the devices back when both are gone,
+however they ended. A task that needs several takes all or none, one task of a host at a time: no
+two wait for what the other holds. Devices are counted without CUDA, which a forked process must not
+touch.
 
 | ``CUDA_VISIBLE_DEVICES`` | what a task gets |
 | --- | --- |
-| not set | a free one of all devices that ``nvidia-smi`` lists (MIG devices where there are) |
-| several devices | a free one of these |
+| not set | free ones of all devices that ``nvidia-smi`` lists (MIG devices where there are) |
+| several devices | free ones of these |
 | one device, or none | what is set, without a lease |
 """
 
@@ -21,33 +23,34 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 # Environment variable: directory of the lock files, one for all workers of a host.
 DIRECTORY = "QSENS_LEASE_DIR"
+# Held while a task looks which devices are free.
+_TURN = "turn.lock"
 _LIST_SECONDS = 60
 _LISTED = re.compile(r"^\s*(?P<kind>GPU|MIG) .*\(UUID: (?P<uuid>[^)\s]+)\)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A device that is held until both this process and its child have closed the descriptor.
+    """Devices that are held until both this process and its child have closed the descriptors.
 
     Attributes:
-        device: The device, as ``CUDA_VISIBLE_DEVICES`` takes it.
-        descriptor: The open lock file.
+        devices: The devices, as ``CUDA_VISIBLE_DEVICES`` takes them, by commas.
+        descriptors: The open lock files.
     """
 
-    device: str
-    descriptor: int
+    devices: str
+    descriptors: tuple[int, ...]
 
     def release(self) -> None:
-        """Close this process's descriptor."""
-        with contextlib.suppress(OSError):
-            os.close(self.descriptor)
+        """Close this process's descriptors."""
+        _close(self.descriptors)
 
 
 def devices_to_lease() -> list[str]:
@@ -59,18 +62,33 @@ def devices_to_lease() -> list[str]:
     return devices if len(devices) > 1 else []
 
 
-def take(devices: Sequence[str]) -> Lease | None:
-    """Lease the first free one of ``devices``; none when all are taken."""
+def take(devices: Sequence[str], count: int = 1) -> Lease | None:
+    """Lease the first ``count`` free ones of ``devices``; none when fewer are free."""
     directory = _directory()
-    for device in devices:
-        descriptor = _open(directory / _name(device))
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            continue
-        return Lease(device, descriptor)
+    turn = _open(directory / _TURN)
+    held: dict[str, int] = {}
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        for device in devices:
+            descriptor = _open(directory / _name(device))
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                continue
+            held[device] = descriptor
+            if len(held) == count:
+                return Lease(",".join(held), tuple(held.values()))
+    finally:
+        os.close(turn)
+    _close(held.values())
     return None
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
 
 
 def _listed() -> list[str]:

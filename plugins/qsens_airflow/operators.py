@@ -30,13 +30,17 @@ class PlanOperator(QsensOperator):
     The path of the plan is pushed under the key ``plan`` as well, for what runs without cells.
 
     Args:
-        gpu_pool: Pool that the cells' tasks take a slot of.
+        gpu_pool: Pool that the cells' tasks take slots of.
+        gpus_per_task: How many each of them takes.
         makes_traces: Whether a task before it makes the answers that a preset may ask for.
     """
 
-    def __init__(self, *, gpu_pool: str, makes_traces: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *, gpu_pool: str, gpus_per_task: int = 1, makes_traces: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.gpu_pool = gpu_pool
+        self.gpus_per_task = gpus_per_task
         self.makes_traces = makes_traces
 
     def execute(self, context: Context) -> list[dict[str, str]]:
@@ -44,6 +48,8 @@ class PlanOperator(QsensOperator):
         try:
             params = SweepParams.read(context["params"])
             overrides = params.as_overrides()
+            if self.gpus_per_task > 1:  # what a run says itself comes later, and counts
+                overrides = [f"autoquant.devices={self.gpus_per_task}", *overrides]
             roots = Roots.from_environment()
             config = load_run(params.preset, overrides, roots)
             if params.mode == "report_only":
@@ -58,7 +64,7 @@ class PlanOperator(QsensOperator):
                     where="dag.traces",
                     remedy=f"Set QSENS_PRESET={params.preset} for a DAG that makes them.",
                 )
-            lanes = config.dag.lanes or lanes_of(self.gpu_pool, self.log.info)
+            lanes = config.dag.lanes or lanes_of(self.gpu_pool, self.gpus_per_task, self.log.info)
         except UserError as error:
             raise AirflowFailException(one_line(error.as_dict())) from None
         out = str(plan_of_run(roots, context["run_id"]))

@@ -29,15 +29,16 @@ def connection_text(url: str, user: str, password: str) -> str:
     return json.dumps({"conn_type": "http", "host": url, "login": user, "password": password})
 
 
-def lanes_of(pool: str, log: Callable[[str], None]) -> int:
+def lanes_of(pool: str, gpus_per_task: int, log: Callable[[str], None]) -> int:
     """Return the lanes that the slots of ``pool`` serve; 1 where nothing says how many.
 
     Args:
         pool: Name of the pool.
+        gpus_per_task: Slots that each task takes.
         log: Gets a line on what is known.
 
     Raises:
-        UserError: The pool does not exist, or has no slot.
+        UserError: The pool does not exist, or has fewer slots than a task takes.
     """
     stated = _stated()
     known = _asked(pool, log)
@@ -52,9 +53,15 @@ def lanes_of(pool: str, log: Callable[[str], None]) -> int:
             where=f"Airflow pool {pool}, size 0",
             remedy=f"Give it a slot for each GPU: `airflow pools set {pool} N GPUs`.",
         )
+    if 0 < slots < gpus_per_task:
+        raise UserError(
+            f"has {slots} slots, and a task takes {gpus_per_task}: it would wait for ever",
+            where=f"Airflow pool {pool}, dag.gpus_per_task",
+            remedy=f"Give it a slot for each GPU: `airflow pools set {pool} N GPUs`.",
+        )
     if slots < 0 or (pool == DEFAULT_POOL and stated is None):
         return 1
-    return min(slots, MOST_LANES)
+    return min(slots // gpus_per_task, MOST_LANES)
 
 
 def _stated() -> int | None:

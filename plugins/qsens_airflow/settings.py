@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from qsens.config import DagConfig, load_sweep
 
@@ -55,9 +56,15 @@ class DagSettings:
             dag=dag,
         )
 
-    def gpu_task(self) -> dict[str, str]:
-        """Return the operator arguments of tasks that take a GPU."""
-        return {"pool": self.pool} | ({"queue": self.queue} if self.queue else {})
+    def gpu_task(self, gpus: int | None = None) -> dict[str, Any]:
+        """Return the operator arguments of tasks that take GPUs.
+
+        Args:
+            gpus: How many; as many as the configuration says when not given.
+        """
+        gpus = gpus or self.dag.gpus_per_task
+        taken = {"pool": self.pool, "pool_slots": gpus, "gpus": gpus}
+        return taken | ({"queue": self.queue} if self.queue else {})
 
     def execution_timeout(self) -> timedelta:
         """Return the time limit of one task."""

@@ -331,11 +331,13 @@ class DagConfig(Frozen):
     """Tries after the first for what may pass by itself."""
     retry_delay_seconds: int = Field(default=60, ge=0, le=86400)
     """Time before another try, in seconds."""
+    gpus_per_task: int = Field(default=1, ge=1, le=64)
+    """GPUs of one host that a task takes, all at once, and as many slots of the pool."""
     execution_timeout_minutes: int = Field(default=360, ge=1)
     """Time limit of one GPU task, in minutes: that of a whole lane."""
     lanes: Annotated[int, Field(ge=1, le=64)] | None = None
-    """Shares that the grid is split into, one for each GPU; null: as many as the pool has slots,
-    where that is known."""
+    """Shares that the grid is split into, one for each task at a time; null: as many tasks as the
+    pool has slots for, where that is known."""
     traces: TracesConfig | None = None
     """The model's own answers, made first where they are not there; none makes none."""
     keep_sweeps: int = Field(default=30, ge=1)

@@ -123,7 +123,7 @@ def test_settings_come_from_the_preset_and_the_environment(
     own.write_text(
         "defaults: {model: tiny_qwen3_vl, dataset: demo, quant_pair: wfp8_afp8}\n"
         "dag: {schedule: '0 5 * * 0', max_active_runs: 1, pool: gpus, retries: 7,\n"
-        "      retry_delay_seconds: 3, execution_timeout_minutes: 30}\n"
+        "      retry_delay_seconds: 3, execution_timeout_minutes: 30, gpus_per_task: 2}\n"
     )
     weekly = load(QSENS_CONFIG_DIR=str(tmp_path), QSENS_PRESET="weekly", QSENS_QUEUE="gpu").dags[
         "qsens_sweep"
@@ -135,6 +135,7 @@ def test_settings_come_from_the_preset_and_the_environment(
         assert (task.pool, task.queue, task.retries) == ("gpus", "gpu", 7)
         assert task.execution_timeout == timedelta(minutes=30)
         assert task.retry_delay == timedelta(seconds=3)
+        assert task.pool_slots == 2
     for name in ("cell.calibrate", "cell.score"):
         task = weekly.get_task(name)
         assert task.map_index_template == "{{ task.title }}"

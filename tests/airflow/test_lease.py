@@ -40,8 +40,8 @@ import sys
 from qsens_airflow.child import Child
 from qsens_airflow.lease import take
 lease = take(sys.argv[1:])
-print(lease.device, flush=True)
-Child(["score"], inherited=(lease.descriptor,)).run(print)
+print(lease.devices, flush=True)
+Child(["score"], inherited=lease.descriptors).run(print)
 """
 
 
@@ -113,12 +113,53 @@ def test_devices_are_counted_by_the_driver(
 
 def test_each_lease_is_another_device_until_none_is_left() -> None:
     held = [lease.take(["0", "1"]), lease.take(["0", "1"])]
-    assert [one.device for one in held if one] == ["0", "1"]
+    assert [one.devices for one in held if one] == ["0", "1"]
     assert lease.take(["0", "1"]) is None
     for one in held:
         assert one is not None
         one.release()
     assert not taken("0")
+
+
+def test_several_are_leased_at_once_or_none() -> None:
+    three = ["0", "1", "2"]
+    held = lease.take(three, 2)
+    assert held is not None
+    assert held.devices == "0,1"
+    assert lease.take(three, 2) is None
+    assert not taken("2")  # what was not enough is given back
+    last = lease.take(three, 1)
+    assert last is not None
+    assert last.devices == "2"
+    held.release()
+    assert not taken("0")
+    assert not taken("1")
+    last.release()
+
+
+def test_tasks_that_each_need_most_devices_never_hold_half_of_them() -> None:
+    taker = """
+from qsens_airflow.lease import take
+done = misses = 0
+while done < 200:
+    held = take(["0", "1", "2"], 2)
+    if held is None:
+        misses += 1
+        continue
+    done += 1
+    held.release()
+print(done, misses)
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{PLUGINS.parent}{os.pathsep}{PLUGINS}"}
+    takers = [
+        subprocess.Popen(
+            [sys.executable, "-c", taker], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    said = [each.communicate(timeout=120)[0].split() for each in takers]
+    assert [done for done, _ in said] == ["200"] * 3
+    assert not any(taken(device) for device in ("0", "1", "2"))
 
 
 def test_a_child_that_outlives_the_task_has_its_device_still(
@@ -167,10 +208,10 @@ def plan(demo_checkpoint: object, tmp_path: Path, python: Script) -> Plan:
     )
 
 
-def score(tmp_path: Path) -> ScoreOperator:
+def score(tmp_path: Path, gpus: int = 1) -> ScoreOperator:
     with DAG(f"dag_{tmp_path.name}", schedule=None):
         return ScoreOperator(
-            task_id="score", cell=CELL, plan=str(tmp_path / "plan.json"), retries=0
+            task_id="score", cell=CELL, plan=str(tmp_path / "plan.json"), gpus=gpus, retries=0
         )
 
 
@@ -186,6 +227,19 @@ def test_a_task_has_the_device_that_is_free_for_itself(tmp_path: Path) -> None:
     assert devices(tmp_path) == ["1"]
     held.release()
     assert not taken("1")
+
+
+@pytest.mark.usefixtures("airflow_database", "own_signals", "plan")
+def test_a_task_has_all_the_devices_that_it_takes_or_fails_where_there_never_are_as_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(score(tmp_path, gpus=2)).state == TaskInstanceState.SUCCESS
+    assert devices(tmp_path) == ["0,1"]
+    assert not taken("0")
+    assert run(score(tmp_path, gpus=3)).state == TaskInstanceState.FAILED
+    assert "takes 3 devices (dag.gpus_per_task), and this host has 2: 0, 1" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.usefixtures("airflow_database", "own_signals", "plan")

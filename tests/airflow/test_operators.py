@@ -281,6 +281,23 @@ def test_lanes_are_those_of_the_configuration_or_the_slots_that_are_known(
     assert f"--lanes {lanes} --" in (tmp_path / "arguments").read_text()
 
 
+def test_tasks_of_several_gpus_are_as_many_as_their_slots_allow(
+    tmp_path: Path, python: Script, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("QSENS_GPUS", "5")
+    python("""echo "$@" > arguments; echo '{"sweep_id": "s", "cells": [{"cell": "a"}]}'""")
+    operators = []
+    for gpus in (2, 8):
+        with DAG(f"dag_{gpus}_{tmp_path.name}", schedule=None, params={"preset": "demo-text"}):
+            operators.append(PlanOperator(task_id="plan", gpu_pool="gpu", gpus_per_task=gpus))
+    two, eight = operators
+    assert run(two).state == TaskInstanceState.SUCCESS
+    said = (tmp_path / "arguments").read_text()
+    assert "--lanes 2 -- demo-text autoquant.devices=2" in said
+    assert run(eight).state == TaskInstanceState.FAILED
+    assert "has 5 slots, and a task takes 8: it would wait for ever" in capsys.readouterr().out
+
+
 def test_a_pool_without_slots_is_refused(
     tmp_path: Path, python: Script, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

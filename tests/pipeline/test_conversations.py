@@ -118,8 +118,7 @@ def test_the_loss_is_that_of_the_answers(checkpoint: Path, tmp_path: Path) -> No
     loaded = load_whole(plan, plan.cells[0], silent)
     from qsens.engine.candidates import distinct
     from qsens.engine.gradient import scorer
-    from qsens.pipeline.compute import request_of
-    from qsens.pipeline.loading import groups_of
+    from qsens.pipeline.loading import groups_of, request_of
 
     groups = groups_of(plan, plan.cells[0], loaded.model)
     candidates = distinct([request_of(plan.cells[0])])

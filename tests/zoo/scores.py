@@ -20,8 +20,7 @@ from qsens.engine.scores import silent
 from qsens.engine.scoring_pass import ScoringPass, run_pass
 from qsens.errors import UserError
 from qsens.grid import Plan
-from qsens.pipeline.compute import request_of
-from qsens.pipeline.loading import groups_of, load_checkpoint
+from qsens.pipeline.loading import groups_of, load_checkpoint, request_of
 from qsens.pipeline.plan import plan_sweep
 from tests.zoo.reference import Format, Reference
 
