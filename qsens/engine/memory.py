@@ -202,6 +202,30 @@ def plan_placement(
     )
 
 
+def require_room(model: nn.Module, device: torch.device, memory_gb: float | None) -> None:
+    """Refuse a model that has to be on a device as a whole, and does not fit.
+
+    Args:
+        model: The model, in host memory.
+        device: Where it is to run.
+        memory_gb: GiB of the device; from what is free when not given.
+
+    Raises:
+        UserError: Its weights alone take more.
+    """
+    if memory_gb is None and device.type == "cpu":  # where it is already
+        return
+    whole = weight_bytes(model)
+    given = memory_gb * GIB if memory_gb is not None else free_memory(device)
+    if whole > given:
+        raise UserError(
+            f"its weights take {_gib(whole)} GiB, all of which have to be there for this: there "
+            f"are {given / GIB:.2f}",
+            where="autoquant.memory_gb" if memory_gb is not None else f"device {device}",
+            remedy="Use a device with more memory, or autoquant.device=cpu.",
+        )
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of a device that a model's weights take: of streamed layers, two at once."""
     stream = stream_of(model)

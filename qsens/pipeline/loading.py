@@ -26,6 +26,7 @@ from qsens.data.records import Record
 from qsens.data.samples import Samples, refuse_unknown_tokens
 from qsens.data.text import text_samples
 from qsens.engine.candidates import Request
+from qsens.engine.memory import require_room
 from qsens.engine.scores import Progress
 from qsens.engine.scoring_pass import place
 from qsens.errors import UserError
@@ -97,9 +98,12 @@ def load_checkpoint(
     progress("load", 0, 1)
     started = time.monotonic()
     tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, device, plan.results, move=whole)
+    model = load_model(config.model, device, plan.results, move=False)
     _check_identity(plan, model)
-    if not whole:
+    if whole:
+        require_room(model, device, config.autoquant.memory_gb)
+        model.to(device)
+    else:
         requests = [request_of(cell, one) for cell in plan.cells for one in cell.sets]
         groups = groups_of(plan, widest(plan.cells, plan.cells[0]), model)
         place(model, groups, requests, config.autoquant, device)

@@ -16,11 +16,8 @@ import signal
 import sys
 from pathlib import Path
 
-from qsens.engine.scores import silent
-from qsens.engine.team import ProcessTeam, join
 from qsens.errors import QsensError
 from qsens.grid import read_plan
-from qsens.pipeline.loading import load_checkpoint
 from qsens.writing import write_text
 
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -39,6 +36,11 @@ def main(words: list[str]) -> None:
     if os.getppid() != leader:  # it had ended before that
         return
     try:
+        # After that: importing torch takes seconds.
+        from qsens.engine.scores import silent
+        from qsens.engine.team import ProcessTeam, join
+        from qsens.pipeline.loading import load_checkpoint
+
         model = load_checkpoint(read_plan(plan), silent, rank=rank).model
         ready_of(meeting, rank).touch()
         team = ProcessTeam(rank, count, meeting)

@@ -49,6 +49,9 @@ class Workers:
 
     def __init__(self, plan: Plan, count: int) -> None:
         self._count = count
+        # On a CPU they share its cores: more threads than those only wait for each other.
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, self._threads // count))
         self._directory = TemporaryDirectory(prefix="qsens-team-")
         self._meeting = Path(self._directory.name) / "meeting"
         path = self._meeting.with_name("plan.json")
@@ -70,7 +73,11 @@ class Workers:
                 stdout=log,
                 stderr=log,
                 # Addresses of the host's name may lead nowhere; all of them are of this host.
-                env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+                env={
+                    **os.environ,
+                    "GLOO_SOCKET_IFNAME": "lo",
+                    "OMP_NUM_THREADS": str(torch.get_num_threads()),
+                },
             )
 
     def join(self, model: nn.Module) -> None:
@@ -95,6 +102,7 @@ class Workers:
             self._team.close()
             self._team = None
         self._directory.cleanup()
+        torch.set_num_threads(self._threads)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qsens.config import Roots
+from qsens.engine.scores import silent
 from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.pipeline.cell import score
+from qsens.pipeline.loading import load_checkpoint
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.sweep import run_sweep
 from qsens.results import read_manifest
@@ -76,6 +78,19 @@ def test_less_than_a_layer_needs_is_refused_with_what_would_do(
     with pytest.raises(UserError, match=r"a pass needs 0\.0\d GiB: .* there are 0\.00") as refused:
         score(plan, plan.cells[0].cell)
     assert "Set autoquant.memory_gb=0.0" in refused.value.remedy
+
+
+def test_what_needs_the_whole_model_is_refused_where_it_does_not_fit(
+    demo_checkpoint: DemoResult, tmp_path: Path
+) -> None:
+    plan = planned(demo_checkpoint, tmp_path, 0.005)
+    # 2,243,584 weights of four bytes.
+    with pytest.raises(
+        UserError, match=r"take 0\.01 GiB, all of which .* there are 0\.01"
+    ) as found:
+        load_checkpoint(plan, silent, whole=True)
+    assert found.value.where == "autoquant.memory_gb"
+    assert found.value.remedy.startswith("Use a device with more memory")
 
 
 def test_a_plan_of_before_is_read(demo_checkpoint: DemoResult, tmp_path: Path) -> None:
