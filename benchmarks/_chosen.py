@@ -19,10 +19,11 @@ from benchmarks._parts import Parts
 from qsens.config import Roots
 from qsens.config.models import Size
 from qsens.data.records import Record
-from qsens.engine.modelopt.end_to_end import MODELOPT, EndToEnd, Measured
+from qsens.engine.kl.whole import Measured
+from qsens.engine.modelopt.end_to_end import MODELOPT, EndToEnd
 from qsens.errors import AnswerIsNo
 from qsens.grid import Plan
-from qsens.pipeline.evaluate_recipe import end_to_end_of
+from qsens.pipeline.evaluate_recipe import evaluation_of
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.recipe import recipe_of
 from qsens.pipeline.sweep import run_sweep
@@ -93,9 +94,9 @@ class Chosen:
         """Return the model with its captions, loaded where it was not."""
         if self._trial is None:
             cell = next(cell for cell in self.plan.cells if cell.size == SIZE)
-            self._trial = end_to_end_of(
-                self.plan, cell, self._held_out(self.plan), self._kept_head()
-            )
+            made = evaluation_of(self.plan, cell, self._held_out(self.plan), self._kept_head())
+            assert isinstance(made, EndToEnd), "a second copy of the model has no room"
+            self._trial = made
         return self._trial
 
     def floor(self) -> float | None:
@@ -113,7 +114,7 @@ class Chosen:
         """Return what each choice from these pairs comes to at most at ``bits``, best first.
 
         Returns:
-            What was measured, as :meth:`qsens.engine.modelopt.end_to_end.Measured.numbers` gives
+            What was measured, as :meth:`qsens.engine.kl.whole.Measured.numbers` gives
             it, with ``predicted``, the sum of the estimates, and ``against``: how much more loss
             than ModelOpt's choice, and the standard error of that.
         """

@@ -28,10 +28,11 @@ from benchmarks._parts import Parts
 from benchmarks._prompts import as_records, prompts
 from qsens.analysis.samples import Floats, read_samples
 from qsens.config import Roots
-from qsens.engine.modelopt.end_to_end import EndToEnd, Measured
+from qsens.engine.kl.whole import Measured
+from qsens.engine.modelopt.end_to_end import EndToEnd
 from qsens.errors import AnswerIsNo
 from qsens.grid import Plan
-from qsens.pipeline.evaluate_recipe import end_to_end_of, held_out
+from qsens.pipeline.evaluate_recipe import evaluation_of, held_out
 from qsens.pipeline.plan import plan_sweep
 from qsens.pipeline.recipe import recipe_of
 from qsens.pipeline.sweep import run_sweep
@@ -259,7 +260,9 @@ def _measured(
         if name not in trials:
             cell = next(cell for cell in plan.cells if cell.domain is None)
             left = held_out(plan, "text")[name][:count]
-            trials[name] = replace(end_to_end_of(plan, cell, {name: left}, ()), scored=0)
+            made = evaluation_of(plan, cell, {name: left}, ())
+            assert isinstance(made, EndToEnd), "a second copy of the model has no room"
+            trials[name] = replace(made, scored=0)
         done = trials[name].measure(chosen, modelopt.config(recipe))
         arrays = ("by_caption", "labels", "nats", "predictions")
         return {**done.numbers(), **{key: getattr(done, key).tolist() for key in arrays}}

@@ -226,6 +226,21 @@ def require_room(model: nn.Module, device: torch.device, memory_gb: float | None
         )
 
 
+def has_room_for_copy(model: nn.Module, memory_gb: float | None) -> bool:
+    """Return whether all of a model is on its device, and a copy of it has room beside it.
+
+    Args:
+        model: The model, where it is to run.
+        memory_gb: GiB of the device; from what is free when not given.
+    """
+    if stream_of(model) is not None:
+        return False
+    held = weight_bytes(model)
+    if memory_gb is not None:
+        return 2 * held <= memory_gb * GIB
+    return held <= free_memory(device_of(model)) * _SHARE_OF_FREE
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Return the bytes of a device that a model's weights take: of streamed layers, two at once."""
     stream = stream_of(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,11 @@ from qsens.recipes.formats import modelopt
 from qsens.schema.recipe import Recipe
 
 if TYPE_CHECKING:
+    from qsens.engine.kl.whole import WholeModel
     from qsens.engine.modelopt.end_to_end import EndToEnd
 
 RECIPE = "recipe"
+log = logging.getLogger(__name__)
 
 
 def check_recipe(
@@ -35,7 +38,8 @@ def check_recipe(
 ) -> dict[str, Any]:
     """Measure a recipe against each uniform pair that fits, and against ModelOpt's choice.
 
-    All are calibrated on the samples of ``cell``, and keep the same modules at 16 bits.
+    All are calibrated on the samples of ``cell``, and keep the same modules at 16 bits. Where a
+    second copy of the model has no room, ModelOpt's choice is left out.
 
     Args:
         recipe: The recipe.
@@ -56,6 +60,8 @@ def check_recipe(
     Raises:
         UserError: There are no samples that the sweep did not use.
     """
+    from qsens.engine.modelopt.end_to_end import EndToEnd  # imports torch and ModelOpt
+
     kept = [
         member
         for choice in recipe.choices
@@ -64,16 +70,34 @@ def check_recipe(
         for member in choice.members
     ]
     kept += recipe.outside
-    evaluation = end_to_end_of(plan, cell, held_out(plan, cell.modality, captions), kept)
     predicted = recipe.damage if recipe.damage_unit == "nats a token" else None
-    measured = [evaluation.measure(RECIPE, modelopt.config(recipe), predicted)]
     total = sum(choice.weights for choice in recipe.choices)
     fixed = sum(choice.weights for choice in recipe.choices if choice.members[0] in kept)
-    for name, pair in formats.items():
-        bits = (16 * fixed + pair.effective_bits * (total - fixed)) / total
-        if bits <= recipe.bits_asked + 1e-9:
+    uniform = {
+        name: pair
+        for name, pair in formats.items()
+        if (16 * fixed + pair.effective_bits * (total - fixed)) / total <= recipe.bits_asked + 1e-9
+    }
+    evaluation = evaluation_of(plan, cell, held_out(plan, cell.modality, captions), kept)
+    if isinstance(evaluation, EndToEnd):
+        measured = [evaluation.measure(RECIPE, modelopt.config(recipe), predicted)]
+        for name, pair in uniform.items():
             measured.append(evaluation.measure(name, evaluation.uniform(pair)))
-    measured.append(evaluation.auto_quantize(list(formats.values()), recipe.bits_asked))
+        measured.append(evaluation.auto_quantize(list(formats.values()), recipe.bits_asked))
+    else:
+        log.warning("a second copy of the model has no room: ModelOpt's own choice is left out")
+        chosen = {
+            member: recipe.formats[choice.format]
+            for choice in recipe.choices
+            for member in choice.members
+            if choice.format is not None
+        }
+        everywhere = [
+            member for choice in recipe.choices for member in choice.members if member not in kept
+        ]
+        measured = [evaluation.measure(RECIPE, chosen, predicted)]
+        for name, pair in uniform.items():
+            measured.append(evaluation.measure(name, dict.fromkeys(everywhere, pair)))
     ours, *others = measured
     return {
         "captions": len(evaluation.held_out),
@@ -131,13 +155,15 @@ def held_out(
     return left
 
 
-def end_to_end_of(
+def evaluation_of(
     plan: Plan,
     cell: CellSpec,
     held_out: Mapping[str, Sequence[Record]],
     kept: Sequence[str],
-) -> EndToEnd:
+) -> EndToEnd | WholeModel:
     """Load the checkpoint, with the samples of a cell to calibrate on, and others to measure on.
+
+    ModelOpt quantizes a copy where there is room for one.
 
     Args:
         plan: The plan.
@@ -146,23 +172,26 @@ def end_to_end_of(
         kept: Names of modules that stay at 16 bits.
     """
     from qsens.data.samples import Samples
+    from qsens.engine.kl.whole import WholeModel
+    from qsens.engine.memory import has_room_for_copy
     from qsens.engine.modelopt.end_to_end import EndToEnd
     from qsens.pipeline.loading import groups_of, load_checkpoint, read_as, with_samples
 
-    checkpoint = load_checkpoint(plan, lambda *_: None, whole=True)
+    checkpoint = load_checkpoint(plan, lambda *_: None)
     loaded = with_samples(plan, cell, checkpoint)
     measured_on = [
         read_as(cell.modality, held_out[dataset.name], plan, dataset, checkpoint)
         for dataset in plan.config.dataset
         if dataset.name in held_out
     ]
+    common: dict[str, Any] = {
+        "model": loaded.model,
+        "groups": groups_of(plan, cell, loaded.model),
+        "calibration": loaded.samples,
+        "held_out": Samples.joined(measured_on),
+        "scored": cell.scored,
+    }
+    if not has_room_for_copy(loaded.model, plan.config.autoquant.memory_gb):
+        return WholeModel(**common)
     outside = () if cell.coverage == "all_layers" else plan.config.model.vision_patterns
-    return EndToEnd(
-        model=loaded.model,
-        groups=groups_of(plan, cell, loaded.model),
-        excluded=outside,
-        kept=[modelopt.literal(name) for name in kept],
-        calibration=loaded.samples,
-        held_out=Samples.joined(measured_on),
-        scored=cell.scored,
-    )
+    return EndToEnd(**common, excluded=outside, kept=[modelopt.literal(name) for name in kept])

@@ -113,7 +113,7 @@ def test_what_several_find_is_what_one_finds(
         found = torch.load(tmp_path / f"{kind}.pt")
         for method in METHODS:
             # Batches are cut otherwise, and products of other shapes round otherwise.
-            rtol = 1e-9 if method == "kl_div" else 1e-5
+            rtol = 1e-9 if method == "kl_div" else 1e-4
             torch.testing.assert_close(found[method], expected[method], rtol=rtol, atol=1e-10)
             sums = [each[method]["per_sample"].sum(dim=-1) for each in (found, expected)]
             torch.testing.assert_close(*sums, rtol=1e-6, atol=0)

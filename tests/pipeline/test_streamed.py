@@ -15,6 +15,7 @@ from qsens.grid import Plan
 from qsens.pipeline.cell import score
 from qsens.pipeline.loading import load_checkpoint
 from qsens.pipeline.plan import plan_sweep
+from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
 from qsens.results import read_manifest
 from qsens.store import Store
@@ -69,6 +70,35 @@ def test_a_sweep_and_its_audit_are_those_of_a_checkpoint_that_fits(
     assert memory[0]["streamed"] == 0 < memory[1]["streamed"]
     assert memory[1]["weights"] + memory[1]["predicted"] <= 0.02
     assert memory[1]["weights"] < memory[0]["weights"]
+
+
+def test_a_recipe_is_measured_where_a_copy_has_no_room(
+    demo_checkpoint: DemoResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checked = []
+    for gib in (2, 0.025):
+        plan = planned(demo_checkpoint, tmp_path / str(gib), gib, "autoquant.method=fisher")
+        assert run_sweep(plan)[1] == []
+        roots = Roots.from_environment()
+        found = write_recipe(
+            str(Store(plan).sweep_dir()),
+            bits=9,
+            target="json",
+            check=True,
+            roots=Roots(root=roots.root, results=plan.results, configs=roots.configs),
+        )
+        checked.append(found["check"])
+    whole, tight = checked
+    assert "a second copy of the model has no room" in caplog.text
+    assert [entry["name"] for entry in whole["measured"]][-1] == "ModelOpt"
+    assert [each["name"] for each in tight["measured"]] == [
+        each["name"] for each in whole["measured"][:-1]
+    ]
+    for ours, theirs in zip(tight["measured"], whole["measured"], strict=False):
+        assert ours["bits"] == pytest.approx(theirs["bits"])
+        assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-3)
+        assert ours["scored"] == pytest.approx(theirs["scored"], rel=1e-3)
+    assert tight["captions"] == whole["captions"]
 
 
 def test_less_than_a_layer_needs_is_refused_with_what_would_do(

@@ -26,6 +26,7 @@ from qsens.data.samples import Batch, Samples, equal_length_batches
 from qsens.engine.cross_entropy import losses_of
 from qsens.engine.float32 import in_float32, is_narrow
 from qsens.engine.kl.divergence import divergences
+from qsens.engine.kl.whole import Measured
 from qsens.engine.modelopt.quantizers import by_numerics, quiet
 from qsens.names import group_name
 
@@ -33,64 +34,6 @@ MODELOPT = "ModelOpt"
 _BATCH = 16
 # ModelOpt's solver takes scores near 1e-5 for 0.
 _LOSS_SCALE = 1e4
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one way to quantize does.
-
-    Attributes:
-        name: What chose the formats.
-        bits: Bits a weight over what may be quantized; what stays unquantized counts 16.
-        loss: Increase of the loss, nats a token.
-        divergence: KL divergence from the unquantized model, nats a token.
-        scored: The same on the samples that predictions are over; none where that is not known.
-        predicted: The recipe's own prediction; none where there is none in nats.
-        by_caption: Increase of the loss summed over each caption, nats.
-        labels: Labels of each caption.
-        nats: KL divergence summed over each caption, nats; none where it is not known.
-        predictions: Positions of each caption whose distribution counts; likewise.
-        formats: Name of the format of each quantized module, where ModelOpt chose it.
-    """
-
-    name: str
-    bits: float
-    loss: float
-    divergence: float
-    scored: float | None
-    predicted: float | None
-    by_caption: np.ndarray[Any, Any]
-    labels: np.ndarray[Any, Any]
-    nats: np.ndarray[Any, Any] | None = None
-    predictions: np.ndarray[Any, Any] | None = None
-    formats: Mapping[str, str] | None = None
-
-    def against(self, other: Measured) -> tuple[float, float]:
-        """Return how much more loss a token this has than ``other``, with its standard error.
-
-        Both ran on the same captions: what all captions have in common drops out.
-        """
-        return _paired(self.by_caption - other.by_caption, self.labels)
-
-    def divergence_against(self, other: Measured) -> tuple[float, float]:
-        """Return how much more KL divergence a token this has than ``other``, likewise."""
-        assert self.nats is not None
-        assert other.nats is not None
-        assert self.predictions is not None
-        return _paired(self.nats - other.nats, self.predictions)
-
-    def numbers(self) -> dict[str, Any]:
-        """Return it as JSON can hold it, without the captions."""
-        numbers = {"name": self.name, "bits": self.bits, "loss": self.loss}
-        divergences = {"divergence": self.divergence, "scored": self.scored}
-        return numbers | divergences | {"predicted": self.predicted}
-
-
-def _paired(difference: np.ndarray[Any, Any], tokens: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Return a difference a token, from that of each caption, with its standard error."""
-    mean = float(difference.sum() / tokens.sum())
-    rest = difference - mean * tokens
-    return mean, float(np.sqrt(len(rest) * rest.var(ddof=1)) / tokens.sum())
 
 
 @dataclass(frozen=True)
