@@ -27,10 +27,10 @@ from qsens.engine.memory import (
     memory_share,
     peak,
     plan_budget,
-    plan_placement,
     reset_peak,
     weight_bytes,
 )
+from qsens.engine.placement import plan_placement
 from qsens.engine.scores import PassScores, Progress, silent
 from qsens.engine.team import team_of
 

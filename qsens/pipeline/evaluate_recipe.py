@@ -173,8 +173,8 @@ def evaluation_of(
     """
     from qsens.data.samples import Samples
     from qsens.engine.kl.whole import WholeModel
-    from qsens.engine.memory import has_room_for_copy
     from qsens.engine.modelopt.end_to_end import EndToEnd
+    from qsens.engine.placement import has_room_for_copy
     from qsens.pipeline.loading import groups_of, load_checkpoint, read_as, with_samples
 
     checkpoint = load_checkpoint(plan, lambda *_: None)

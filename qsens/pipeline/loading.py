@@ -26,7 +26,7 @@ from qsens.data.records import Record
 from qsens.data.samples import Samples, refuse_unknown_tokens
 from qsens.data.text import text_samples
 from qsens.engine.candidates import Request
-from qsens.engine.memory import require_room
+from qsens.engine.placement import require_room
 from qsens.engine.scores import Progress
 from qsens.engine.scoring_pass import place
 from qsens.errors import UserError
