@@ -131,7 +131,7 @@ def processes_of(plan: Plan) -> int:
         return there
     if on_a_gpu and asked > there:
         raise UserError(
-            f"asks for {asked} devices, and {there} are visible",
+            f"asks for {asked} devices, of which {there} can be seen",
             where="autoquant.devices",
             remedy="Set autoquant.devices=auto, or make more of them visible.",
         )
