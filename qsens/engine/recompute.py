@@ -246,22 +246,15 @@ class RecomputedModel:
                     _hand_on(saved, index)
         yield self._collector.rows
         while any(saved.calls for saved in saved_forwards):
-            self._fetch(saved_forwards)
             self._collector = ActivationBuffer(starts[-1], len(grad_output[0]))
             for saved, start in zip(saved_forwards, starts, strict=False):
                 with self._collector.batch(saved, start):
-                    self._backward_layer(saved, saved.calls.pop())
+                    call = saved.calls.pop()
+                    if self._stream is not None:
+                        before = saved.calls[-1].name if saved.calls else None
+                        self._stream.fetch(call.name, before)
+                    self._backward_layer(saved, call)
             yield self._collector.rows
-
-    def _fetch(self, saved_forwards: Sequence[SavedForward]) -> None:
-        """Bring the layer to the device whose turn it is to go backward, and the one before it."""
-        if self._stream is not None:
-            name, *before = next(
-                [call.name for call in saved.calls[:-3:-1]]
-                for saved in saved_forwards
-                if saved.calls
-            )
-            self._stream.fetch(name, next(iter(before), None))
 
     def _backward_layer(self, saved: SavedForward, call: SavedLayer) -> None:
         if not call.grad_output:
