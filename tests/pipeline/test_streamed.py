@@ -14,7 +14,7 @@ from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.pipeline.cell import score
 from qsens.pipeline.loading import load_checkpoint
-from qsens.pipeline.plan import plan_sweep
+from qsens.pipeline.plan import describe, plan_sweep
 from qsens.pipeline.recipe import write_recipe
 from qsens.pipeline.sweep import run_sweep
 from qsens.results import read_manifest
@@ -99,6 +99,14 @@ def test_a_recipe_is_measured_where_a_copy_has_no_room(
         assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-3)
         assert ours["scored"] == pytest.approx(theirs["scored"], rel=1e-3)
     assert tight["captions"] == whole["captions"]
+
+
+def test_a_plan_says_how_large_weights_are(demo_checkpoint: DemoResult, tmp_path: Path) -> None:
+    weights = describe(planned(demo_checkpoint, tmp_path, 0.001), None)["weights"]
+    assert weights["bytes"] == 4 * demo_checkpoint.parameters
+    assert weights["streamed_bytes"] < weights["bytes"]
+    assert weights["bus_bytes"] < weights["bytes"]
+    assert "more than autoquant.memory_gb=0.001" in weights["placement"]
 
 
 def test_less_than_a_layer_needs_is_refused_with_what_would_do(
