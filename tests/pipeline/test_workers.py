@@ -132,7 +132,7 @@ def test_a_worker_that_is_killed_ends_the_step_with_its_rank_and_the_next_try_is
     killed = time.monotonic()
     os.kill(workers[1], signal.SIGKILL)
     out, _ = run.communicate(timeout=60)
-    assert time.monotonic() - killed < 10
+    assert time.monotonic() - killed < 20
     assert run.returncode == 1
     told = json.loads(out)
     assert told["error"] == "Fault"
