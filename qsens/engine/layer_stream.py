@@ -17,10 +17,10 @@ import functools
 import queue
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,6 +29,11 @@ from torch import nn
 from qsens.checkpoint.modules import layers_of
 from qsens.checkpoint.weight_sizes import SLOTS
 from qsens.engine.interleave import Interleaved
+
+T = TypeVar("T")
+
+IN_TURNS = 8
+"""Batches that go through a layer before it gives way to the next, where memory is no matter."""
 
 _ALIGNED = 512  # bytes
 _THREADS = 8
@@ -46,6 +51,28 @@ def device_of(model: nn.Module) -> torch.device:
     """Return where a model runs, wherever its weights lie."""
     stream = stream_of(model)
     return stream.device if stream is not None else next(model.parameters()).device
+
+
+def run_in_turns(
+    model: nn.Module,
+    runs: Sequence[Callable[[], T]],
+    resumed: Callable[[int], None] = lambda _: None,
+) -> list[T]:
+    """Run a model several times; where its layers are streamed, through each layer together.
+
+    Args:
+        model: The model.
+        runs: Each runs it once. They begin in order.
+        resumed: Called with the index of a run whenever it begins or goes on.
+    """
+    stream = stream_of(model)
+    if stream is not None:
+        return stream.interleaved.run(runs, resumed)
+    results = []
+    for index, run in enumerate(runs):
+        resumed(index)
+        results.append(run())
+    return results
 
 
 def layer_bytes(model: nn.Module) -> dict[str, int]:

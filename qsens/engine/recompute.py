@@ -43,7 +43,7 @@ from qsens.engine.activations import (
     SavedLayer,
 )
 from qsens.engine.head import Head, head_input, without_head
-from qsens.engine.layer_stream import device_of, stream_of
+from qsens.engine.layer_stream import IN_TURNS, device_of, run_in_turns, stream_of
 
 T = TypeVar("T")
 
@@ -52,10 +52,6 @@ Tap = Callable[[Batch, str, torch.Tensor], None]
 
 The names are those of :func:`qsens.checkpoint.experts.input_names`.
 """
-
-
-# Batches that go through a layer before it gives way to the next, where layers are streamed.
-_IN_TURNS = 8
 
 
 def _silent(done: int) -> None:
@@ -176,7 +172,7 @@ class RecomputedModel:
             batches: The batches.
             progress: Called with how many are done.
         """
-        together = 1 if self._stream is None else _IN_TURNS
+        together = 1 if self._stream is None else IN_TURNS
         for start in range(0, len(batches), together):
             runs = [_Run(batch.to(self.device)) for batch in batches[start : start + together]]
             self._in_turns(runs, self._hidden)
@@ -193,20 +189,15 @@ class RecomputedModel:
         return self._in_turns(runs, self._kept)
 
     def _in_turns(self, runs: Sequence[_Run], run: Callable[[_Run], T]) -> list[T]:
-        """Take runs forward, in turns where layers are streamed, else one after the other."""
+        """Take runs forward; note which of them is at work."""
 
         def resumed(index: int) -> None:
             self._run = runs[index]
 
         try:
-            if self._stream is not None:
-                taken = [functools.partial(run, each) for each in runs]
-                return self._stream.interleaved.run(taken, resumed)
-            results = []
-            for index, each in enumerate(runs):
-                resumed(index)
-                results.append(run(each))
-            return results
+            return run_in_turns(
+                self.model, [functools.partial(run, each) for each in runs], resumed
+            )
         finally:
             self._run = None
 

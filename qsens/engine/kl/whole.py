@@ -34,12 +34,10 @@ from qsens.engine.cross_entropy import negative_log_likelihood, next_tokens
 from qsens.engine.float32 import in_float32, is_narrow
 from qsens.engine.head import HEAD_ROWS, Head, head_input, without_head
 from qsens.engine.kl.divergence import divergences
-from qsens.engine.layer_stream import device_of, stream_of
+from qsens.engine.layer_stream import IN_TURNS, device_of, run_in_turns, stream_of
 from qsens.engine.quantizer import quantize, quantize_experts, quantize_weight
 
 _BATCH = 16
-# Batches that go through a layer before it gives way to the next, where layers are streamed.
-_IN_TURNS = 8
 # Quantized weights that are held: those of a layer, while batches go through it in turns.
 _HELD = 16
 
@@ -193,8 +191,7 @@ class WholeModel:
         batches = equal_length_batches(samples, boundaries=bounds, batch_size=_BATCH)
         device = device_of(self.model)
         batches = [batch.to(device) for batch in batches if batch.first < count]
-        stream = stream_of(self.model)
-        together = 1 if stream is None else _IN_TURNS
+        together = 1 if stream_of(self.model) is None else IN_TURNS
         head = Head.of(self.model)
         for start in range(0, len(batches), together):
             window = batches[start : start + together]
@@ -208,11 +205,8 @@ class WholeModel:
 
     def _hidden(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """Return what the head reads of each batch."""
-        stream = stream_of(self.model)
         runs = [functools.partial(head_input, self.model, batch) for batch in batches]
-        if stream is None:
-            return [run() for run in runs]
-        return stream.interleaved.run(runs, lambda _: None)
+        return run_in_turns(self.model, runs)
 
 
 class _Quantized:
