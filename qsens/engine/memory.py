@@ -37,6 +37,8 @@ _FORWARD_TOKENS = 4 * BATCH_TOKENS
 _RECORDS = 6 * GIB
 _RECORDED_TOKENS = BATCH_TOKENS // 4
 _HEAD_FORMATS = 4
+# Tokens of batches over real ones, at most as a rule.
+_PADDED = 2
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def plan_budget(
         candidates: What the pass computes.
         memory_gb: GiB of the device, weights included; from what is free when not given.
         losses: Losses that go backward, each with gradients of its own; 0 where nothing does.
-        samples: The samples: how many patches of pictures a token brings along.
+        samples: The samples: how many tokens there are, and patches of pictures that each brings
+            along.
     """
     device = device_of(model)
     if memory_gb is not None:
@@ -97,7 +100,10 @@ def plan_budget(
     keeps = losses > 0 and recorded >= _RECORDED_TOKENS and stream_of(model) is None
     if keeps:
         tokens, per_token = min(enough, recorded), per_token + records
-    predicted = int(fixed + tokens * per_token)
+    flown = tokens
+    if losses and samples is not None:  # no more than there are; copies are not counted
+        flown = min(tokens, _PADDED * samples.tokens(max(candidates.scored)))
+    predicted = int(fixed + flown * per_token)
     head: torch.Tensor = head_of(model).weight
     more = (limit - predicted) // (head.numel() * takes.size)
     formats = max(1, min(_HEAD_FORMATS, len(candidates.weights), 1 + more))
