@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -91,6 +93,8 @@ class ProcessTeam(Team):
         self, rank: int, count: int, meeting: Path, guard: Guard = contextlib.nullcontext
     ) -> None:
         self.rank, self.count, self._guard = rank, count, guard
+        if sys.platform == "linux":  # the host's own name may lead nowhere
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(
             "gloo",
             init_method=f"file://{meeting}",

@@ -72,12 +72,7 @@ class Workers:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                # Addresses of the host's name may lead nowhere; all of them are of this host.
-                env={
-                    **os.environ,
-                    "GLOO_SOCKET_IFNAME": "lo",
-                    "OMP_NUM_THREADS": str(torch.get_num_threads()),
-                },
+                env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
             )
 
     def join(self, model: nn.Module) -> None:
@@ -89,7 +84,6 @@ class Workers:
         with self._guard():
             while not all(ready_of(self._meeting, rank).exists() for rank in self._processes):
                 time.sleep(_POLL)
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             self._team = ProcessTeam(0, self._count, self._meeting, self._guard)
         join(model, self._team)
 
