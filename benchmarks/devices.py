@@ -13,40 +13,26 @@ import argparse
 import json
 import multiprocessing
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from benchmarks._engines import request
-from benchmarks._workload import (
-    NIGHTLY,
-    SHAPES,
-    Cell,
-    build_shape,
-    pair_configs,
-    samples_of_length,
-    tower_patterns,
-)
+from benchmarks._passes import pass_parser, timed_pass
+from benchmarks._workload import build_shape, pair_configs, samples_of_length, tower_patterns
 from qsens.checkpoint.groups import find_groups
 from qsens.checkpoint.loading import device_name
 from qsens.config.models import AutoquantConfig
-from qsens.engine.scoring_pass import ScoringPass, run_pass
+from qsens.engine.scoring_pass import ScoringPass
 from qsens.engine.team import ProcessTeam, Team, join
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a sample")
+    parser = pass_parser(__doc__, samples=128, tokens=512)
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--methods", default="gradient,fisher")
-    parser.add_argument("--pairs", default=",".join((*NIGHTLY, "wnvfp4_anvfp4")))
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         context = multiprocessing.get_context("spawn")
@@ -85,19 +71,11 @@ def _lead(given: argparse.Namespace, meeting: Path) -> ProcessTeam:
     model = _model(0, given)
     groups = find_groups(model, tower_patterns(model))
     samples = samples_of_length(model, given.samples, given.tokens)
-    requests = [
-        request(Cell(pair, str(given.samples), given.samples, given.samples))
-        for pair in pair_configs(given.pairs.split(","))
-    ]
+    pairs = pair_configs(given.pairs.split(","))
 
     def timed(autoquant: AutoquantConfig) -> tuple[ScoringPass, float]:
-        for _ in range(2):
-            started = time.monotonic()
-            found = run_pass(model, samples, groups, requests, autoquant, boundaries=())
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds = time.monotonic() - started
-        return found, seconds
+        timed_pass(model, groups, samples, pairs, autoquant)
+        return timed_pass(model, groups, samples, pairs, autoquant)
 
     methods = [AutoquantConfig(method=method) for method in given.methods.split(",")]
     team = ProcessTeam(0, given.devices, meeting)

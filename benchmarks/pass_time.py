@@ -11,20 +11,15 @@ products of one more pass took by themselves, by the profiler.
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks._engines import request
+from benchmarks._passes import pass_parser, timed_pass
 from benchmarks._workload import (
-    NIGHTLY,
-    SHAPES,
-    Cell,
     build_shape,
     pair_configs,
     samples_of_length,
@@ -35,7 +30,7 @@ from qsens.checkpoint.loading import choose_experts, device_name, resolve_device
 from qsens.config.models import AutoquantConfig
 from qsens.data.samples import Samples
 from qsens.engine.memory import GIB
-from qsens.engine.scoring_pass import ScoringPass, run_pass
+from qsens.engine.scoring_pass import ScoringPass
 
 _BATCH = 8
 # What names of kernels, or of a CPU's operators, hold that multiply matrices.
@@ -44,15 +39,10 @@ _PRODUCTS = ("gemm", "nvjet", "cutlass", "xmma", "aten::mm", "aten::addmm", "ate
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of a sample")
+    parser = pass_parser(__doc__, samples=16, tokens=256)
     parser.add_argument("--method", choices=("gradient", "fisher"), default="gradient")
-    parser.add_argument("--pairs", default=",".join((*NIGHTLY, "wnvfp4_anvfp4")))
     parser.add_argument("--runs", type=int, default=2, help="passes after the first one")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--floor", action="store_true", help="seconds of matrix products alone")
     parser.add_argument("--modelopt", help="a pair that ModelOpt scores on the same samples")
     given = parser.parse_args()
@@ -60,24 +50,15 @@ def main() -> None:
     model = build_shape(given.shape, device, dtype)
     groups = find_groups(model, tower_patterns(model))
     samples = samples_of_length(model, given.samples, given.tokens)
-    requests = [
-        request(Cell(pair, str(given.samples), given.samples, given.samples))
-        for pair in pair_configs(given.pairs.split(","))
-    ]
+    pairs = pair_configs(given.pairs.split(","))
 
-    def one_pass() -> ScoringPass:
-        found = run_pass(
-            model, samples, groups, requests, AutoquantConfig(method=given.method), boundaries=()
-        )
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return found
+    def one_pass() -> tuple[ScoringPass, float]:
+        return timed_pass(model, groups, samples, pairs, AutoquantConfig(method=given.method))
 
     first, seconds, taken = 0.0, [], []
     for run in range(given.runs + 1):
-        started = time.monotonic()
-        found = one_pass()
-        took = round(time.monotonic() - started, 2)
+        found, took = one_pass()
+        took = round(took, 2)
         if run:
             seconds.append(took)
         else:

@@ -11,10 +11,8 @@ the rate at which layers come when nothing is computed beside.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +21,25 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from torch import nn
 
-from benchmarks._engines import request
-from benchmarks._workload import (
-    NIGHTLY,
-    SHAPES,
-    Cell,
-    build_shape,
-    pair_configs,
-    samples_of_length,
-    tower_patterns,
-)
-from qsens.checkpoint.groups import Group, find_groups
+from benchmarks._passes import pass_parser, requests_of, timed_pass
+from benchmarks._workload import build_shape, pair_configs, samples_of_length, tower_patterns
+from qsens.checkpoint.groups import find_groups
 from qsens.checkpoint.loading import device_name, resolve_device
 from qsens.checkpoint.modules import layers_of
-from qsens.config import PairConfig
 from qsens.config.models import AutoquantConfig
-from qsens.data.samples import Samples
-from qsens.engine.candidates import Request
 from qsens.engine.layer_stream import LayerStream, stream_of
 from qsens.engine.memory import GIB
-from qsens.engine.scoring_pass import ScoringPass, place, run_pass
+from qsens.engine.scoring_pass import ScoringPass, place
 
 
 def main() -> None:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), required=True)
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=256, help="tokens of a sample")
+    parser = pass_parser(__doc__, samples=16, tokens=256)
     parser.add_argument("--methods", default="gradient,fisher")
-    parser.add_argument("--pairs", default=",".join((*NIGHTLY, "wnvfp4_anvfp4")))
     parser.add_argument("--gib", type=float, nargs="+", required=True, help="of the device")
     parser.add_argument("--weights", type=Path, required=True, help="directory for the layers")
     parser.add_argument("--warm-up", type=int, help="samples of the first pass; all by default")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     given = parser.parse_args()
     device, dtype = resolve_device(given.device), getattr(torch, given.dtype)
     model = build_shape(given.shape, device, dtype)
@@ -66,8 +48,12 @@ def main() -> None:
     pairs = pair_configs(given.pairs.split(","))
     methods = [AutoquantConfig(method=method) for method in given.methods.split(",")]
     first = samples.part(0, given.warm_up) if given.warm_up else samples
-    passes = [(each, _requests(pairs, len(each))) for each in (first, samples)]
-    resident = {each.method: _timed(model, each, groups, passes) for each in methods}
+
+    def timed(autoquant: AutoquantConfig) -> tuple[ScoringPass, float]:
+        timed_pass(model, groups, first, pairs, autoquant)
+        return timed_pass(model, groups, samples, pairs, autoquant)
+
+    resident = {each.method: timed(each) for each in methods}
     _write(model, given.weights)
     for gib in given.gib:
         _map(model, given.weights)
@@ -76,7 +62,7 @@ def main() -> None:
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(gib * GIB / total)
         limited = [each.model_copy(update={"memory_gb": gib}) for each in methods]
-        place(model, groups, passes[-1][1], limited[-1], device)
+        place(model, groups, requests_of(pairs, len(samples)), limited[-1], device)
         stream = stream_of(model)
         assert stream is not None, "it fits as a whole"
         rate = _rate(model, stream)
@@ -84,7 +70,7 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             before, seconds = resident[each.method]
-            found, streamed = _timed(model, each, groups, passes)
+            found, streamed = timed(each)
             sums = [done.scores.per_sample.sum(dim=-1).flatten() for done in (before, found)]
             print(
                 json.dumps(
@@ -111,26 +97,6 @@ def main() -> None:
                 flush=True,
             )
         stream.remove()
-
-
-def _requests(pairs: Sequence[PairConfig], count: int) -> list[Request]:
-    return [request(Cell(pair, str(count), count, count)) for pair in pairs]
-
-
-def _timed(
-    model: nn.Module,
-    autoquant: AutoquantConfig,
-    groups: list[Group],
-    passes: Sequence[tuple[Samples, Sequence[Request]]],
-) -> tuple[ScoringPass, float]:
-    """Return what the last pass finds, and its seconds."""
-    for samples, requests in passes:
-        started = time.monotonic()
-        found = run_pass(model, samples, groups, requests, autoquant, boundaries=())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.monotonic() - started
-    return found, seconds
 
 
 def _write(model: nn.Module, directory: Path) -> None:
