@@ -20,7 +20,7 @@ from airflow.sdk.configuration import conf
 from markupsafe import escape
 
 from qsens.config import Roots
-from qsens.config.models import NotifierConfig
+from qsens.config.dag import NotifierConfig
 from qsens.documents import peek
 from qsens.store import SUMMARY
 from qsens_airflow.settings import DagSettings

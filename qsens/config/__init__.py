@@ -3,10 +3,10 @@
 Reading configuration never imports torch.
 """
 
+from qsens.config.dag import DagConfig
 from qsens.config.load import Loaded, choices, load_sweep
 from qsens.config.models import (
     AutoquantConfig,
-    DagConfig,
     DatasetConfig,
     ModelConfig,
     RunnerConfig,
