@@ -220,6 +220,28 @@ def summed(added: torch.Tensor, routing: Routing, rows: int) -> torch.Tensor:
     return added.new_zeros(rows, added.shape[1]).index_add_(0, routing.rows, added)
 
 
+def outputs(
+    module: nn.Module,
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    gates: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    inner: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return what experts give with other weights, ``(rows, hidden)``.
+
+    Args:
+        module: The experts.
+        x: What they read, ``(rows, hidden)``.
+        chosen: The experts of each row, ``(rows, experts of a row)``.
+        gates: What the router weighs them with, same shape.
+        weights: The weights of all experts.
+        inner: Called with what stands between the products.
+    """
+    routing = route(chosen, gates, len(weights[0]))
+    return summed(contributions(module, x, routing, weights, inner), routing, len(x))
+
+
 def expert_inputs(
     name: str,
     module: nn.Module,

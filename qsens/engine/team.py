@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from qsens.data.samples import Batch
-from qsens.engine.scores import Progress, silent
+from qsens.engine.scores import Failures, Progress, silent
 
 T = TypeVar("T")
 R_co = TypeVar("R_co", covariant=True)
@@ -159,6 +159,14 @@ class ProcessTeam(Team):
         gathered: list[Any] = [None] * self.count
         dist.all_gather_object(gathered, value)
         return gathered
+
+
+def unite(team: Team, names: set[str], failures: Failures) -> set[str]:
+    """Return the names that any process has; note in ``failures`` what any could not compute."""
+    for own, of_others in team.gather((names, failures)):
+        names = names | own
+        failures.absorb(of_others)
+    return names
 
 
 _ALONE = Team()

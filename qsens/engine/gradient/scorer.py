@@ -49,7 +49,7 @@ from qsens.engine.memory import Budget
 from qsens.engine.quantizer import quantize_weight
 from qsens.engine.recompute import RecomputedModel
 from qsens.engine.scores import ExpertTable, Failures, PassScores, Progress, silent
-from qsens.engine.team import team_of
+from qsens.engine.team import team_of, unite
 
 
 def score(
@@ -228,9 +228,7 @@ class GradientScorer:
         self.team.add([self._squares, self._products, self._errors, self._norms, self._loss])
         for table in self._experts.values():
             self.team.add([table.per_sample, table.tokens])
-        for seen, failures in self.team.gather((self._seen, self._failures)):
-            self._seen |= seen
-            self._failures.absorb(failures)
+        self._seen = unite(self.team, self._seen, self._failures)
 
     def scores(self, *, seconds: float, padding: float) -> PassScores:
         """Return what all windows found.

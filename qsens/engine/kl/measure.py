@@ -36,7 +36,7 @@ from qsens.engine.kl.divergence import divergences
 from qsens.engine.kl.perturbed_forward import Perturbation, PerturbedForward
 from qsens.engine.memory import Budget
 from qsens.engine.scores import PassScores, Progress, silent
-from qsens.engine.team import team_of
+from qsens.engine.team import team_of, unite
 
 # Tokens that go through together, over all copies of a batch. On a GPU few kernels are what counts;
 # a CPU is quickest while what a layer makes of them stays in its caches.
@@ -114,10 +114,7 @@ def diverge(
         for perturbation, per_sample in of_batch.sums():
             nats[perturbation.group, perturbation.candidate, order] = per_sample
     team.add([nats, losses, *([floor] if floor is not None else [])])
-    ran: set[str] = set()
-    for own, failures in team.gather((forwards.ran, forwards.failures)):
-        ran |= own
-        forwards.failures.absorb(failures)
+    ran = unite(team, forwards.ran, forwards.failures)
     for group, candidate in forwards.failures.refused:
         nats[group, candidate] = 0
     if forwards.head_group is not None:

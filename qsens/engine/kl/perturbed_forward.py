@@ -20,13 +20,7 @@ from typing import Any
 
 import torch
 
-from qsens.checkpoint.experts import (
-    contributions,
-    expert_weights,
-    input_names,
-    route,
-    summed,
-)
+from qsens.checkpoint.experts import expert_weights, input_names, outputs
 from qsens.checkpoint.groups import Group
 from qsens.checkpoint.modules import apply, is_linear, layers_of, weight_of
 from qsens.checkpoint.structure import traits_of
@@ -277,15 +271,9 @@ class PerturbedForward:
         x, chosen, gates = args
         try:
             weights = tuple(quantize_experts(weight, cfg) for weight in expert_weights(module))
-            routing = route(chosen, gates, len(weights[0]))
-            added = contributions(
-                module,
-                self._quantized(first, perturbation, x),
-                routing,
-                weights,
-                functools.partial(self._quantized, second, perturbation),
-            )
-            output.copy_(summed(added, routing, len(x)))
+            read = self._quantized(first, perturbation, x)
+            inner = functools.partial(self._quantized, second, perturbation)
+            output.copy_(outputs(module, read, chosen, gates, weights, inner))
         except Exception as error:
             self._fail([perturbation], error)
 

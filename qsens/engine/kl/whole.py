@@ -8,23 +8,16 @@ which lets ModelOpt quantize a copy, it measures in float32 with the weights as 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
 
-from qsens.checkpoint.experts import (
-    contributions,
-    expert_weights,
-    input_names,
-    is_experts,
-    route,
-    summed,
-)
+from qsens.checkpoint.experts import expert_weights, input_names, is_experts, outputs
 from qsens.checkpoint.groups import Group
 from qsens.checkpoint.modules import apply, weight_of
 from qsens.config import PairConfig
@@ -40,6 +33,10 @@ from qsens.engine.quantizer import quantize, quantize_experts, quantize_weight
 _BATCH = 16
 # Quantized weights that are held: those of a layer, while batches go through it in turns.
 _HELD = 16
+
+
+Compared: TypeAlias = tuple[Batch, list[float], list[float]]
+"""A batch with what formats do to each sample: to its loss, and to its distributions, in nats."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,47 @@ class Measured:
     predictions: np.ndarray[Any, Any] | None = None
     formats: Mapping[str, str] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        bits: float,
+        predicted: float | None,
+        held_out: Iterable[Compared],
+        scored: Iterable[Compared],
+    ) -> Measured:
+        """Return what comparisons of batches come to.
+
+        Args:
+            name: What chose the formats.
+            bits: Bits a weight.
+            predicted: The recipe's own prediction, nats a token.
+            held_out: Batches of the samples that are measured on.
+            scored: Those of the samples that predictions are over; empty where that is not known.
+        """
+        lost, labels, nats, predictions = [], [], [], []
+        for batch, of_loss, of_divergence in held_out:
+            lost += of_loss
+            labels += batch.lengths("labels")
+            nats += of_divergence
+            predictions += batch.lengths("predictions")
+        of_scored, positions = 0.0, 0
+        for batch, _, of_divergence in scored:
+            of_scored += sum(of_divergence)
+            positions += sum(batch.lengths("predictions"))
+        return cls(
+            name=name,
+            bits=bits,
+            loss=sum(lost) / sum(labels),
+            divergence=sum(nats) / sum(predictions),
+            scored=of_scored / positions if positions else None,
+            predicted=predicted,
+            by_caption=np.array(lost),
+            labels=np.array(labels),
+            nats=np.array(nats),
+            predictions=np.array(predictions),
+        )
+
     def against(self, other: Measured) -> tuple[float, float]:
         """Return how much more loss a token this has than ``other``, with its standard error.
 
@@ -100,6 +138,14 @@ def _paired(difference: np.ndarray[Any, Any], tokens: np.ndarray[Any, Any]) -> t
     return mean, float(np.sqrt(len(rest) * rest.var(ddof=1)) / tokens.sum())
 
 
+def whole_batches(samples: Samples, device: torch.device, count: int | None = None) -> list[Batch]:
+    """Return batches without padding of the first ``count`` samples; of all when not given."""
+    count = len(samples) if count is None else count
+    bounds = [count, len(samples)]
+    batches = equal_length_batches(samples, boundaries=bounds, batch_size=_BATCH)
+    return [batch.to(device) for batch in batches if batch.first < count]
+
+
 @dataclass(frozen=True)
 class WholeModel:
     """A model that is measured under formats, module by module.
@@ -123,27 +169,12 @@ class WholeModel:
     ) -> Measured:
         """Measure the model with each module of ``formats`` in its format."""
         quantized = _Quantized(self.model, formats, self._amax)
-        lost, labels, nats, predictions = [], [], [], []
-        for batch, of_loss, of_divergence in self._compared(quantized, self.held_out):
-            lost += of_loss
-            labels += batch.lengths("labels")
-            nats += of_divergence
-            predictions += batch.lengths("predictions")
-        scored = sum(
-            sum(of_divergence)
-            for _, _, of_divergence in self._compared(quantized, self.calibration, self.scored)
-        )
-        return Measured(
-            name=name,
-            bits=self._bits(formats),
-            loss=sum(lost) / sum(labels),
-            divergence=sum(nats) / self.held_out.predictions(),
-            scored=scored / self.calibration.predictions(self.scored) if self.scored else None,
-            predicted=predicted,
-            by_caption=np.array(lost),
-            labels=np.array(labels),
-            nats=np.array(nats),
-            predictions=np.array(predictions),
+        return Measured.of(
+            name,
+            self._bits(formats),
+            predicted,
+            self._compared(quantized, self.held_out),
+            self._compared(quantized, self.calibration, self.scored),
         )
 
     def floor(self) -> float | None:
@@ -178,19 +209,15 @@ class WholeModel:
     @torch.no_grad()
     def _compared(
         self, quantized: _Quantized, samples: Samples, count: int | None = None
-    ) -> Iterator[tuple[Batch, list[float], list[float]]]:
-        """Yield batches with what formats do to the loss, and to the distributions, of each sample.
+    ) -> Iterator[Compared]:
+        """Yield batches with what formats do.
 
         Args:
             quantized: The formats.
             samples: The samples.
             count: How many of them; all when not given.
         """
-        count = len(samples) if count is None else count
-        bounds = [count, len(samples)]
-        batches = equal_length_batches(samples, boundaries=bounds, batch_size=_BATCH)
-        device = device_of(self.model)
-        batches = [batch.to(device) for batch in batches if batch.first < count]
+        batches = whole_batches(samples, device_of(self.model), count)
         together = 1 if stream_of(self.model) is None else IN_TURNS
         head = Head.of(self.model)
         for start in range(0, len(batches), together):
@@ -266,10 +293,8 @@ class _Quantized:
         first, second = input_names(name, module)
         chosen, gates = routing
         weights = self._weight(name)
-        to = route(chosen, gates, len(weights[0]))
         inner = functools.partial(self._input, second, of=name)
-        added = contributions(module, self._input(first, x, of=name), to, weights, inner)
-        return summed(added, to, len(x))
+        return outputs(module, self._input(first, x, of=name), chosen, gates, weights, inner)
 
     def _input(self, name: str, x: torch.Tensor, of: str | None = None) -> torch.Tensor:
         given = self._formats[of or name].input_quantizer

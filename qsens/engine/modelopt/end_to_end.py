@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import modelopt.torch.quantization as mtq
-import numpy as np
 import torch
 from modelopt.torch.quantization.algorithms import QuantRecipe
 from torch import nn
@@ -22,16 +21,15 @@ from torch import nn
 from qsens.checkpoint.experts import is_experts, weight_names
 from qsens.checkpoint.groups import Group
 from qsens.config import PairConfig
-from qsens.data.samples import Batch, Samples, equal_length_batches
+from qsens.data.samples import Batch, Samples
 from qsens.engine.cross_entropy import losses_of
 from qsens.engine.float32 import in_float32, is_narrow
 from qsens.engine.kl.divergence import divergences
-from qsens.engine.kl.whole import Measured
+from qsens.engine.kl.whole import Compared, Measured, whole_batches
 from qsens.engine.modelopt.quantizers import by_numerics, quiet
 from qsens.names import group_name
 
 MODELOPT = "ModelOpt"
-_BATCH = 16
 # ModelOpt's solver takes scores near 1e-5 for 0.
 _LOSS_SCALE = 1e4
 
@@ -151,32 +149,25 @@ class EndToEnd:
         """Measure a quantized model against the unquantized one."""
         covered = [group for group in self.groups if group.covered]
         bits = effective_bits(model, covered)
-        lost, labels, nats, predictions = [], [], [], []
         with torch.no_grad():
             _fold(model, covered)
             with in_float32(self.model), in_float32(model):
-                for batch in self._batches(self.held_out):
-                    before, after = _logits(self.model, batch), _logits(model, batch)
-                    lost += (losses_of(after, batch) - losses_of(before, batch)).tolist()
-                    labels += batch.lengths("labels")
-                    nats += _divergences(before, after, batch)
-                    predictions += batch.lengths("predictions")
-                scored = sum(
-                    sum(_divergences(_logits(self.model, batch), _logits(model, batch), batch))
-                    for batch in self._batches(self.calibration, self.scored)
+                return Measured.of(
+                    name,
+                    bits,
+                    predicted,
+                    self._compared(model, self.held_out),
+                    self._compared(model, self.calibration, self.scored),
                 )
-        return Measured(
-            name=name,
-            bits=bits,
-            loss=sum(lost) / sum(labels),
-            divergence=sum(nats) / self.held_out.predictions(),
-            scored=scored / self.calibration.predictions(self.scored) if self.scored else None,
-            predicted=predicted,
-            by_caption=np.array(lost),
-            labels=np.array(labels),
-            nats=np.array(nats),
-            predictions=np.array(predictions),
-        )
+
+    def _compared(
+        self, model: nn.Module, samples: Samples, count: int | None = None
+    ) -> Iterator[Compared]:
+        """Yield batches of the first ``count`` samples with what quantizing does; all if none."""
+        for batch in self._batches(samples, count):
+            before, after = _logits(self.model, batch), _logits(model, batch)
+            lost = (losses_of(after, batch) - losses_of(before, batch)).tolist()
+            yield batch, lost, _divergences(before, after, batch)
 
     def _calibrate(self, model: nn.Module) -> None:
         with torch.no_grad():
@@ -184,12 +175,7 @@ class EndToEnd:
                 _logits(model, batch)
 
     def _batches(self, samples: Samples, count: int | None = None) -> list[Batch]:
-        """Return batches of the first ``count`` samples; of all when not given."""
-        count = len(samples) if count is None else count
-        device = next(self.model.parameters()).device
-        bounds = [count, len(samples)]
-        batches = equal_length_batches(samples, boundaries=bounds, batch_size=_BATCH)
-        return [batch.to(device) for batch in batches if batch.first < count]
+        return whole_batches(samples, next(self.model.parameters()).device, count)
 
 
 def effective_bits(model: nn.Module, groups: Sequence[Group]) -> float:
