@@ -295,8 +295,8 @@ def request(cell: Cell) -> Request:
     pair = cell.pair
     return Request(
         cell=cell.name,
-        weight=pair.weight_quantizer.modelopt(),
-        input=pair.input_quantizer.modelopt() if pair.input_quantizer else None,
+        weight=pair.weight_quantizer.cfg(),
+        input=pair.input_quantizer.cfg() if pair.input_quantizer else None,
         calibrated=cell.calibrated,
         scored=cell.scored,
     )

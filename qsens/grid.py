@@ -226,12 +226,8 @@ def make_plan(
     stamp = created.strftime("%Y%m%dT%H%M%S") + f"{created.microsecond // 1000:03d}Z"
     cells = []
     weights = {}
-    axes = itertools.product(
-        config.quant_pair, config.quant_granularity, config.coverage, config.domains, config.sizes
-    )
-    for own, granularity, coverage, domain, size in axes:
-        if own.refusal(granularity) is not None:
-            continue
+    axes = itertools.product(config.formats, config.coverage, config.domains, config.sizes)
+    for (own, granularity), coverage, domain, size in axes:
         pair = own.with_granularity(granularity)
         modality = config.modality(coverage)
         identity = cell_identity(config, pair, coverage, size, versions)

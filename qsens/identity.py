@@ -332,6 +332,8 @@ def _quantizer(quantizer: QuantizerConfig) -> dict[str, Any]:
         "block_sizes": quantizer.block_sizes,
         "type": quantizer.type,
         "num_bits": quantizer.num_bits,
+        **({"reference": quantizer.reference} if quantizer.by_compressed_tensors else {}),
+        **({} if quantizer.symmetric else {"symmetric": False}),
     }
 
 

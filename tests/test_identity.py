@@ -189,7 +189,9 @@ def test_what_a_new_field_means_for_digests_is_decided_here() -> None:
         "algorithm", "effective_bits", "experimental", "scheme", "run_dir", "all_layers_scheme",
         "all_layers_run_dir",
     }  # fmt: skip
-    assert set(QuantizerConfig.model_fields) == {"axis", "block_sizes", "type", "num_bits"}
+    assert set(QuantizerConfig.model_fields) == {
+        "axis", "block_sizes", "type", "num_bits", "reference", "symmetric",
+    }  # fmt: skip
     in_digest = {
         ModelConfig: {
             "name", "short_name", "dtype", "trust_remote_code", "vision_patterns", "head_patterns",
@@ -281,7 +283,7 @@ def test_scales_over_rows_are_a_key_of_their_own(scales: Any, engine: Any, chang
 def test_no_shipped_pair_has_scales_over_rows() -> None:
     pairs = ",".join(choices("quant_pair", ROOTS))
     config = load_sweep("demo-text", [f"quant_pair={pairs}"], roots=ROOTS).config
-    assert len(config.quant_pair) == 19
+    assert len(config.quant_pair) == 22
     for pair in config.quant_pair:
         assert "scales" not in cell_identity(config, pair, "lm_only", "small", {})
 

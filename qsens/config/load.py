@@ -107,8 +107,9 @@ def load_sweep(
     sources = _Sources()
     sweep, label = _read("sweep", preset, roots, where="PRESET")
     chosen = _choose(sweep.pop("defaults", None), label, given)
+    pairings = _pair(chosen, roots)
 
-    tree: dict[str, Any] = {"preset": preset}
+    tree: dict[str, Any] = {"preset": preset, "pairings": pairings}
     for group, (names, origin) in chosen.items():
         sections = []
         for name in names:
@@ -171,6 +172,49 @@ def _choose(defaults: Any, label: str, given: dict[str, Any]) -> dict[str, tuple
             )
         chosen[group] = ([str(name) for name in names], origin)
     return chosen
+
+
+def _pair(chosen: dict[str, tuple[list[str], str]], roots: Roots) -> dict[str, tuple[str, ...]]:
+    """Take granularities out of the names of pairs, into those of the sweep.
+
+    A pair that is named without one gets those of ``quant_granularity``.
+
+    Returns:
+        The granularities of each pair; empty where no pair was named with one.
+    """
+    names, origin = chosen["quant_pair"]
+    granularities, of_granularities = chosen["quant_granularity"]
+    pairings: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        pair, own = split_format(name, roots)
+        added = granularities if own is None else [own]
+        pairings[pair] = (*pairings.get(pair, ()), *added)
+    if set(pairings) == set(names):
+        return {}
+    used = dict.fromkeys(name for own in pairings.values() for name in own)
+    everything = dict.fromkeys((*granularities, *used))
+    chosen["quant_pair"] = (list(pairings), origin)
+    chosen["quant_granularity"] = (
+        [name for name in everything if name in used],
+        of_granularities,
+    )
+    return pairings
+
+
+def split_format(name: str, roots: Roots | None = None) -> tuple[str, str | None]:
+    """Return the pair and the granularity that a format's name names, ``wint8_aint8-ct_token``.
+
+    The granularity is none where the whole name is that of a pair, or of none that there is.
+
+    Args:
+        name: The name.
+        roots: Where files lie; from the environment when not given.
+    """
+    pairs = choices("quant_pair", roots)
+    pair, separator, granularity = name.partition("-")
+    if name in pairs or not separator or pair not in pairs:
+        return name, None
+    return pair, granularity
 
 
 def _read(group: str, name: str, roots: Roots, *, where: str) -> tuple[dict[str, Any], str]:
@@ -286,7 +330,8 @@ def _granularity_notices(config: SweepConfig, origin: str, roots: Roots) -> list
     notices = []
     for granularity in config.quant_granularity:
         reasons: dict[str, list[str]] = {}
-        for pair in config.quant_pair:
+        pairs = config.pairs_with(granularity)
+        for pair in pairs:
             reason = pair.refusal(granularity)
             if reason is not None:
                 reasons.setdefault(reason, []).append(pair.name)
@@ -296,9 +341,9 @@ def _granularity_notices(config: SweepConfig, origin: str, roots: Roots) -> list
                     f"{pair.name} at {granularity.name} is experimental: nobody is known to "
                     "deploy it"
                 )
-        if sum(map(len, reasons.values())) == len(config.quant_pair):
+        if sum(map(len, reasons.values())) == len(pairs):
             said = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
-            allowed = ", ".join(_accepted(config.quant_pair, roots))
+            allowed = ", ".join(_accepted(pairs, roots))
             raise UserError(
                 f"{granularity.name} makes no sense for any pair of the sweep: {said}",
                 where=f"quant_granularity ({origin})",

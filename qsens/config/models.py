@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -309,6 +310,9 @@ class SweepConfig(Frozen):
         default=(GranularityConfig(),), min_length=1
     )
     """Granularities to sweep."""
+    pairings: dict[Name, tuple[Name, ...]] = {}
+    """Granularities of each pair, where some pair was named with its own:
+    ``quant_pair=wint8_aint8-ct_token``. Empty, every pair gets every granularity."""
     coverage: tuple[Coverage, ...] = Field(default=("lm_only",), min_length=1)
     """Which part of the model may be quantized: ``lm_only``, the language model and its head;
     ``all_layers``, the vision tower as well, scored on pictures with captions."""
@@ -334,10 +338,24 @@ class SweepConfig(Frozen):
             "coverage": list(self.coverage),
             "dataset": [dataset.name for dataset in self.dataset],
         }
+        for pair, granularities in self.pairings.items():
+            axes[f"quant_pair {pair}"] = list(granularities)
         for axis, names in axes.items():
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{axis} names {', '.join(twice)} twice")
+        return self
+
+    @model_validator(mode="after")
+    def _pairings_are_of_what_it_names(self) -> Self:
+        known = {granularity.name for granularity in self.quant_granularity}
+        named = {name for own in self.pairings.values() for name in own}
+        pairs = {pair.name for pair in self.quant_pair}
+        if self.pairings and (self.pairings.keys() != pairs or named - known):
+            raise ValueError(
+                "names other pairs or granularities than the sweep has: leave it to the names in "
+                "quant_pair, such as wint8_aint8-ct_token"
+            )
         return self
 
     @model_validator(mode="after")
@@ -360,6 +378,17 @@ class SweepConfig(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _the_engine_knows_the_formats(self) -> Self:
+        for pair, granularity in self.formats:
+            made = pair.with_granularity(granularity)
+            if self.autoquant.engine == "modelopt" and not made.by_modelopt:
+                raise ValueError(
+                    f"engine=modelopt does not compute {made.format} of {pair.name}, whose "
+                    "reference is compressed-tensors: use engine=fused"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _datasets_go_together(self) -> Self:
         first = self.dataset[0]
         for other in self.dataset[1:]:
@@ -376,6 +405,19 @@ class SweepConfig(Frozen):
                 "one, or use engine=fused"
             )
         return self
+
+    def pairs_with(self, granularity: GranularityConfig) -> list[PairConfig]:
+        """Return the pairs that are to have a granularity, those that it makes no sense for too."""
+        if not self.pairings:
+            return list(self.quant_pair)
+        return [pair for pair in self.quant_pair if granularity.name in self.pairings[pair.name]]
+
+    @property
+    def formats(self) -> Iterator[tuple[PairConfig, GranularityConfig]]:
+        """The pairs with the granularities of the sweep, one after the other."""
+        for pair, granularity in itertools.product(self.quant_pair, self.quant_granularity):
+            if pair in self.pairs_with(granularity) and pair.refusal(granularity) is None:
+                yield pair, granularity
 
     def modality(self, coverage: Coverage) -> Modality:
         """Return what a sample is at ``coverage``, in all data sets."""

@@ -13,6 +13,8 @@ from qsens.config.block_sizes import BlockSizes, needs_calibration, with_dimensi
 from qsens.errors import UserError
 
 DEFAULT_GRANULARITY = "default"
+MODELOPT, COMPRESSED_TENSORS = "modelopt", "compressed-tensors"
+Reference = Literal["modelopt", "compressed-tensors"]
 # Bits of the scale of a static block.
 SCALE_BITS = 16
 
@@ -27,6 +29,9 @@ class ScalesConfig(Frozen):
     the whole axis."""
     type: Literal["static", "dynamic"] = "static"
     """Whether the maximum comes from calibration or from the tensor itself."""
+    symmetric: bool = True
+    """Whether 0 is the middle of the range; else a zero point is stored with every scale, which
+    only integer weights by compressed-tensors have."""
 
     @model_validator(mode="after")
     def _axis_or_blocks(self) -> Self:
@@ -68,29 +73,66 @@ class ScalesConfig(Frozen):
         """Return the axes that keep their own maximum."""
         return (self.axis,) if isinstance(self.axis, int) else self.axis or ()
 
-    def block_bits(self) -> float:
-        """Return the bits that block scales add to a value: 16 bits a block.
-
-        Scales of a tensor or of a channel count nothing: a channel has thousands of values.
-        """
-        sizes = [size for size in self.sizes().values() if size is not None]
-        return SCALE_BITS / math.prod(sizes) if sizes else 0.0
-
     def _spelled(self) -> tuple[Any, ...]:
         axis = None if self.axis is None else self.axes()
-        return axis, BlockSizes.of(self.block_sizes), self.type
+        return axis, BlockSizes.of(self.block_sizes), self.type, self.symmetric
 
 
 class QuantizerConfig(ScalesConfig):
-    """A ModelOpt quantizer's ``cfg``: how one tensor is fake-quantized."""
+    """How one tensor is fake-quantized: a ModelOpt quantizer's ``cfg``, and whose arithmetic."""
 
     num_bits: int | tuple[int, int]
     """Bits of an integer format, or (exponent, mantissa) bits of a float format."""
+
+    reference: Reference = "modelopt"
+    """Whose scales and codes these are, bit for bit: ``modelopt``, INT4 in steps of amax / 7, or
+    ``compressed-tensors``, which servers load, of amax / 7.5."""
+
+    @model_validator(mode="after")
+    def _its_reference_has_zero_points(self) -> Self:
+        integer = isinstance(self.num_bits, int)
+        if not self.symmetric and not (self.by_compressed_tensors and integer):
+            raise ValueError(
+                "symmetric: false is for integers of reference compressed-tensors alone"
+            )
+        return self
+
+    @property
+    def by_compressed_tensors(self) -> bool:
+        """Whether the reference is compressed-tensors."""
+        return self.reference == COMPRESSED_TENSORS
+
+    def cfg(self) -> dict[str, Any]:
+        """Return the mapping that :mod:`qsens.numerics` takes: axes of blocks are ints again.
+
+        Under ModelOpt as the reference it is what ModelOpt takes.
+        """
+        cfg: dict[str, Any] = {"num_bits": self.num_bits}
+        if self.block_sizes is None:
+            cfg["axis"] = self.axis
+        else:
+            cfg["block_sizes"] = with_dimensions(self.block_sizes)
+        if self.type == "dynamic":
+            cfg["type"] = "dynamic"
+        if self.by_compressed_tensors:
+            cfg["reference"] = self.reference
+        if not self.symmetric:
+            cfg["symmetric"] = False
+        return cfg
 
     def with_scales(self, scales: ScalesConfig) -> QuantizerConfig:
         """Return this number format with other scales."""
         changed = {name: getattr(scales, name) for name in ScalesConfig.model_fields}
         return self.model_copy(update=changed)
+
+    def block_bits(self) -> float:
+        """Return the bits that block scales add to a value: 16 bits a block, and a zero point.
+
+        Scales of a tensor or of a channel count nothing: a channel has thousands of values.
+        """
+        sizes = [size for size in self.sizes().values() if size is not None]
+        zero_point = 0 if self.symmetric else self.bits()
+        return (SCALE_BITS + zero_point) / math.prod(sizes) if sizes else 0.0
 
     def is_coarse(self) -> bool:
         """Return whether 4-bit integers, or smaller ones, share one scale for the whole tensor."""
@@ -99,17 +141,6 @@ class QuantizerConfig(ScalesConfig):
     def bits(self) -> int:
         """Return the bits of one value; a float has a sign beside its fields."""
         return self.num_bits if isinstance(self.num_bits, int) else 1 + sum(self.num_bits)
-
-    def modelopt(self) -> dict[str, Any]:
-        """Return the mapping that ModelOpt takes: axes of blocks are ints again."""
-        cfg: dict[str, Any] = {"num_bits": self.num_bits}
-        if self.block_sizes is None:
-            cfg["axis"] = self.axis
-        else:
-            cfg["block_sizes"] = with_dimensions(self.block_sizes)
-        if self.type == "dynamic":
-            cfg["type"] = "dynamic"
-        return cfg
 
 
 class GranularityConfig(Frozen):
@@ -121,10 +152,13 @@ class GranularityConfig(Frozen):
     """Scales of weights, in place of the pair's; none leaves them alone."""
     input_quantizer: ScalesConfig | None = None
     """Scales of inputs, in place of the pair's; none leaves them alone."""
+    reference: Reference | None = None
+    """Whose scales and codes the pair's numbers get; none leaves that of the pair."""
 
     @model_validator(mode="after")
     def _only_default_changes_nothing(self) -> Self:
-        empty = self.weight_quantizer is None and self.input_quantizer is None
+        parts = (self.weight_quantizer, self.input_quantizer, self.reference)
+        empty = all(part is None for part in parts)
         if empty != (self.name == DEFAULT_GRANULARITY):
             raise ValueError(
                 f"'{DEFAULT_GRANULARITY}', and it alone, leaves a pair's quantizers as they are"
@@ -173,7 +207,13 @@ class PairConfig(Frozen):
 
     def weight_cfg(self) -> dict[str, Any]:
         """Return the weight quantizer's mapping as ModelOpt takes it, the effective bits stated."""
-        return {**self.weight_quantizer.modelopt(), "effective_bits": self.effective_bits}
+        return {**self.weight_quantizer.cfg(), "effective_bits": self.effective_bits}
+
+    @property
+    def by_modelopt(self) -> bool:
+        """Whether ModelOpt computes it: its reference is ModelOpt, in weights and inputs."""
+        quantizers = (self.weight_quantizer, self.input_quantizer)
+        return not any(each is not None and each.by_compressed_tensors for each in quantizers)
 
     def quant_cfg(self) -> list[dict[str, Any]]:
         """Return ModelOpt's ``quant_cfg`` list for this pair, the effective bits stated."""
@@ -182,7 +222,7 @@ class PairConfig(Frozen):
             {"quantizer_name": "*weight_quantizer", "cfg": self.weight_cfg()},
         ]
         if self.input_quantizer is not None:
-            cfg = self.input_quantizer.modelopt()
+            cfg = self.input_quantizer.cfg()
             entries.append({"quantizer_name": "*input_quantizer", "cfg": cfg})
         return entries
 
@@ -200,7 +240,9 @@ class PairConfig(Frozen):
             ("weights", self.weight_quantizer, granularity.weight_quantizer),
             ("activations", self.input_quantizer, granularity.input_quantizer),
         )
-        named, changes = [], False
+        reference = granularity.reference
+        changes = reference not in (None, self.weight_quantizer.reference)
+        named = []
         for what, own, scales in parts:
             if scales is None:
                 continue
@@ -208,17 +250,22 @@ class PairConfig(Frozen):
                 return f"its {what} are not quantized"
             if own.has_block_format():
                 return f"the blocks of its {what} are part of the format"
+            if not scales.symmetric and not isinstance(own.num_bits, int):
+                return f"its {what} are no integers, which alone have a zero point"
             named.append(what)
             changes |= not own.same_as(scales)
-        if changes or not named:
+        if changes or not (named or reference):
             return None
+        if not named:
+            return f"it is of {reference} already: it would repeat '{DEFAULT_GRANULARITY}'"
         return f"its {' and '.join(named)} have it already: it would repeat '{DEFAULT_GRANULARITY}'"
 
     def with_granularity(self, granularity: GranularityConfig) -> PairConfig:
         """Return this pair with the scales of ``granularity``, under the same name.
 
         Where weights get other scales, their ``effective_bits`` are the bits of a value and, for
-        static blocks, a scale of 16 bits a block: ``4 + 16 / 64 = 4.25`` for INT4 in blocks of 64.
+        static blocks, a scale of 16 bits a block: ``4 + 16 / 64 = 4.25`` for INT4 in blocks of 64;
+        a zero point has as many bits as a value.
         Scales of a tensor or of a channel count nothing. ``format`` tells the granularity:
         ``FP8_DEFAULT_CFG+w_channel``. What has 4-bit integers under one scale for the whole tensor
         becomes experimental.
@@ -242,6 +289,10 @@ class PairConfig(Frozen):
             bits = weight.bits() + weight.block_bits()
         if granularity.input_quantizer is not None and inputs is not None:
             inputs = inputs.with_scales(granularity.input_quantizer)
+        if granularity.reference is not None:
+            weight = weight.model_copy(update={"reference": granularity.reference})
+            if inputs is not None:
+                inputs = inputs.model_copy(update={"reference": granularity.reference})
         quantizers = [quantizer for quantizer in (weight, inputs) if quantizer is not None]
         calibrated = any(quantizer.needs_calibration() for quantizer in quantizers)
         return self.model_copy(

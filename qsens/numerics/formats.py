@@ -1,13 +1,14 @@
-"""What a ModelOpt quantizer's ``cfg`` asks for, as a value: `Format`."""
+"""What a quantizer's ``cfg`` asks for, as a value: `Format`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 from qsens.config.block_sizes import BlockSizes, needs_calibration
+from qsens.config.pairs import COMPRESSED_TENSORS, MODELOPT
 from qsens.errors import UserError
 from qsens.numerics.floats import E2M1, E3M2, E4M3, Float
 from qsens.numerics.integers import Integer
@@ -34,7 +35,9 @@ _FIXED: dict[str, object] = {
     "unsigned": False,
     "use_constant_amax": False,
 }
-_READ = frozenset({"axis", "block_sizes", "narrow_range", "num_bits", "type"})
+_READ = frozenset(
+    {"axis", "block_sizes", "narrow_range", "num_bits", "reference", "symmetric", "type"}
+)
 
 _FLOATS = {(2, 1): E2M1, (3, 2): E3M2, (4, 3): E4M3}
 _MX_SIZES = (8, 16, 32)
@@ -48,7 +51,7 @@ class Sharing(Enum):
     """Which values share a scale, and what scales are made of."""
 
     DIMS = "one scale per index of the kept dimensions"
-    BLOCKS = "one scale per block of the last dimension"
+    BLOCKS = "one scale per block of the last dimension, or of the last two"
     MX = "one power-of-two scale per block of the last dimension"
     NVFP4 = "one E4M3 scale per block of the last dimension, under one scale of the tensor"
 
@@ -64,7 +67,11 @@ class Format:
         kept: Under `Sharing.DIMS`, the dimensions that keep their index; all others share. None
             when ``shared`` says it the other way round.
         shared: Under `Sharing.DIMS`, the dimensions that share; all others keep their index.
-        size: Values per block.
+        size: Values per block along the last dimension.
+        rows: Rows per block; more than 1 for blocks of a matrix.
+        by_compressed_tensors: Whether scales and codes are those of compressed-tensors; ModelOpt's
+            otherwise.
+        symmetric: Whether 0 is the middle of the range; only compressed-tensors has another.
     """
 
     element: Float | Integer
@@ -73,14 +80,18 @@ class Format:
     kept: tuple[int, ...] | None = None
     shared: tuple[int, ...] = ()
     size: int = 0
+    rows: int = 1
+    by_compressed_tensors: bool = False
+    symmetric: bool = True
 
     @classmethod
     def from_cfg(cls, cfg: Mapping[str, Any]) -> Format:
-        """Read a ModelOpt quantizer's ``cfg``.
+        """Read a quantizer's ``cfg``.
 
         Args:
-            cfg: Keys as in ModelOpt's ``QuantizerAttributeConfig``, with its defaults. Lists may
-                stand for tuples, and the integer keys of ``block_sizes`` may be strings.
+            cfg: Keys as in ModelOpt's ``QuantizerAttributeConfig``, with its defaults;
+                ``reference`` and ``symmetric`` as in `qsens.config.pairs.QuantizerConfig`. Lists
+                may stand for tuples, and the integer keys of ``block_sizes`` may be strings.
 
         Raises:
             UserError: The config is not one that is computed here.
@@ -91,6 +102,8 @@ class Format:
             if key not in _FIXED or value != _FIXED[key]:
                 raise _unsupported(cfg, f"{key}: {value!r}")
 
+        theirs = cfg.get("reference", MODELOPT) == COMPRESSED_TENSORS
+        symmetric = bool(cfg.get("symmetric", True))
         num_bits = _as_tuple(cfg.get("num_bits", 8))
         narrow = bool(cfg.get("narrow_range", False))
         dynamic = not needs_calibration(cfg)
@@ -108,6 +121,11 @@ class Format:
 
         if blocks.unknown:
             raise _unsupported(cfg, f"block_sizes: {dict(blocks.unknown)!r}")
+        if not symmetric and not (theirs and isinstance(element, Integer) and not dynamic):
+            raise _unsupported(cfg, "symmetric: False")
+        if theirs:
+            made = cls._of_compressed_tensors(cfg, element, blocks, dynamic)
+            return replace(made, by_compressed_tensors=True, symmetric=symmetric)
         if blocks.dynamic and any(dims.values()):
             return cls._dynamic_blocks(cfg, element, blocks)
         if not isinstance(element, Integer) and element != E4M3:
@@ -138,8 +156,32 @@ class Format:
             if isinstance(element, Float) or element.bits == 8:
                 return cls(element, Sharing.MX, dynamic, size=size)
         elif alone and blocks.scale_bits == (4, 3) and element == E2M1 and size:
-            return cls(element, Sharing.NVFP4, dynamic)
+            return cls(element, Sharing.NVFP4, dynamic, size=size)
         raise _unsupported(cfg, f"block_sizes: {dict(cfg['block_sizes'])!r}")
+
+    @classmethod
+    def _of_compressed_tensors(
+        cls, cfg: Mapping[str, Any], element: Float | Integer, blocks: BlockSizes, dynamic: bool
+    ) -> Format:
+        """Read how compressed-tensors shares scales: by tensor, channel, token or block."""
+        dims, axis = blocks.sizes, cfg.get("axis")
+        if blocks.scale_bits is not None:
+            made = cls._dynamic_blocks(cfg, element, blocks)
+            if made.sharing is Sharing.MX and (made.size != 32 or element not in (E2M1, E4M3)):
+                raise _unsupported(cfg, f"block_sizes: {dict(cfg['block_sizes'])!r}")
+            return made
+        if not isinstance(element, Integer) and element != E4M3:
+            raise _unsupported(cfg, f"num_bits: {cfg['num_bits']!r} without scales of a format")
+        if dims == {-1: None} and dynamic:
+            return cls(element, Sharing.DIMS, dynamic, shared=(-1,))
+        if set(dims) == {-1} and dims[-1]:
+            return cls(element, Sharing.BLOCKS, dynamic, size=dims[-1])
+        if set(dims) == {-1, -2} and dims[-1] and dims[-2] and not dynamic:
+            return cls(element, Sharing.BLOCKS, size=dims[-1], rows=dims[-2])
+        if not dims and axis in (None, 0, (0,), [0]):
+            kept = () if axis is None else (0,)
+            return cls(element, Sharing.DIMS, dynamic, kept=kept)
+        raise _unsupported(cfg, f"axis: {axis!r}, block_sizes: {dims!r}")
 
     def shared_dims(self, ndim: int) -> tuple[int, ...]:
         """Return the dimensions of a tensor with ``ndim`` that share a scale, in rising order.
@@ -157,14 +199,23 @@ class Format:
         positive = {dim % ndim for dim in named}
         return tuple(dim for dim in range(ndim) if (dim in positive) == (self.kept is None))
 
+    def has_one_scale(self, ndim: int) -> bool:
+        """Return whether one scale serves a whole tensor with ``ndim``, or lies over all others."""
+        if self.sharing is Sharing.DIMS:
+            return len(self.shared_dims(ndim)) == ndim
+        return self.sharing is Sharing.NVFP4
+
     def separable_dims(self, ndim: int) -> tuple[int, ...]:
         """Return the dimensions of a tensor with ``ndim`` along which parts share no scale.
 
-        Cut along one of them, a tensor is quantized part by part to the same values. None where
-        one scale, or NVFP4's scale over the block scales, serves the whole tensor.
+        Cut along one of them, a tensor is quantized part by part to the same values; where blocks
+        have several ``rows``, between blocks. None where one scale, or NVFP4's scale over the
+        block scales, serves the whole tensor.
         """
         if self.sharing is Sharing.NVFP4:
             return ()
+        if self.rows > 1:
+            return (0,)
         if self.sharing is not Sharing.DIMS:
             return tuple(range(ndim - 1))
         shared = self.shared_dims(ndim)

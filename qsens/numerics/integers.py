@@ -32,6 +32,15 @@ class Integer:
         """The lowest value."""
         return -self.largest - (not self.narrow)
 
+    @property
+    def span(self) -> float:
+        """Steps from the lowest value to the largest."""
+        return self.largest - self.lowest
+
+    def clip_(self, x: Tensor) -> Tensor:
+        """Clamp ``x`` in place to the range; NaN stays NaN."""
+        return x.clamp_(self.lowest, self.largest)
+
     def round_(self, x: Tensor) -> Tensor:
         """Round ``x`` in place to the nearest integer in range, ties to even; NaN stays NaN."""
         return x.round_().clamp_(self.lowest, self.largest)

@@ -36,6 +36,8 @@ def covers(x: Tensor, fmt: Format, amax: Tensor | None) -> bool:
     They take contiguous tensors on a GPU: one scale for all, one a row (all dimensions but the
     first, or the last alone), or blocks that divide the last dimension.
     """
+    if fmt.by_compressed_tensors:
+        return False
     if triton is None or not x.is_cuda or not x.is_contiguous() or x.dtype not in _DTYPES:
         return False
     if fmt.sharing is Sharing.DIMS:

@@ -1,4 +1,4 @@
-"""Fake quantization by a ModelOpt quantizer's ``cfg``."""
+"""Fake quantization by a quantizer's ``cfg``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsens.errors import UserError
-from qsens.numerics import kernels
+from qsens.numerics import compressed_tensors, kernels
 from qsens.numerics.blocks import fake_mx, fake_nvfp4, from_blocks, to_blocks
 from qsens.numerics.floats import fake_e4m3
 from qsens.numerics.formats import Format, Sharing, format_of
@@ -41,23 +41,29 @@ def compute_amax(x: Tensor, cfg: Mapping[str, Any]) -> Tensor | None:
         Maxima in the dtype of ``x``: a scalar per tensor (NVFP4 too); with ``axis``, one per kept
         index and with the dimensions of ``x``, ``(C, 1)`` for a weight; with static blocks,
         ``(blocks, 1)``, rows after rows. A single maximum is always a scalar. None where
-        nothing is calibrated. A NaN makes its maximum NaN (ModelOpt's raises AssertionError).
+        nothing is calibrated, as for any format of compressed-tensors but those with one scale for
+        the whole tensor. A NaN makes its maximum NaN (ModelOpt's raises AssertionError).
 
     Raises:
         UserError: The config is not one that `supports` covers.
     """
     fmt = format_of(cfg)
-    return None if fmt.dynamic else _squeeze_single(_measure(x, fmt))
+    if fmt.dynamic:
+        return None
+    if fmt.by_compressed_tensors and not fmt.has_one_scale(x.ndim):
+        return None
+    return _squeeze_single(_measure(x, fmt))
 
 
 @torch.no_grad()
 def fake_quantize(
     x: Tensor, cfg: Mapping[str, Any], amax: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
-    """Round a tensor to what a number format can hold, scaled as ModelOpt's GPU kernels scale it.
+    """Round a tensor to what a number format can hold, scaled as its reference scales it.
 
-    Equal to ModelOpt 0.47's kernels value by value, on CPU and CUDA; the functions for each family
-    say how. What is *not* as there:
+    A format of compressed-tensors is computed as :mod:`qsens.numerics.compressed_tensors` says. All
+    others are equal to ModelOpt 0.47's kernels value by value, on CPU and CUDA; the functions for
+    each family say how. What is *not* as there:
 
     - The sign of a zero may differ (an MX kernel never sets it for a zero input).
     - NaN and infinities never become finite. With a measured scale (``amax`` not given, dynamic
@@ -76,9 +82,9 @@ def fake_quantize(
 
     Args:
         x: float32, bfloat16, float16 or float64, any shape and device; not modified.
-        cfg: A ModelOpt quantizer's config as a plain mapping: ``num_bits``, ``axis``,
-            ``block_sizes``, ``type``, ``narrow_range``. ``enable``, ``effective_bits`` and
-            ``backend`` change nothing.
+        cfg: A quantizer's config as a plain mapping: ``num_bits``, ``axis``, ``block_sizes``,
+            ``type``, ``narrow_range``, ``reference``, ``symmetric``. ``enable``,
+            ``effective_bits`` and ``backend`` change nothing.
         amax: Calibrated amax, at least 0, in any float dtype; shaped as `compute_amax` returns
             them, or any shape with as many values. A single value serves the whole tensor; of
             several for NVFP4, the largest counts. Measured on ``x`` when not given.
@@ -129,6 +135,8 @@ def fake_quantize_each(x: Tensor, cfg: Mapping[str, Any]) -> Tensor:
 
 
 def _quantize(x: Tensor, fmt: Format, amax: Tensor | None) -> Tensor:
+    if fmt.by_compressed_tensors:
+        return compressed_tensors.fake(x, fmt, amax)
     if fmt.sharing is Sharing.MX:
         return fake_mx(x, fmt.element, fmt.size)
     if fmt.sharing is Sharing.NVFP4:

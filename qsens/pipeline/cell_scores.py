@@ -138,7 +138,7 @@ def cell_scores(plan: Plan, cell: CellSpec, shares: Sequence[Share]) -> CellScor
     covered = [group for group in groups if group.covered]
     notices = []
     weight, given = cell.precision.weight_quantizer, cell.precision.input_quantizer
-    cfgs = [each.modelopt() for each in (weight, given) if each is not None]
+    cfgs = [each.cfg() for each in (weight, given) if each is not None]
     if any(needs_fallback(cfg) for cfg in cfgs):
         notices.append("ModelOpt's own quantizer computed this format")
     others = {name for share in shares for name in share.candidates.of_cell} - {cell.cell}

@@ -39,7 +39,8 @@ def check_recipe(
     """Measure a recipe against each uniform pair that fits, and against ModelOpt's choice.
 
     All are calibrated on the samples of ``cell``, and keep the same modules at 16 bits. Where a
-    second copy of the model has no room, ModelOpt's choice is left out.
+    second copy of the model has no room, or ModelOpt does not compute some format, its choice is
+    left out.
 
     Args:
         recipe: The recipe.
@@ -78,14 +79,22 @@ def check_recipe(
         for name, pair in formats.items()
         if (16 * fixed + pair.effective_bits * (total - fixed)) / total <= recipe.bits_asked + 1e-9
     }
-    evaluation = evaluation_of(plan, cell, held_out(plan, cell.modality, captions), kept)
+    by_modelopt = all(pair.by_modelopt for pair in formats.values())
+    evaluation = evaluation_of(
+        plan, cell, held_out(plan, cell.modality, captions), kept, by_modelopt=by_modelopt
+    )
     if isinstance(evaluation, EndToEnd):
         measured = [evaluation.measure(RECIPE, modelopt.config(recipe), predicted)]
         for name, pair in uniform.items():
             measured.append(evaluation.measure(name, evaluation.uniform(pair)))
         measured.append(evaluation.auto_quantize(list(formats.values()), recipe.bits_asked))
     else:
-        log.warning("a second copy of the model has no room: ModelOpt's own choice is left out")
+        why = (
+            "a second copy of the model has no room"
+            if by_modelopt
+            else "ModelOpt does not compute formats of compressed-tensors"
+        )
+        log.warning(f"{why}: its own choice is left out")
         chosen = {
             member: recipe.formats[choice.format]
             for choice in recipe.choices
@@ -160,16 +169,19 @@ def evaluation_of(
     cell: CellSpec,
     held_out: Mapping[str, Sequence[Record]],
     kept: Sequence[str],
+    *,
+    by_modelopt: bool = True,
 ) -> EndToEnd | WholeModel:
     """Load the checkpoint, with the samples of a cell to calibrate on, and others to measure on.
 
-    ModelOpt quantizes a copy where there is room for one.
+    ModelOpt quantizes a copy where there is room for one, and it computes all formats.
 
     Args:
         plan: The plan.
         cell: The cell.
         held_out: What to measure on, by data set.
         kept: Names of modules that stay at 16 bits.
+        by_modelopt: Whether ModelOpt computes all formats that are to be measured.
     """
     from qsens.data.samples import Samples
     from qsens.engine.kl.whole import WholeModel
@@ -191,7 +203,8 @@ def evaluation_of(
         "held_out": Samples.joined(measured_on),
         "scored": cell.scored,
     }
-    if not has_room_for_copy(loaded.model, plan.config.autoquant.memory_gb):
+    room = has_room_for_copy(loaded.model, plan.config.autoquant.memory_gb)
+    if not (by_modelopt and room):
         return WholeModel(**common)
     outside = () if cell.coverage == "all_layers" else plan.config.model.vision_patterns
     return EndToEnd(**common, excluded=outside, kept=[modelopt.literal(name) for name in kept])

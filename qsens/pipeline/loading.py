@@ -334,8 +334,8 @@ def request_of(cell: CellSpec, one: CalibrationSet | None = None) -> Request:
     pair = cell.precision
     return Request(
         cell=cell.cell,
-        weight=pair.weight_quantizer.modelopt(),
-        input=pair.input_quantizer.modelopt() if pair.input_quantizer else None,
+        weight=pair.weight_quantizer.cfg(),
+        input=pair.input_quantizer.cfg() if pair.input_quantizer else None,
         calibrated=size_of(cell),
         scored=(one or cell).scored,
     )

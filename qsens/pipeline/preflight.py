@@ -71,12 +71,10 @@ def check_formats(config: SweepConfig, shapes: Shapes) -> list[str]:
         UserError: A pair names dimensions that no weight has.
     """
     notices = []
-    for own in config.quant_pair:
-        for granularity in config.quant_granularity:
-            if own.refusal(granularity) is None:
-                pair = own.with_granularity(granularity)
-                at = "" if granularity.name == "default" else f" at {granularity.name}"
-                notices += _notices(pair, f"{pair.name}{at}", shapes)
+    for own, granularity in config.formats:
+        pair = own.with_granularity(granularity)
+        at = "" if granularity.name == "default" else f" at {granularity.name}"
+        notices += _notices(pair, f"{pair.name}{at}", shapes)
     return notices
 
 

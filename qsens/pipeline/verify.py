@@ -6,6 +6,7 @@ from typing import Any
 
 from qsens.analysis.agreement import agreement
 from qsens.documents import dump_json
+from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.pipeline.shared_checkpoint import Progress
 from qsens.store import VERIFIED, Store
@@ -41,6 +42,12 @@ def verify(
     """
     from qsens.pipeline.compute import both_engines
 
+    if not plan.cell(cell_id).precision.by_modelopt:
+        raise UserError(
+            "ModelOpt does not compute its format, whose reference is compressed-tensors",
+            where=f"cell {cell_id}",
+            remedy="Verify a cell of ModelOpt's formats: `qsens plan wfp8_afp8` lists some.",
+        )
     autoquant = plan.config.autoquant.model_copy(update={"method": METHOD})
     config = plan.config.model_copy(update={"autoquant": autoquant})
     store, cell = Store(plan.model_copy(update={"config": config})), plan.cell(cell_id)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from qsens.config import PairConfig, Roots, choices, load_sweep
+from qsens.config import PairConfig, Roots, SweepConfig, choices, load_sweep
 from qsens.errors import UserError
 from qsens.grid import Plan, make_plan, read_plan
 from qsens.identity import CheckpointIdentity, SamplesIdentity
@@ -17,6 +18,11 @@ from qsens.store import Store
 REPO = Path(__file__).resolve().parents[2]
 ROOTS = Roots(root=REPO, results=REPO, configs=(REPO / "configs",))
 ALL = ("default", "w_tensor", "w_channel", "w_group64", "w_group128", "a_tensor", "a_token")
+# Those of compressed-tensors: for all weights, for weights with integers, with activations too.
+CT_GROUPS = ("ct_channel", "ct_group32", "ct_group64", "ct_group128")
+CT_ZEROS = ("ct_group32_asym", "ct_group64_asym", "ct_group128_asym")
+CT_INPUTS = ("ct_token", "ct_block128")
+CT = ("ct", *CT_GROUPS, *CT_ZEROS, *CT_INPUTS)
 
 FP8_TENSOR = {"num_bits": (4, 3), "axis": None}
 FP8_TOKEN = {"num_bits": (4, 3), "block_sizes": {-1: None}, "type": "dynamic"}
@@ -78,7 +84,7 @@ def plan(pairs: str, granularities: str, lanes: int = 1) -> Plan:
 
 
 def test_the_files_are_the_granularities_that_are_documented() -> None:
-    assert sorted(choices("quant_granularity", ROOTS)) == sorted(ALL)
+    assert sorted(choices("quant_granularity", ROOTS)) == sorted((*ALL, *CT))
 
 
 @pytest.mark.parametrize(
@@ -103,9 +109,9 @@ def test_what_it_makes_of_a_pair(
     pair: str, granularity: str, weight: Any, inputs: Any, bits: float
 ) -> None:
     own, applied = laid_over(pair, "default"), laid_over(pair, granularity)
-    assert applied.weight_quantizer.modelopt() == weight
+    assert applied.weight_quantizer.cfg() == weight
     got = applied.input_quantizer
-    assert (got.modelopt() if got else None) == inputs
+    assert (got.cfg() if got else None) == inputs
     assert applied.effective_bits == bits
     assert applied.format == f"{own.format}+{granularity}"
     assert applied.quant_cfg()[1]["cfg"]["effective_bits"] == bits
@@ -126,6 +132,7 @@ ACCEPTED_WEIGHTS = {
     "fp8": ("w_channel", "w_group64", "w_group128"),
     "int8": ("w_tensor", "w_group64", "w_group128"),
     "int4": ("w_tensor", "w_channel", "w_group64"),
+    "mxfp8": (),
 }
 ACCEPTED_INPUTS = {
     "fp16": (),
@@ -133,13 +140,15 @@ ACCEPTED_INPUTS = {
     "fp8": ("a_token",),
     "int8": ("a_token",),
     "int4": ("a_tensor",),
+    "fp4": (),
+    "mxfp8": (),
 }
 
 
 def test_which_pairs_accept_which() -> None:
     names = list(choices("quant_pair", ROOTS))
-    config = load(",".join(names), ",".join(ALL)).config
-    assert len(config.quant_pair) == 19
+    config = load(",".join(names), ",".join((*ALL, *CT))).config
+    assert len(config.quant_pair) == 22
     for pair in config.quant_pair:
         accepted = {
             granularity.name
@@ -147,7 +156,10 @@ def test_which_pairs_accept_which() -> None:
             if pair.refusal(granularity) is None
         }
         weight, activation = pair.name.removeprefix("w").split("_a")
-        expected = {"default", *ACCEPTED_WEIGHTS[weight], *ACCEPTED_INPUTS[activation]}
+        expected = {"default", "ct", *ACCEPTED_WEIGHTS[weight], *ACCEPTED_INPUTS[activation]}
+        if ACCEPTED_WEIGHTS[weight]:
+            expected |= {*CT_GROUPS, *(CT_ZEROS if weight != "fp8" else ())}
+            expected |= {*(CT_INPUTS if ACCEPTED_INPUTS[activation] else ())}
         assert accepted == expected, pair.name
 
 
@@ -203,7 +215,10 @@ def test_what_makes_no_sense_is_refused(
     message = str(caught.value)
     for words in (pair, granularity, why, "quant_granularity (the command line)"):
         assert words in message
-    assert message.endswith(f"allowed with these pairs: {allowed}.")
+    said = message.rpartition("allowed with these pairs: ")[2].rstrip(".").split(", ")
+    assert said == sorted(said)
+    assert [name for name in said if name not in CT] == allowed.split(", ")
+    assert "ct" in said
     assert caught.value.exit_code == 2
     assert len(message.splitlines()) == 2
 
@@ -250,7 +265,7 @@ def test_a_plan_gives_the_pair_that_is_computed(tmp_path: Path) -> None:
         pair = each.cell(cell.cell).precision
         assert pair.format == "INT4_BLOCKWISE_WEIGHT_ONLY_CFG+w_group64"
         assert pair.effective_bits == 4.25
-        assert pair.weight_quantizer.modelopt() == blocks(4, 64)
+        assert pair.weight_quantizer.cfg() == blocks(4, 64)
         assert each.cell("wint4_afp16-small").precision.effective_bits == 4.125
     assert len({cell.digest for cell in found.cells}) == 4
     alone = plan("wfp8_afp8", "default").cells[0]
@@ -355,5 +370,110 @@ def test_a_wrong_file_is_refused_and_named(name: str, text: str, said: str, tmp_
 
 def test_another_broken_file_does_not_hide_what_is_allowed(tmp_path: Path) -> None:
     roots = own_granularity(tmp_path, "broken", "weight_quantizer: {axes: 0}\n")
-    with pytest.raises(UserError, match="allowed with these pairs: a_token, default"):
+    with pytest.raises(UserError, match="allowed with these pairs: a_token, ct, default"):
         load("wfp4_afp8", "w_channel", roots)
+
+
+INT8_CT = {"num_bits": 8, "axis": 0, "reference": "compressed-tensors"}
+INT8_CT_TOKEN = {**INT8_TOKEN, "reference": "compressed-tensors"}
+
+
+@pytest.mark.parametrize(
+    ("pair", "granularity", "weight", "inputs", "bits"),
+    [
+        ("wint8_aint8", "ct_token", INT8_CT, INT8_CT_TOKEN, 8.0),
+        ("wint4_afp16", "ct", {**INT4_128, "reference": "compressed-tensors"}, None, 4.125),
+        # A scale of 16 bits for 32 weights, with a zero point of four: 4 + 20 / 32.
+        (
+            "wint4_afp16",
+            "ct_group32_asym",
+            {**blocks(4, 32), "reference": "compressed-tensors", "symmetric": False},
+            None,
+            4.625,
+        ),
+        ("wfp4_afp16", "ct", {**MXFP4, "reference": "compressed-tensors"}, None, 4.25),
+        (
+            "wfp8_afp8",
+            "ct_block128",
+            {
+                "num_bits": (4, 3),
+                "block_sizes": {-1: 128, -2: 128, "type": "static"},
+                "reference": "compressed-tensors",
+            },
+            {
+                "num_bits": (4, 3),
+                "block_sizes": {-1: 128},
+                "type": "dynamic",
+                "reference": "compressed-tensors",
+            },
+            8 + 16 / 128**2,
+        ),
+    ],
+)
+def test_compressed_tensors_is_a_reference(
+    pair: str, granularity: str, weight: Any, inputs: Any, bits: float
+) -> None:
+    applied = laid_over(pair, granularity)
+    assert applied.weight_quantizer.cfg() == weight
+    got = applied.input_quantizer
+    assert (got.cfg() if got else None) == inputs
+    assert applied.effective_bits == bits
+    assert not applied.by_modelopt
+    assert laid_over(pair, "default").by_modelopt
+
+
+def test_floats_have_no_zero_point() -> None:
+    with pytest.raises(UserError, match="its weights are no integers, which alone have a zero"):
+        load("wfp8_afp16", "ct_group64_asym")
+
+
+def test_a_pair_is_named_with_its_granularity() -> None:
+    found = plan("wfp8_afp8,wint8_aint8-ct_token,wint4_afp16-ct_group64,wint4_afp16", "default")
+    assert sorted(cell.cell for cell in found.cells) == [
+        "wfp8_afp8-small",
+        "wint4_afp16-ct_group64-small",
+        "wint4_afp16-small",
+        "wint8_aint8-ct_token-small",
+    ]
+    alone = plan("wint8_aint8", "ct_token").cells[0]
+    assert alone.digest == found.cell("wint8_aint8-ct_token-small").digest
+    read = Plan.model_validate_json(plan_json(found))
+    assert [cell.cell for cell in read.cells] == [cell.cell for cell in found.cells]
+
+
+def test_what_is_named_goes_beside_the_granularities_of_the_sweep() -> None:
+    config = load("wfp8_afp8,wint8_aint8-ct_token", "default,a_token").config
+    assert [(pair.name, granularity.name) for pair, granularity in config.formats] == [
+        ("wfp8_afp8", "default"),
+        ("wfp8_afp8", "a_token"),
+        ("wint8_aint8", "ct_token"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("wint8_aint8-ct_tokens", "unknown quant granularity 'ct_tokens'"),
+        ("wint9_aint8-ct_token", "unknown quant pair 'wint9_aint8-ct_token'"),
+        (
+            "wint8_aint8-ct_token,wint8_aint8-ct_token",
+            "quant_pair wint8_aint8 names ct_token twice",
+        ),
+        ("wint8_afp16-ct_token", "its activations are not quantized"),
+    ],
+)
+def test_a_granularity_in_a_name_that_is_none_is_refused(named: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load(named, "default")
+
+
+def test_pairings_are_of_what_a_sweep_names() -> None:
+    config = load("wfp8_afp8,wint8_aint8-ct_token", "default").config
+    given = config.model_dump() | {"pairings": {"wfp8_afp8": ["ct_token"]}}
+    with pytest.raises(ValidationError, match="leave it to the names in quant_pair"):
+        SweepConfig.model_validate(given)
+
+
+def test_modelopts_engine_refuses_formats_of_compressed_tensors() -> None:
+    with pytest.raises(UserError, match=r"does not compute FP8_DEFAULT_CFG\+ct_token of wfp8_afp8"):
+        load_sweep("single", ["quant_pair=wfp8_afp8-ct_token", "autoquant.engine=modelopt"])

@@ -202,7 +202,7 @@ def test_refusals_name_key_source_and_what_is_allowed(
 
 
 def test_unknown_preset_lists_presets(roots: Roots) -> None:
-    presets = "demo, demo-domains, demo-text, fp8-all-layers, int8-3phase, nightly, single"
+    presets = "demo, demo-domains, demo-text, fp8-all-layers, int8-3phase, nightly, serving, single"
     with pytest.raises(UserError, match=presets):
         load_sweep("weekly", roots=roots)
 

@@ -34,6 +34,9 @@ PAIRS = {
     "wnvfp4_anvfp4": (4.5, False, "NVFP4_DEFAULT_CFG"),
     "wnvfp4_afp8": (4.5, False, "NVFP4_WEIGHT_FP8_ACTIVATION"),
     "wnvfp4_afp16": (4.5, False, "W4A16_NVFP4_CFG"),
+    "wfp4_afp4": (4.25, False, "MXFP4_DEFAULT_CFG"),
+    "wmxfp8_amxfp8": (8.25, False, "MXFP8_DEFAULT_CFG"),
+    "wmxfp8_afp16": (8.25, False, "MXFP8_WEIGHT_ONLY"),
 }
 MX = {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}
 NV = {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}
@@ -43,6 +46,7 @@ WEIGHTS = {
     "int8": {"num_bits": 8, "axis": 0},
     "int4": {"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}},
     "nvfp4": {"num_bits": (2, 1), "block_sizes": NV},
+    "mxfp8": {"num_bits": (4, 3), "block_sizes": MX},
 }
 INPUTS: dict[str, dict[str, Any] | None] = {
     "fp16": None,
@@ -50,6 +54,8 @@ INPUTS: dict[str, dict[str, Any] | None] = {
     "int8": {"num_bits": 8, "axis": None},
     "int4": {"num_bits": 4, "block_sizes": {-1: None}, "type": "dynamic"},
     "nvfp4": {"num_bits": (2, 1), "block_sizes": NV},
+    "fp4": {"num_bits": (2, 1), "block_sizes": MX},
+    "mxfp8": {"num_bits": (4, 3), "block_sizes": MX},
 }
 
 
@@ -71,16 +77,17 @@ def test_quantizers_follow_from_the_name(name: str, pairs: dict[str, PairConfig]
     weight, activation = name.removeprefix("w").split("_a")
     pair = pairs[name]
     assert (pair.weight, pair.activation) == (weight, activation)
-    assert pair.weight_quantizer.modelopt() == WEIGHTS[weight]
+    assert pair.weight_quantizer.cfg() == WEIGHTS[weight]
     inputs = pair.input_quantizer
-    assert (inputs.modelopt() if inputs else None) == INPUTS[activation]
+    assert (inputs.cfg() if inputs else None) == INPUTS[activation]
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_only_calibrated_inputs_need_calibration(name: str, pairs: dict[str, PairConfig]) -> None:
     inputs = pairs[name].input_quantizer
     # NVFP4 calibrates the scale over its block scales; INT4 takes its scale from each token.
-    calibrated = {"fp8": True, "int8": True, "int4": False, "nvfp4": True}
+    calibrated = {"fp8": True, "int8": True, "int4": False, "nvfp4": True, "fp4": False}
+    calibrated["mxfp8"] = False
     if inputs is not None:
         assert inputs.needs_calibration() is calibrated[pairs[name].activation]
 
@@ -139,8 +146,10 @@ def test_the_names_of_presets_are_true(pairs: dict[str, PairConfig]) -> None:
     presets = {name: getattr(mtq, name) for name in mtq.config.choices if hasattr(mtq, name)}
     named = {pair.name for pair in pairs.values() if pair.format in presets}
     assert named == {
+        "wfp4_afp4",
         "wfp4_afp8",
         "wfp8_afp8",
+        "wmxfp8_amxfp8",
         "wint8_afp16",
         "wint8_aint8",
         "wint4_afp16",

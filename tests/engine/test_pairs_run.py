@@ -48,6 +48,10 @@ def formats(pairs: list[str], granularities: tuple[str, ...]) -> dict[str, PairC
 
 PAIRS = formats(list(choices("quant_pair", ROOTS)), ("default",))
 LAID_OVER = formats(["wfp8_afp8", "wint4_aint4"], GRANULARITIES)
+SERVED = {
+    f"{pair.name}+{granularity.name}": pair.with_granularity(granularity)
+    for pair, granularity in load_sweep("serving", roots=ROOTS).config.formats
+}
 
 
 def tiny_model(layers: int = 1) -> Qwen3VLForConditionalGeneration:
@@ -106,8 +110,8 @@ def one_pass(
         [
             Request(
                 cell=name,
-                weight=pair.weight_quantizer.modelopt(),
-                input=pair.input_quantizer.modelopt() if pair.input_quantizer else None,
+                weight=pair.weight_quantizer.cfg(),
+                input=pair.input_quantizer.cfg() if pair.input_quantizer else None,
                 calibrated=len(samples),
                 scored=len(samples),
             )
@@ -138,13 +142,14 @@ def sensitivities(
     return [float(value) for value in (per_sample / weights).sum(dim=1)]
 
 
-def test_there_are_nineteen_pairs() -> None:
-    assert len(PAIRS) == 19
+def test_there_are_as_many_pairs_as_files() -> None:
+    assert len(PAIRS) == 22
+    assert len(SERVED) == 17
     assert len(LAID_OVER) == 4 + 4  # FP8: w_channel, two groups, a_token; INT4: all but two
 
 
 def test_every_format_scores_every_group_in_one_pass(samples: Samples) -> None:
-    cells = {**PAIRS, **LAID_OVER}
+    cells = {**PAIRS, **LAID_OVER, **SERVED}
     found, candidates, names = one_pass(cells, samples)
     assert found.failures.refused == {}
     assert len(names) == GROUPS

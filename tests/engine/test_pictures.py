@@ -40,8 +40,8 @@ def one(name: str) -> Candidates:
         [
             Request(
                 cell=name,
-                weight=config.weight_quantizer.modelopt(),
-                input=given.modelopt() if given else None,
+                weight=config.weight_quantizer.cfg(),
+                input=given.cfg() if given else None,
                 calibrated=COUNT,
                 scored=SCORED,
             )

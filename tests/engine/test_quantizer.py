@@ -30,7 +30,7 @@ def shipped() -> dict[str, dict[str, Any]]:
         for granularity in config.quant_granularity:
             if pair.refusal(granularity) is None:
                 laid = pair.with_granularity(granularity)
-                found[f"{pair.name}-{granularity.name}"] = laid.weight_quantizer.modelopt()
+                found[f"{pair.name}-{granularity.name}"] = laid.weight_quantizer.cfg()
     return found
 
 

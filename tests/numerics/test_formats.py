@@ -49,7 +49,7 @@ def blocks(size, kind="dynamic", scale=(8, 0)):
         ),
         (
             {"num_bits": (2, 1), "block_sizes": blocks(32, scale=(4, 3))},
-            Format(E2M1, Sharing.NVFP4),
+            Format(E2M1, Sharing.NVFP4, size=32),
         ),
     ],
 )

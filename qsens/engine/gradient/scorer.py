@@ -33,6 +33,7 @@ from qsens.engine.amax import Amax, RunningAmax
 from qsens.engine.batching import plan_batches, windows
 from qsens.engine.candidates import CalibrationSize, Candidates
 from qsens.engine.float32 import exact_products
+from qsens.engine.fused_weights import FusedWeights
 from qsens.engine.gradient.buffers import (
     BufferLayout,
     RowRange,
@@ -147,6 +148,7 @@ class GradientScorer:
         self._score_head = head
         self._group_of = {name: i for i, group in enumerate(groups) for name in group.members}
         self._modules = {name: model.get_submodule(name) for name in self._group_of}
+        self._fused = FusedWeights(model, groups)
         self.model = RecomputedModel(model, self._modules, tower_of(groups))
         self.device = self.model.device
         self.team = team_of(model)
@@ -365,8 +367,8 @@ class GradientScorer:
     def _weight(self, name: str, index: int, row_ranges: Sequence[RowRange]) -> torch.Tensor | None:
         """Return a module's quantized weight; None where that fails, which is noted."""
         try:
-            weight = weight_of(self._modules[name])
-            return quantize_weight(weight, self._candidates.weights[index]).flatten(1)
+            weight, cfg = weight_of(self._modules[name]), self._candidates.weights[index]
+            return quantize_weight(weight, cfg, self._fused.amax(name, cfg)).flatten(1)
         except Exception as error:
             self._fail(name, [row_range.candidate for row_range in row_ranges], error)
             return None

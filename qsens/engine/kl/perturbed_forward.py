@@ -27,6 +27,7 @@ from qsens.checkpoint.structure import traits_of
 from qsens.data.samples import Batch
 from qsens.engine.amax import Amax, moved
 from qsens.engine.candidates import CalibrationSize, Candidates
+from qsens.engine.fused_weights import FusedWeights
 from qsens.engine.head import Head, head_input, without_head
 from qsens.engine.layer_stream import device_of
 from qsens.engine.quantizer import quantize, quantize_experts, quantize_weight
@@ -92,6 +93,7 @@ class PerturbedForward:
             None,
         )
         self._group_of = {name: at for at, group in enumerate(groups) for name in group.members}
+        self._fused = FusedWeights(model, groups)
         self._amax = {count: moved(own, self.device) for count, own in amax.items()}
         # Of the run of the batch alone: of each layer, in order, what it gave and the shapes of
         # what it was given; and how many layers ran before each module, or the layer that it is in.
@@ -296,9 +298,8 @@ class PerturbedForward:
             )
         for index, alike in formats.items():
             try:
-                weight = quantize_weight(
-                    weight_of(self._modules[name]), self.candidates.weights[index]
-                )
+                weight, cfg = weight_of(self._modules[name]), self.candidates.weights[index]
+                weight = quantize_weight(weight, cfg, self._fused.amax(name, cfg))
             except Exception as error:
                 self._fail(alike, error)
                 continue

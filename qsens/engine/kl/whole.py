@@ -25,6 +25,7 @@ from qsens.data.samples import Batch, Samples, equal_length_batches
 from qsens.engine.amax import Amax, calibrate, moved
 from qsens.engine.cross_entropy import negative_log_likelihood, next_tokens
 from qsens.engine.float32 import in_float32, is_narrow
+from qsens.engine.fused_weights import FusedWeights
 from qsens.engine.head import HEAD_ROWS, Head, head_input, without_head
 from qsens.engine.kl.divergence import divergences
 from qsens.engine.layer_stream import IN_TURNS, device_of, run_in_turns, stream_of
@@ -168,7 +169,7 @@ class WholeModel:
         self, name: str, formats: Mapping[str, PairConfig], predicted: float | None = None
     ) -> Measured:
         """Measure the model with each module of ``formats`` in its format."""
-        quantized = _Quantized(self.model, formats, self._amax)
+        quantized = _Quantized(self.model, formats, self._amax, self.groups)
         return Measured.of(
             name,
             self._bits(formats),
@@ -184,7 +185,7 @@ class WholeModel:
         """
         if not is_narrow(next(self.model.parameters()).dtype):
             return None
-        rounded = _Quantized(self.model, {}, {}, exact=False)
+        rounded = _Quantized(self.model, {}, {}, self.groups, exact=False)
         compared = self._compared(rounded, self.held_out)
         return sum(sum(nats) for _, _, nats in compared) / self.held_out.predictions()
 
@@ -243,6 +244,7 @@ class _Quantized:
         model: The model.
         formats: The format of each module.
         amax: Calibrated amax of every module's input.
+        groups: Groups of the model, whose members have one format.
         exact: Whether all but the formats is float32.
     """
 
@@ -251,12 +253,14 @@ class _Quantized:
         model: nn.Module,
         formats: Mapping[str, PairConfig],
         amax: Amax,
+        groups: Sequence[Group],
         *,
         exact: bool = True,
     ) -> None:
         self._model, self._formats, self._exact = model, formats, exact
         self._amax = moved(amax, device_of(model))
         self._modules = {name: model.get_submodule(name) for name in formats}
+        self._fused = FusedWeights(model, groups)
         # Of the modules that ran last: batches go through a layer one after the other.
         self._weights: dict[str, Any] = {}
 
@@ -300,7 +304,7 @@ class _Quantized:
         given = self._formats[of or name].input_quantizer
         if given is None:
             return x
-        cfg = given.modelopt()
+        cfg = given.cfg()
         amax = self._amax[name] if given.needs_calibration() else None
         return quantize(x.contiguous(), cfg, amax)
 
@@ -308,11 +312,12 @@ class _Quantized:
         if name not in self._weights:
             if len(self._weights) >= _HELD:
                 self._weights.pop(next(iter(self._weights)))
-            module, cfg = self._modules[name], self._formats[name].weight_quantizer.modelopt()
+            module, cfg = self._modules[name], self._formats[name].weight_quantizer.cfg()
             if is_experts(module):
                 quantized: Any = tuple(quantize_experts(w, cfg) for w in expert_weights(module))
             else:
-                quantized = quantize_weight(weight_of(module), cfg)
+                amax = self._fused.amax(name, cfg)
+                quantized = quantize_weight(weight_of(module), cfg, amax)
             self._weights[name] = quantized
         return self._weights[name]
 

@@ -22,7 +22,7 @@ def config(recipe: Recipe) -> dict[str, Any]:
     for name, pair in recipe.formats.items():
         parts = [("weight_quantizer", pair.weight_cfg())]
         if pair.input_quantizer is not None:
-            parts.append(("input_quantizer", pair.input_quantizer.modelopt()))
+            parts.append(("input_quantizer", pair.input_quantizer.cfg()))
         for member in members_of(recipe, name):
             # Experts have two products; ModelOpt's names match the quantizers of each expert.
             products = ("gate_up_proj_", "down_proj_") if member in experts else ("",)

@@ -59,8 +59,8 @@ def work(pairs: dict[str, PairConfig], samples: Samples) -> tuple[Any, ...]:
         [
             Request(
                 f"{pair.name}-{size}",
-                pair.weight_quantizer.modelopt(),
-                pair.input_quantizer.modelopt() if pair.input_quantizer else None,
+                pair.weight_quantizer.cfg(),
+                pair.input_quantizer.cfg() if pair.input_quantizer else None,
                 size,
                 size,
             )
@@ -141,8 +141,8 @@ def test_bfloat16(pairs: dict[str, PairConfig], samples: Samples) -> None:
     """The rounding of outputs, expert by expert, is part of the number."""
     pair = pairs["wfp8_afp8"]
     model = mixtures.model().bfloat16()
-    cfg = pair.input_quantizer.modelopt() if pair.input_quantizer else None
-    candidates = distinct([Request("cell-6", pair.weight_quantizer.modelopt(), cfg, 6, 6)])
+    cfg = pair.input_quantizer.cfg() if pair.input_quantizer else None
+    candidates = distinct([Request("cell-6", pair.weight_quantizer.cfg(), cfg, 6, 6)])
     groups = find_groups(model)
     batches = equal_length_batches(samples, boundaries=[6], batch_size=BATCH_SIZE)
     amax = calibrate(model, samples, groups, calibration_sizes=[6], batches=batches)
@@ -156,8 +156,8 @@ def test_layers_without_experts_beside(pairs: dict[str, PairConfig], samples: Sa
     """A checkpoint may keep some of its layers dense."""
     pair = pairs["wint8_aint8"]
     model = mixtures.model(mlp_only_layers=[0])
-    cfg = pair.input_quantizer.modelopt() if pair.input_quantizer else None
-    candidates = distinct([Request("cell", pair.weight_quantizer.modelopt(), cfg, 6, 6)])
+    cfg = pair.input_quantizer.cfg() if pair.input_quantizer else None
+    candidates = distinct([Request("cell", pair.weight_quantizer.cfg(), cfg, 6, 6)])
     groups = find_groups(model)
     assert [group.kind for group in groups] == [
         "qkv",

@@ -156,8 +156,8 @@ def work(demo_checkpoint, request):
         [
             Request(
                 pair.name,
-                pair.weight_quantizer.modelopt(),
-                pair.input_quantizer.modelopt() if pair.input_quantizer else None,
+                pair.weight_quantizer.cfg(),
+                pair.input_quantizer.cfg() if pair.input_quantizer else None,
                 16,
                 16,
             )

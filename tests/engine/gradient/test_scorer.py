@@ -31,8 +31,8 @@ def work(demo_checkpoint, request):
     requests = [
         Request(
             f"{pair.name}-{size}",
-            pair.weight_quantizer.modelopt(),
-            pair.input_quantizer.modelopt() if pair.input_quantizer else None,
+            pair.weight_quantizer.cfg(),
+            pair.input_quantizer.cfg() if pair.input_quantizer else None,
             size,
             min(size, SCORED),
         )

@@ -201,10 +201,10 @@ def test_a_passing_fault_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = find_groups(model)
     quantize_weight = perturbed_forward.quantize_weight
 
-    def fails(weight: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tensor:
+    def fails(weight: torch.Tensor, cfg: Mapping[str, Any], amax: Any) -> torch.Tensor:
         if cfg["num_bits"] == 8:
             raise OSError(28, "No space left on device")
-        return quantize_weight(weight, cfg)
+        return quantize_weight(weight, cfg, amax)
 
     monkeypatch.setattr(perturbed_forward, "quantize_weight", fails)
     candidates = distinct([Request("4", INT4, None, 4, 4), Request("8", INT8, None, 4, 4)])

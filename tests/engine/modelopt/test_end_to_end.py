@@ -31,7 +31,7 @@ def test_rounding_to_bfloat16_is_no_part_of_it() -> None:
     for group in groups:
         for name in group.members:
             weight = model.get_submodule(name).weight.data
-            quantized = fake_quantize(weight, pair.weight_quantizer.modelopt())
+            quantized = fake_quantize(weight, pair.weight_quantizer.cfg())
             changed.get_submodule(name).weight.data = quantized.float()
     before, after, rounded = (distributions(each, samples) for each in (whole, changed, model))
     expected = [nats(*rows) for rows in zip(before, after, strict=True)]
