@@ -44,10 +44,10 @@ def break_integers(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
     """Make a disk full whenever a weight is quantized to integers."""
     works = module.quantize_weight
 
-    def fails(weight: torch.Tensor, cfg: Mapping[str, Any]) -> torch.Tensor:
+    def fails(weight: torch.Tensor, cfg: Mapping[str, Any], amax: Any) -> torch.Tensor:
         if cfg["num_bits"] == 8:
             raise OSError(28, "No space left on device")
-        return works(weight, cfg)
+        return works(weight, cfg, amax)
 
     monkeypatch.setattr(module, "quantize_weight", fails)
 

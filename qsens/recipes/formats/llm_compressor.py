@@ -168,7 +168,7 @@ def _weights(quantizer: QuantizerConfig) -> dict[str, Any]:
         strategy = {"strategy": "block", "block_structure": [sizes[-2], sizes[-1]]}
     else:
         raise ValueError(f"in blocks along axes {', '.join(map(str, sizes))}")
-    return {**number, "symmetric": True, "dynamic": False, **strategy}
+    return {**number, "symmetric": quantizer.symmetric, "dynamic": False, **strategy}
 
 
 def _inputs(quantizer: QuantizerConfig) -> dict[str, Any]:

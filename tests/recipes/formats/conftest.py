@@ -38,7 +38,7 @@ def demo_model(demo_checkpoint: DemoResult) -> Any:
 
 @pytest.fixture
 def demo_rows(demo_model: Any) -> dict[str, list[Row]]:
-    """All 19 pairs: the score falls with bits, by another factor for every group."""
+    """All 22 pairs: the score falls with bits, by another factor for every group."""
     from qsens.checkpoint.groups import find_groups
 
     draw = random.Random(0)
