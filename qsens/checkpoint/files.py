@@ -38,6 +38,7 @@ _TOKENIZER = (
 # What a tokenizer is made from where there is no tokenizer.json.
 _VOCABULARIES = ("*.model", "*.tiktoken", "vocab*", "merges*", "tekken.json")
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+_GENERATION = ("generation_config.json", "video_preprocessor_config.json")
 log = logging.getLogger(__name__)
 # Key of config.json by which transformers is told to read another file than it would.
 _NAMED = "transformers_weights"
@@ -334,6 +335,14 @@ def _tokenizer_files(path: Path) -> list[Path]:
     if path / _TOKENIZER[0] not in files:
         files |= set(_matching(path, _VOCABULARIES))
     return sorted(files)
+
+
+def served_files(path: Path) -> list[Path]:
+    """Return what a server reads beside weights and ``config.json``, sorted.
+
+    Tokenizer, processor, chat template, and how to generate.
+    """
+    return sorted({*_tokenizer_files(path), *_present(path, (*PROCESSOR, *_GENERATION))})
 
 
 def _present(path: Path, names: Sequence[str]) -> list[Path]:

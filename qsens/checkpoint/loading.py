@@ -129,6 +129,38 @@ def load_model(
     return module.to(device) if move else module
 
 
+def load_packed(path: Path, device: torch.device, dtype: str) -> nn.Module:
+    """Load a checkpoint that compressed-tensors packed, its weights unpacked, to run in float32.
+
+    Activations are quantized as it runs, by compressed-tensors' own code.
+
+    Args:
+        path: Directory of the checkpoint.
+        device: Where it is to run.
+        dtype: Data type of its weights, which they are rounded to.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    from transformers.utils.quantization_config import CompressedTensorsConfig
+
+    with refusals(
+        f"transformers {transformers.__version__} cannot load it",
+        where=f"checkpoint {path}",
+        remedy="It needs the extra `export`: pip install 'qsens[export]'.",
+    ):
+        settings = AutoConfig.from_pretrained(path)
+        model = auto_class(settings).from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            quantization_config=CompressedTensorsConfig(run_compressed=False),
+        )
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.to(device, torch.float32 if tensor.is_floating_point() else None)
+    module: nn.Module = model.requires_grad_(False).eval()
+    return module
+
+
 def _from_pretrained(
     config: ModelConfig, settings: Any, weights: Weights, quantization: Quantization | None
 ) -> tuple[Any, Any]:

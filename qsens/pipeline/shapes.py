@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qsens.checkpoint.quantized import shapes
 from qsens.errors import UserError
+from qsens.names import Kind
 from qsens.pipeline.preflight import covered_shapes
 from qsens.recipes.format_choices import weights_of
 from qsens.schema.summary import Row
@@ -38,10 +39,10 @@ def module_shapes(checkpoint: Path, rows: Iterable[Row]) -> dict[str, tuple[Shap
             f"cannot be read: {error}", where=str(checkpoint), remedy="Put it back."
         ) from error
     oriented = {**stored, **covered_shapes(stored, ())}
-    named = {_inner(name): name for name in stored}
+    named = by_inner_name(stored)
     by_module = {}
     for row in rows:
-        weights = {member: _weights_of(member, row, named) for member in row.members}
+        weights = {member: stored_weights(member, row.kind, named) for member in row.members}
         elements = sum(math.prod(stored[name]) for names in weights.values() for name in names)
         if all(weights.values()) and elements == weights_of(row):
             for member, names in weights.items():
@@ -49,13 +50,24 @@ def module_shapes(checkpoint: Path, rows: Iterable[Row]) -> dict[str, tuple[Shap
     return by_module
 
 
-def _weights_of(member: str, row: Row, named: Mapping[str, str]) -> list[str]:
-    """Return the names in the files of a module's weights."""
+def by_inner_name(stored: Iterable[str]) -> dict[str, str]:
+    """Return names in the files by what follows their outer parts, in which they may be older."""
+    return {_inner(name): name for name in stored}
+
+
+def stored_weights(member: str, kind: Kind, named: Mapping[str, str]) -> list[str]:
+    """Return the names in the files of a module's weights; a tied head's is the embedding's.
+
+    Args:
+        member: Name of the module.
+        kind: What its group is.
+        named: See :func:`by_inner_name`.
+    """
     inner = _inner(member)
-    if row.kind == "experts":
+    if kind == "experts":
         return [name for key, name in named.items() if key.startswith(f"{inner}.")]
     own = named.get(f"{inner}.weight")
-    if own is None and row.kind == "head":
+    if own is None and kind == "head":
         own = named.get("embed_tokens.weight")
     return [own] if own is not None else []
 

@@ -169,7 +169,7 @@ class WholeModel:
         self, name: str, formats: Mapping[str, PairConfig], predicted: float | None = None
     ) -> Measured:
         """Measure the model with each module of ``formats`` in its format."""
-        quantized = _Quantized(self.model, formats, self._amax, self.groups)
+        quantized = QuantizedModules(self.model, formats, self.amax, self.groups)
         return Measured.of(
             name,
             self._bits(formats),
@@ -185,12 +185,13 @@ class WholeModel:
         """
         if not is_narrow(next(self.model.parameters()).dtype):
             return None
-        rounded = _Quantized(self.model, {}, {}, self.groups, exact=False)
+        rounded = QuantizedModules(self.model, {}, {}, self.groups, exact=False)
         compared = self._compared(rounded, self.held_out)
         return sum(sum(nats) for _, _, nats in compared) / self.held_out.predictions()
 
     @functools.cached_property
-    def _amax(self) -> Amax:
+    def amax(self) -> Amax:
+        """Amax of every module's input over the samples to calibrate on."""
         count = len(self.calibration)
         sizes = calibrate(self.model, self.calibration, self.groups, calibration_sizes=[count])
         return sizes[count]
@@ -209,7 +210,7 @@ class WholeModel:
 
     @torch.no_grad()
     def _compared(
-        self, quantized: _Quantized, samples: Samples, count: int | None = None
+        self, quantized: QuantizedModules, samples: Samples, count: int | None = None
     ) -> Iterator[Compared]:
         """Yield batches with what formats do.
 
@@ -237,7 +238,7 @@ class WholeModel:
         return run_in_turns(self.model, runs)
 
 
-class _Quantized:
+class QuantizedModules:
     """Modules that quantize what they read and their weights as they run.
 
     Args:
@@ -323,7 +324,7 @@ class _Quantized:
 
 
 def _difference(
-    head: Head, quantized: _Quantized, batch: Batch, before: torch.Tensor, after: torch.Tensor
+    head: Head, quantized: QuantizedModules, batch: Batch, before: torch.Tensor, after: torch.Tensor
 ) -> tuple[list[float], list[float]]:
     """Return what formats do to each sample: the change of its loss, and the divergence, in nats.
 

@@ -1,0 +1,1 @@
+"""Packed checkpoints from recipes, in the layouts that servers load. Needs torch."""
