@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
 from pydantic import Field
 
 from qsens.config import DatasetConfig, PairConfig
 from qsens.config.base import Frozen
 from qsens.config.models import Coverage, Modality, Size
+from qsens.config.pairs import DEFAULT_GRANULARITY
+from qsens.errors import UserError
 from qsens.identity import PicturesIdentity, SamplesIdentity, Skipped
 
 
@@ -32,6 +37,52 @@ class Cell(Frozen):
     """The share of the grid that computes this cell, from 0."""
     digest: str
     """SHA-256 of all that changes this cell's numbers."""
+
+
+class HasFormat(Protocol):
+    """What is of a pair at a granularity."""
+
+    @property
+    def pair(self) -> str:
+        """Precision pair."""
+
+    @property
+    def granularity(self) -> str:
+        """Granularity."""
+
+
+def format_name(cell: HasFormat) -> str:
+    """Return the name of a cell's format: its pair, and its granularity unless the default."""
+    if cell.granularity == DEFAULT_GRANULARITY:
+        return cell.pair
+    return f"{cell.pair}-{cell.granularity}"
+
+
+def is_named(cell: HasFormat, names: Collection[str]) -> bool:
+    """Return whether pairs, or pairs with their granularity, name a cell; none names all."""
+    return not names or cell.pair in names or format_name(cell) in names
+
+
+def refuse_unknown(names: Collection[str], cells: Sequence[HasFormat], *, where: str) -> None:
+    """Refuse a pair that no cell is of.
+
+    Args:
+        names: Pairs, or pairs with their granularity.
+        cells: The cells.
+        where: Whose they are, for the message.
+
+    Raises:
+        UserError: A name is that of none.
+    """
+    formats = dict.fromkeys(format_name(cell) for cell in cells)
+    pairs = dict.fromkeys(cell.pair for cell in cells)
+    unknown = sorted(set(names) - {*formats, *pairs})
+    if unknown:
+        raise UserError(
+            f"has no pair '{unknown[0]}'",
+            where=where,
+            remedy=f"Its pairs: {', '.join(formats)}.",
+        )
 
 
 class CalibrationSet(Frozen):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qsens.analysis.audit import choose_groups, judge
 from qsens.analysis.ranking import rank
 from qsens.analysis.statistic import statistic_of, value_of
-from qsens.cells import CellSpec
+from qsens.cells import CellSpec, is_named, refuse_unknown
 from qsens.config.models import SIZES
 from qsens.documents import dump_document
 from qsens.errors import Damaged, Fault, UserError
@@ -68,14 +68,8 @@ def audit(
             where=f"plan {plan.plan_id}: autoquant.method = kl_div",
             remedy="Audit a plan of method gradient or fisher.",
         )
-    unknown = sorted(set(pairs) - {cell.pair for cell in plan.cells})
-    if unknown:
-        raise UserError(
-            f"the plan has no pair '{unknown[0]}'",
-            where=f"plan {plan.plan_id}",
-            remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in plan.cells))}.",
-        )
-    cells = [cell for cell in audited_cells(plan) if not pairs or cell.pair in pairs]
+    refuse_unknown(pairs, plan.cells, where=f"plan {plan.plan_id}")
+    cells = [cell for cell in audited_cells(plan) if is_named(cell, pairs)]
     manifests = _manifests(store, cells)
     missing = [
         {"cell": cell.cell, "reason": "has no result"}

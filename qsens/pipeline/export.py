@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qsens.cells import format_name
 from qsens.checkpoint.files import find_weights, read_config, served_files
 from qsens.checkpoint.quantized import read_quantization
 from qsens.checksums import digest_of
@@ -17,7 +18,6 @@ from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.locks import held, lock_at
 from qsens.pipeline.plan import identify_checkpoint
-from qsens.pipeline.recipe import format_name
 from qsens.pipeline.shapes import by_inner_name, stored_weights
 from qsens.published import find_sweep, read_sweep
 from qsens.reading import read_json

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qsens.analysis.series import of_coverage, series_of
+from qsens.cells import format_name, is_named, refuse_unknown
 from qsens.config import Roots
 from qsens.config.models import SIZES, Coverage, Size
 from qsens.documents import dump_json
@@ -192,7 +193,7 @@ def recipe_of(
         for cell in summary.cells
         if (cell.size, cell.coverage, cell.domain) == (chosen_size, chosen_coverage, None)
         and not cell.done
-        and (not pairs or cell.pair in pairs)
+        and is_named(cell, pairs)
     ]
     packs = target == "llm-compressor"
     for name, pair in list(formats.items()):
@@ -278,23 +279,12 @@ def recipe_of(
     return recipe.model_copy(update={"notices": (*recipe.notices, *said)})
 
 
-def format_name(cell: SummaryCell) -> str:
-    """Return the name of a cell's format: its pair, and its granularity unless the default."""
-    return cell.pair if cell.granularity == "default" else f"{cell.pair}-{cell.granularity}"
-
-
 def _cells(
     summary: Summary, size: Size | None, coverage: Coverage | None, pairs: Sequence[str]
 ) -> list[SummaryCell]:
-    unknown = sorted(set(pairs) - {cell.pair for cell in summary.cells})
-    if unknown:
-        raise UserError(
-            f"has no pair '{unknown[0]}'",
-            where=f"sweep {summary.sweep_id}",
-            remedy=f"Its pairs: {', '.join(dict.fromkeys(cell.pair for cell in summary.cells))}.",
-        )
+    refuse_unknown(pairs, summary.cells, where=f"sweep {summary.sweep_id}")
     together = [cell for cell in summary.done if cell.domain is None]
-    done = of_coverage([cell for cell in together if not pairs or cell.pair in pairs], coverage)
+    done = of_coverage([cell for cell in together if is_named(cell, pairs)], coverage)
     sizes = {cell.size for cell in done}
     wanted = size or max(sizes, key=SIZES.index, default=None)
     chosen = [cell for cell in done if cell.size == wanted]
