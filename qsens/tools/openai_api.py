@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -28,6 +29,7 @@ class OpenAiApi:
 
     def __init__(self, url: str, *, where: str, remedy: str, again: str) -> None:
         key = os.environ.get("OPENAI_API_KEY")
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # it says every request
         self.where, self._remedy, self._again = where, remedy, again
         try:
             self._client = httpx.Client(
