@@ -13,7 +13,7 @@ from qsens.data.captions import read_samples
 from qsens.data.records import Record
 from qsens.data.samples import Samples, refuse_unknown_tokens
 from qsens.data.text import text_samples
-from qsens.engine.kl.served import PromptLogprobs, compare_served
+from qsens.engine.kl.served import PromptLogprobs, ServedDivergence, compare_served
 from qsens.engine.placement import require_room
 from qsens.errors import UserError
 from qsens.grid import Plan
@@ -24,8 +24,9 @@ from qsens.schema.recipe import Recipe, read_recipe
 from qsens.tools.openai_api import OpenAiApi
 from qsens.tools.served_model import ServedModel
 
-# Prompts of one request: a server computes them together.
-_PROMPTS = 8
+# Prompts of one request, which a server computes together, and samples whose log-probabilities are
+# held at once: with many tokens a position they are gigabytes.
+_PROMPTS, _SAMPLES = 8, 64
 # Beside a sample's own tokens: one behind its last, at which the distribution after it is given,
 # and the one that a server generates.
 _BEYOND = 2
@@ -94,18 +95,22 @@ def check_server(
     tokenizer = load_tokenizer(config)
     measured = _samples(plan, samples, tokenizer)
     _refuse_too_long(measured, served)
-    said = _ask(served, measured, top_k, progress)
+    windows = [measured.part(at, at + _SAMPLES) for at in range(0, len(measured), _SAMPLES)]
+    said = _ask(served, windows[0], top_k)  # before the model is loaded: it may be refused
     _refuse_another_tokenizer(served, tokenizer, api)
     where = resolve_device(device)
     loaded = load_model(config, where, roots.results, move=False)
     rows = loaded.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     refuse_unknown_tokens(measured, rows)
-    _refuse_another_vocabulary(said, loaded.get_output_embeddings().weight.shape[0], api)  # type: ignore[operator]
     require_room(loaded, where, None)
     loaded.to(where)
-    compared = compare_served(
-        loaded, measured, said, lambda done, total: progress("reference", done, total)
-    )
+    parts = []
+    for number, window in enumerate(windows):
+        said = _ask(served, window, top_k) if number else said
+        _refuse_another_vocabulary(said, loaded.get_output_embeddings().weight.shape[0], api)  # type: ignore[operator]
+        parts.append(compare_served(loaded, window, said))
+        progress("samples", min((number + 1) * _SAMPLES, len(measured)), len(measured))
+    compared = ServedDivergence.joined(parts)
     return {
         "server": url,
         "model": served.name,
@@ -200,18 +205,13 @@ def _refuse_too_long(samples: Samples, served: ServedModel) -> None:
         )
 
 
-def _ask(
-    served: ServedModel,
-    samples: Samples,
-    top_k: int,
-    progress: Callable[[str, int, int], None],
-) -> list[PromptLogprobs]:
-    said: list[PromptLogprobs] = []
-    for first in range(0, len(samples), _PROMPTS):
-        prompts = [(*ids, ids[-1]) for ids in samples.ids[first : first + _PROMPTS]]
-        said += served.logprobs(prompts, top_k)
-        progress("served", len(said), len(samples))
-    return said
+def _ask(served: ServedModel, samples: Samples, top_k: int) -> list[PromptLogprobs]:
+    prompts = [(*ids, ids[-1]) for ids in samples.ids]
+    return [
+        one
+        for first in range(0, len(prompts), _PROMPTS)
+        for one in served.logprobs(prompts[first : first + _PROMPTS], top_k)
+    ]
 
 
 def _refuse_another_tokenizer(served: ServedModel, tokenizer: Any, api: OpenAiApi) -> None:

@@ -119,6 +119,31 @@ def test_figures_are_those_of_the_full_logits(
     assert whole["outside"] == {"reference": 0.0, "served": 0.0}
 
 
+def test_windows_of_samples_change_nothing(
+    fake: Fake,
+    url: str,
+    checkpoint: Path,
+    samples: Path,
+    roots: Roots,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = check_server(url, samples=samples, reference=checkpoint, roots=roots)
+    monkeypatch.setattr("qsens.tools.check_server._SAMPLES", 3)
+    steps: list[tuple[str, int, int]] = []
+    found = check_server(
+        url,
+        samples=samples,
+        reference=checkpoint,
+        roots=roots,
+        progress=lambda *step: steps.append(step),
+    )
+    assert [len(body["prompt"]) for body in fake.asked] == [4, 3, 1]
+    assert steps == [("samples", 3, 4), ("samples", 4, 4)]
+    for name, value in whole.items():
+        if isinstance(value, float):
+            assert found[name] == pytest.approx(value, rel=1e-4)
+
+
 def test_the_model_itself_is_at_0(
     fake: Fake, url: str, checkpoint: Path, samples: Path, roots: Roots, reference: Any
 ) -> None:

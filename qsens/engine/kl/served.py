@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,14 @@ class ServedDivergence:
     lost: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
 
+    @classmethod
+    def joined(cls, parts: Sequence[ServedDivergence]) -> ServedDivergence:
+        """Return that of the samples of all parts, in their order."""
+        names = [field.name for field in fields(cls)]
+        return cls(
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        )
+
     def numbers(self) -> dict[str, Any]:
         """Return it a token, with standard errors over samples; none of a single sample."""
         divergence, divergence_error = per_token(self.nats, self.tokens)
@@ -78,10 +86,7 @@ class ServedDivergence:
 
 @torch.no_grad()
 def compare_served(
-    model: nn.Module,
-    samples: Samples,
-    served: Sequence[PromptLogprobs],
-    progress: Callable[[int, int], None] = lambda *_: None,
+    model: nn.Module, samples: Samples, served: Sequence[PromptLogprobs]
 ) -> ServedDivergence:
     """Compare a server with a model that computes in float32, its weights as they are stored.
 
@@ -91,7 +96,6 @@ def compare_served(
         model: The model, on its device or streamed to it.
         samples: Samples of text.
         served: What the server says of each sample, with one token behind its last one.
-        progress: Called with how many batches of how many are done.
     """
     columns = {
         name: np.zeros(len(samples))
@@ -111,7 +115,6 @@ def compare_served(
                     found = _compared(head, hidden[row], served[sample], counts[row], labels[row])
                     for name, value in found.items():
                         columns[name][sample] = value
-        progress(min(start + IN_TURNS, len(batches)), len(batches))
     return ServedDivergence(**columns)
 
 
