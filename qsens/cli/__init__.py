@@ -21,9 +21,9 @@ from qsens.visible import LINES, visible
 
 # Each adds its verbs; help lists them in this order.
 from qsens.cli import steps  # isort: skip
-from qsens.cli import findings, export, inputs  # isort: skip
+from qsens.cli import findings, serving, inputs  # isort: skip
 
-__all__ = ["app", "export", "fail", "findings", "inputs", "main", "steps"]
+__all__ = ["app", "fail", "findings", "inputs", "main", "serving", "steps"]
 
 
 def main() -> None:

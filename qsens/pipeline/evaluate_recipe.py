@@ -159,7 +159,7 @@ def held_out(
             raise UserError(
                 f"holds no {'picture' if pictures else 'caption'} that the sweep did not use",
                 where=f"captions file {', '.join(map(str, paths))}",
-                remedy="Name a file of other captions with --captions FILE.",
+                remedy="Name a file of others: --captions FILE, or --samples FILE of check-server.",
             )
     return left
 

@@ -13,7 +13,7 @@ from qsens.checkpoint.files import find_weights, read_config, served_files
 from qsens.checkpoint.quantized import read_quantization
 from qsens.checksums import digest_of
 from qsens.config import PairConfig, Roots
-from qsens.documents import dump_json, read_document
+from qsens.documents import dump_json
 from qsens.errors import UserError
 from qsens.grid import Plan
 from qsens.locks import held, lock_at
@@ -22,7 +22,7 @@ from qsens.pipeline.shapes import by_inner_name, stored_weights
 from qsens.published import find_sweep, read_sweep
 from qsens.reading import read_json
 from qsens.recipes.formats import llm_compressor
-from qsens.schema.recipe import RECIPE_VERSION, Choice, Recipe
+from qsens.schema.recipe import Choice, Recipe, read_recipe
 from qsens.schema.summary import Summary, SummaryCell
 from qsens.store import Store
 from qsens.writing import copy_file, make_directory, write_text, writing
@@ -76,22 +76,6 @@ def export_checkpoint(
         with writing(directory.parent):
             half.replace(directory)
     return {"path": str(directory.resolve()), **written}
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Return a recipe that ``qsens recipe --to json`` wrote.
-
-    Raises:
-        UserError: It is none.
-    """
-    return read_document(
-        Recipe,
-        path,
-        what="recipe",
-        version=RECIPE_VERSION,
-        name="Name a file that `qsens recipe --to json --out FILE` wrote.",
-        again=_AGAIN,
-    )
 
 
 def _write(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from qsens.config import PairConfig
 from qsens.config.base import Frozen
 from qsens.config.models import Size
+from qsens.documents import read_document
 from qsens.names import Kind
 from qsens.schema.audit import Verdict
 
@@ -122,3 +124,16 @@ class Recipe(Frozen):
     """Formats of the sweep that were no option."""
     notices: tuple[str, ...] = ()
     """What a reader should know."""
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read what ``qsens recipe --to json`` wrote.
+
+    Raises:
+        Damaged: It cannot be read, or is something else.
+        UserError: A newer qsens wrote it.
+    """
+    again = "Name a file that `qsens recipe --to json --out FILE` wrote."
+    return read_document(
+        Recipe, path, what="recipe", version=RECIPE_VERSION, name=again, again=again
+    )

@@ -18,15 +18,14 @@ from typing import Any, Protocol
 from qsens.checksums import digest_file
 from qsens.data.captions import read_kind
 from qsens.data.conversations import ASSISTANT, Conversation
-from qsens.errors import TryAgain, UserError
+from qsens.errors import UserError
 from qsens.locks import held, lock_at
 from qsens.reading import has_file, parse_json, read_bytes
+from qsens.tools.openai_api import OpenAiApi
 from qsens.writing import make_directory, writing
 
 PART = ".part"
 _AGAIN = "Name another file with --out, or remove this one."
-_TRIES = 3
-_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -244,16 +243,13 @@ class Server:
     """
 
     def __init__(self, url: str, model: str | None) -> None:
-        import httpx
-
-        key = os.environ.get("OPENAI_API_KEY")
-        self._where = f"--server {url}"
-        self._client = httpx.Client(
-            base_url=url.rstrip("/").removesuffix("/v1"),
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=_SECONDS,
+        self._api = OpenAiApi(
+            url,
+            where=f"--server {url}",
+            remedy="Mend the server or the prompt.",
+            again="Run it again to go on.",
         )
-        self.model = model or self._first_model()
+        self.model = model or str(self._api.models()[0]["id"])
 
     def __call__(
         self, prompts: Sequence[Conversation], sampling: Sampling, first: int
@@ -273,7 +269,7 @@ class Server:
         }
         if prompt.tools:
             body["tools"] = list(prompt.tools)
-        given = self._json("POST", "/v1/chat/completions", body)
+        given = self._api.json("POST", "/v1/chat/completions", body)
         try:
             choice = given["choices"][0]
             message = {
@@ -283,40 +279,7 @@ class Server:
             }
             return Answer({"content": "", **message}, str(choice["finish_reason"]))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise self._refusal(f"its answer lacks {error}") from error
-
-    def _first_model(self) -> str:
-        given = self._json("GET", "/v1/models", None)
-        try:
-            return str(given["data"][0]["id"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise self._refusal("it lists no model") from error
-
-    def _json(self, method: str, path: str, body: Any) -> Any:
-        import httpx
-
-        reason = ""
-        for _ in range(_TRIES):
-            try:
-                answer = self._client.request(method, path, json=body)
-            except httpx.HTTPError as error:
-                reason = str(error) or type(error).__name__
-                continue
-            if answer.status_code >= 500:
-                reason = f"{answer.status_code}: {answer.text[:200]}"
-                continue
-            if answer.status_code >= 400:
-                raise self._refusal(f"it refuses: {answer.status_code}: {answer.text[:300]}")
-            try:
-                return answer.json()
-            except ValueError as error:
-                raise self._refusal(f"its answer is no JSON: {error}") from error
-        raise TryAgain(
-            f"does not answer: {reason}", where=self._where, remedy="Run it again to go on."
-        )
-
-    def _refusal(self, what: str) -> UserError:
-        return UserError(what, where=self._where, remedy="Mend the server or the prompt.")
+            raise self._api.refusal(f"its answer lacks {error}") from error
 
 
 class Local:

@@ -7,22 +7,12 @@ packages of PostgreSQL, Redis and Chromium, and ten minutes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from tests.stack.stack import Stack
-
-HERE = Path(__file__).resolve().parent
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    named = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
-    if any(path == HERE or HERE in path.parents for path in named):
-        return None
-    return True if collection_path.is_relative_to(HERE) else None
 
 
 @pytest.fixture(scope="session")

@@ -116,14 +116,14 @@ class Measured:
 
         Both ran on the same captions: what all captions have in common drops out.
         """
-        return _paired(self.by_caption - other.by_caption, self.labels)
+        return per_token(self.by_caption - other.by_caption, self.labels)
 
     def divergence_against(self, other: Measured) -> tuple[float, float]:
         """Return how much more KL divergence a token this has than ``other``, likewise."""
         assert self.nats is not None
         assert other.nats is not None
         assert self.predictions is not None
-        return _paired(self.nats - other.nats, self.predictions)
+        return per_token(self.nats - other.nats, self.predictions)
 
     def numbers(self) -> dict[str, Any]:
         """Return it as JSON can hold it, without the captions."""
@@ -132,10 +132,17 @@ class Measured:
         return numbers | divergences | {"predicted": self.predicted}
 
 
-def _paired(difference: np.ndarray[Any, Any], tokens: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Return a difference a token, from that of each caption, with its standard error."""
-    mean = float(difference.sum() / tokens.sum())
-    rest = difference - mean * tokens
+def per_token(sums: np.ndarray[Any, Any], tokens: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Return what sums over samples come to a token, with its standard error.
+
+    Args:
+        sums: Of each sample, ``(samples,)``.
+        tokens: Tokens of each sample, same shape.
+    """
+    mean = float(sums.sum() / tokens.sum())
+    if len(sums) < 2:
+        return mean, float("nan")
+    rest = sums - mean * tokens
     return mean, float(np.sqrt(len(rest) * rest.var(ddof=1)) / tokens.sum())
 
 
