@@ -291,7 +291,9 @@ class PairConfig(Frozen):
             inputs = inputs.with_scales(granularity.input_quantizer)
         if granularity.reference is not None:
             weight = weight.model_copy(update={"reference": granularity.reference})
-            if inputs is not None:
+            # Kernels of servers scale integers of activations by amax / 127, as ModelOpt does:
+            # half of the range, 127.5, would clip the largest value, an outlier as a rule.
+            if inputs is not None and not isinstance(inputs.num_bits, int):
                 inputs = inputs.model_copy(update={"reference": granularity.reference})
         quantizers = [quantizer for quantizer in (weight, inputs) if quantizer is not None]
         calibrated = any(quantizer.needs_calibration() for quantizer in quantizers)

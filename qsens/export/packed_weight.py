@@ -16,7 +16,6 @@ from qsens.config.pairs import QuantizerConfig
 from qsens.numerics.compressed_tensors import scales_of
 from qsens.numerics.floats import E2M1, E4M3
 from qsens.numerics.formats import format_of
-from qsens.numerics.integers import Integer
 from qsens.recipes.formats import llm_compressor
 
 
@@ -69,9 +68,7 @@ def pack(
 
 def _input_scale(quantizer: QuantizerConfig, amax: Tensor) -> dict[str, Tensor]:
     """Return the scale of a calibrated input; of NVFP4 that over its block scales."""
-    element = format_of(quantizer.cfg()).element
     most = amax.float().reshape(1)
     if quantizer.has_block_format():
         return {"input_global_scale": E4M3.largest * E2M1.largest / most}
-    half = element.span / 2 if isinstance(element, Integer) else element.largest
-    return {"input_scale": most / half}
+    return {"input_scale": most / format_of(quantizer.cfg()).element.largest}

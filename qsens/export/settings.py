@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
@@ -41,7 +42,7 @@ def quantization_config(
         if members:
             targets = tuple(patterns(members, names))
             groups[f"group_{len(groups)}"] = scheme_of(pair, targets)
-    layouts = {str(scheme.format) for scheme in groups.values()}
+    layouts = {CompressionFormat(scheme.format).value for scheme in groups.values()}
     config = QuantizationConfig(
         config_groups=groups,
         format=layouts.pop() if len(layouts) == 1 else _MIXED,

@@ -7,13 +7,14 @@ bounded by two files, whatever the checkpoint's size.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +27,8 @@ from qsens.numerics.scales import abs_max
 from qsens.writing import write_file, write_text
 
 Progress = Callable[[str, int, int], None]
+# How safetensors says what the operating system said.
+_ERRNO = re.compile(r"os error (\d+)")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,13 @@ def _write(
             if not packed or any(module.keeps for module in packed):
                 made[name] = tensor
     with write_file(target) as temporary:
-        save_file(made, temporary, metadata={"format": "pt"})
+        try:
+            save_file(made, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            number = _ERRNO.search(str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error)) from error
 
 
 def _shared_amax(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,8 +249,7 @@ def _refuse_another_checkpoint(recipe: Recipe, plan: Plan) -> None:
 
 def _refuse_unpackable(recipe: Recipe) -> None:
     for name, pair in recipe.formats.items():
-        quantizers: Sequence[Any] = (pair.weight_quantizer, pair.input_quantizer)
-        if not all(each is None or each.by_compressed_tensors for each in quantizers):
+        if not pair.weight_quantizer.by_compressed_tensors:
             raise UserError(
                 f"{name} is of ModelOpt's scales, and what is packed would be another format",
                 where=f"recipe of sweep {recipe.sweep_id}",

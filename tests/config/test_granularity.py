@@ -375,13 +375,12 @@ def test_another_broken_file_does_not_hide_what_is_allowed(tmp_path: Path) -> No
 
 
 INT8_CT = {"num_bits": 8, "axis": 0, "reference": "compressed-tensors"}
-INT8_CT_TOKEN = {**INT8_TOKEN, "reference": "compressed-tensors"}
 
 
 @pytest.mark.parametrize(
     ("pair", "granularity", "weight", "inputs", "bits"),
     [
-        ("wint8_aint8", "ct_token", INT8_CT, INT8_CT_TOKEN, 8.0),
+        ("wint8_aint8", "ct_token", INT8_CT, INT8_TOKEN, 8.0),
         ("wint4_afp16", "ct", {**INT4_128, "reference": "compressed-tensors"}, None, 4.125),
         # A scale of 16 bits for 32 weights, with a zero point of four: 4 + 20 / 32.
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from qsens.engine.head import Head, head_input, run, without_head
 from qsens.engine.kl.divergence import divergences
 from qsens.engine.kl.whole import QuantizedModules, WholeModel, whole_batches
 from qsens.engine.layer_stream import device_of
+from qsens.engine.quantizer import quantize
+from qsens.numerics.formats import format_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,34 @@ class Agreement:
     largest: float
 
 
+def quantize_as_served(packed: nn.Module, formats: Mapping[str, PairConfig]) -> None:
+    """Let integers of activations be scaled as servers' kernels scale them, by amax / 127.
+
+    compressed-tensors' own code has half of the range there, 127.5, and clips what is largest.
+
+    Args:
+        packed: The packed model.
+        formats: The format of each module that is packed.
+    """
+    for name, pair in formats.items():
+        inputs = pair.input_quantizer
+        if inputs is None or inputs.by_compressed_tensors:
+            continue
+        module: Any = packed.get_submodule(name)
+        scheme = module.quantization_scheme
+        module.quantization_scheme = scheme.model_copy(update={"input_activations": None})
+        cfg, amax = inputs.cfg(), None
+        if inputs.needs_calibration():
+            amax = module.input_scale * format_of(cfg).element.largest
+        module.register_forward_pre_hook(functools.partial(_quantized, cfg, amax))
+
+
+def _quantized(
+    cfg: Mapping[str, Any], amax: torch.Tensor | None, _: nn.Module, inputs: tuple[torch.Tensor]
+) -> tuple[torch.Tensor]:
+    return (quantize(inputs[0].contiguous(), cfg, amax),)
+
+
 @torch.no_grad()
 def agree(whole: WholeModel, formats: Mapping[str, PairConfig], packed: nn.Module) -> Agreement:
     """Run a packed model and the fake-quantized one over the samples held out, in float32.
@@ -44,6 +75,7 @@ def agree(whole: WholeModel, formats: Mapping[str, PairConfig], packed: nn.Modul
         formats: The format of each module that is packed.
         packed: The packed model, on the same device.
     """
+    quantize_as_served(packed, formats)
     model, head = whole.model, Head.of(whole.model)
     quantized = QuantizedModules(model, formats, whole.amax, whole.groups)
     nats = [0.0, 0.0]
