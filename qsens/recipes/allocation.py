@@ -92,6 +92,34 @@ def allocate(decisions: Sequence[DecisionGroup], target_bits: float) -> Allocati
     return outcome(decisions, [ladder[at][2] for ladder, at in zip(ladders, chosen, strict=True)])
 
 
+def allocate_least(decisions: Sequence[DecisionGroup], most: float) -> Allocation:
+    """Choose a format for each group so that the bits are fewest within a total score.
+
+    The same program with the roles of bits and score exchanged.
+
+    Args:
+        decisions: What may become what.
+        most: The total score, at most.
+
+    Raises:
+        AnswerIsNo: It is below that of the gentlest choice; the remedy names that.
+    """
+    ladders = [
+        [(score, cost, index) for cost, score, index in reversed(_ladder(decision))]
+        for decision in decisions
+    ]
+    least = math.fsum(ladder[0][0] for ladder in ladders)
+    budget = most + abs(most) * _ROUNDING
+    if least > budget:
+        raise AnswerIsNo(
+            f"a total score of {most:g} is out of reach: the least is {least:g}",
+            where="the largest predicted KL",
+            remedy=f"Ask for {least:g} or more.",
+        )
+    chosen = _solve(ladders, budget)
+    return outcome(decisions, [ladder[at][2] for ladder, at in zip(ladders, chosen, strict=True)])
+
+
 def allocate_one(
     scores: Sequence[float | None],
     weights: Sequence[int],

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsens.errors import AnswerIsNo
-from qsens.recipes.allocation import allocate, allocate_one, pareto
+from qsens.recipes.allocation import allocate, allocate_least, allocate_one, pareto
 from qsens.recipes.format_choices import UNQUANTIZED, DecisionGroup, FormatChoice
 from qsens.schema.summary import ParetoPoint
 
@@ -50,6 +50,36 @@ def test_equal_to_brute_force(seed: int, scale: float) -> None:
     if best is not None:
         assert found.score == pytest.approx(best, rel=1e-9, abs=1e-15)
         assert found.effective_bits <= target
+
+
+@pytest.mark.parametrize("seed", range(120))
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_the_fewest_bits_within_a_score_are_those_of_brute_force(seed: int, scale: float) -> None:
+    draw = random.Random(seed)
+    decisions = []
+    for at in range(draw.randint(1, 6)):
+        bits = draw.sample([4.125, 4.25, 4.5, 8.0, 8.25], draw.randint(1, 3))
+        own = [FormatChoice(str(b), b, draw.uniform(0, 1) ** 3 * scale) for b in bits]
+        weights = draw.choice([128, 256, 1024, 4096])
+        decisions.append(DecisionGroup((str(at),), weights, (UNQUANTIZED, *own)))
+    most = draw.choice([0.0, 0.05, 0.3, 1.0, 9.0]) * scale
+    found = allocate_least(decisions, most)
+    total = sum(decision.weights for decision in decisions)
+    best = math.inf
+    for chosen in itertools.product(*(decision.choices for decision in decisions)):
+        if math.fsum(choice.score for choice in chosen) <= most:
+            pairs = zip(decisions, chosen, strict=True)
+            best = min(best, sum(decision.weights * choice.bits for decision, choice in pairs))
+    assert found.bits == pytest.approx(best / total, rel=1e-12)
+    assert found.score <= most * (1 + 1e-9)
+
+
+def test_a_score_that_no_choice_has_is_out_of_reach() -> None:
+    forced = DecisionGroup(("a",), 10, (FormatChoice("int8", 8.0, 0.5),))
+    with pytest.raises(
+        AnswerIsNo, match=r"a total score of 0\.25 is out of reach: the least is 0\.5"
+    ):
+        allocate_least([forced], 0.25)
 
 
 def test_by_hand() -> None:
