@@ -63,9 +63,9 @@ def write_shards(
 
     Args:
         weights: The source's.
-        modules: What is packed; all else stays as it is.
+        modules: What is packed; all else stays as it is, but for matrices in float32.
         directory: Where they go.
-        dtype: Data type that weights were scored in.
+        dtype: Data type that weights were scored in, which those get.
         progress: Called with a phase, files written, and files in all.
 
     Returns:
@@ -123,7 +123,9 @@ def _write(
                 parts = pack(tensor.to(dtype), module.pair, amax=shared, inputs=module.inputs)
                 made |= {f"{module.name}.{part}": each for part, each in parts.items()}
             if not packed or any(module.keeps for module in packed):
-                made[name] = tensor
+                # Matrices as they were scored; a model may want its vectors in float32.
+                scored = tensor.ndim > 1 and tensor.dtype == torch.float32
+                made[name] = tensor.to(dtype) if scored else tensor
     with write_file(target) as temporary:
         try:
             save_file(made, temporary, metadata={"format": "pt"})

@@ -35,6 +35,7 @@ RECIPE = "qsens-recipe.json"
 _OF = "qsens-export.json"
 _AGAIN = "Write the recipe again with `qsens recipe SWEEP --to json --out FILE`."
 _TIED = "tie_word_embeddings"
+_DTYPE = ("dtype", "torch_dtype")
 
 Progress = Callable[[str, int, int], None]
 
@@ -103,8 +104,9 @@ def _write(
         {name: format_ for name, format_ in chosen.items() if format_ is not None},
         [*(name for name, format_ in chosen.items() if format_ is None), *recipe.outside],
     )
+    _say(config, _DTYPE, plan.config.model.dtype)
     if any(choice.kind == "head" and choice.format is not None for choice in recipe.choices):
-        _untie(config)
+        _say(config, (_TIED,), False)
     for file in served_files(source):
         copy_file(file, half / file.name, remedy="Run it again.")
     write_text(half / "config.json", json.dumps(config, indent=2) + "\n")
@@ -214,11 +216,11 @@ def _begin(half: Path, digest: str) -> None:
     write_text(mark, dump_json({"of": digest}))
 
 
-def _untie(config: dict[str, Any]) -> None:
-    """Say that the head is a weight of its own, wherever it is said that it is none."""
+def _say(config: dict[str, Any], keys: tuple[str, ...], value: Any) -> None:
+    """Give the first of ``keys`` a value, and all of them wherever they have another."""
+    config[keys[0]] = value
     for section in (config, *(each for each in config.values() if isinstance(each, dict))):
-        if section is config or _TIED in section:
-            section[_TIED] = False
+        section.update({key: value for key in keys if key in section})
 
 
 def _refuse_full(directory: Path) -> None:

@@ -173,6 +173,24 @@ def test_the_weights_that_transformers_loads_are_those_that_were_scored(
     assert len(recipe.formats) == 2
 
 
+def test_what_was_scored_in_16_bits_is_packed_in_16_bits(swept: Swept, tmp_path: Path) -> None:
+    words = ("demo-text", f"model.path={swept.checkpoint}", "quant_pair=wint4_afp16-ct_group64")
+    found = swept.run("sweep", *words, "dataset.size=small", "model.dtype=bfloat16")
+    path = tmp_path / "recipe.json"
+    options = ("--bits", "6", "--to", "json", "--out", str(path))
+    swept.run("recipe", found["sweep_id"], *options)
+    written = swept.run("export", str(path), str(tmp_path / "packed"), "--verify")
+    assert written["verified"]["agrees"]
+    assert written["verified"]["difference"] < 1e-4 * written["verified"]["largest"]
+    packed = tensors(tmp_path / "packed")
+    assert {t.dtype for t in packed.values() if t.ndim > 1 and t.is_floating_point()} == {
+        torch.bfloat16
+    }
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert config["text_config"]["dtype"] == "bfloat16"
+
+
 def test_a_run_that_was_ended_goes_on_where_it_was(
     swept: Swept, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

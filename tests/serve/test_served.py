@@ -83,7 +83,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(results: Path) -> str:
     """The id of a sweep of all formats."""
     formats = ",".join(name for name, _ in FORMATS.values() if "," not in name)
-    words = (f"model.path={CHECKPOINT}", "model.dtype=float32", "dataset.size=small")
+    # Scales are stored in the data type that they are served in.
+    words = (f"model.path={CHECKPOINT}", f"model.dtype={DTYPE}", "dataset.size=small")
     found = qsens(
         results, "sweep", "demo-text", *words, f"quant_pair={formats}", "autoquant.method=fisher"
     )
