@@ -151,8 +151,12 @@ def recipe(
     sweep: Annotated[
         str, typer.Argument(metavar="SWEEP", help="A sweep's directory, summary.json, or id.")
     ],
-    bits: Annotated[float, typer.Option(help="Bits a weight, at most.")],
     to: Annotated[RecipeTarget, typer.Option("--to", help="Who takes the recipe.")],
+    bits: Annotated[float | None, typer.Option(help="Bits a weight, at most.")] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Predicted KL, nats a token, at most: the fewest bits within it."),
+    ] = None,
     size: Annotated[
         Literal["small", "medium", "large"] | None,
         typer.Option(help="Size of the scores; the largest there is when left out."),
@@ -194,7 +198,7 @@ def recipe(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Choose a format for every group at a target of bits; exit code 3 if out of reach.
+    """Choose a format for every group, by --bits or --max-kl; exit code 3 if out of reach.
 
     With --check, exit code 3 also says that a single pair or ModelOpt's choice does better.
     """
@@ -203,6 +207,7 @@ def recipe(
     written = write_recipe(
         sweep,
         bits=bits,
+        max_kl=max_kl,
         target=to,
         size=size,
         coverage=coverage,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,8 @@ Target = Literal["modelopt", "llm-compressor", "json"]
 def write_recipe(
     where: str,
     *,
-    bits: float,
+    bits: float | None = None,
+    max_kl: float | None = None,
     target: Target,
     size: Size | None = None,
     coverage: Coverage | None = None,
@@ -49,6 +51,8 @@ def write_recipe(
     Args:
         where: A sweep's directory, its ``summary.json``, or its id under the results root.
         bits: Bits a weight, at most.
+        max_kl: Predicted KL, at most, nats a token: the recipe has the fewest bits within it. One
+            of the two is given.
         target: Who takes it.
         size: Calibration size of the scores; the largest that has results when not given.
         coverage: Coverage of the scores; the widest that has results when not given.
@@ -65,8 +69,8 @@ def write_recipe(
         roots: Where things lie; from the environment when not given.
 
     Returns:
-        ``{sweep_id, size, target, bits_asked, bits, damage, damage_unit, domains, formats, prices,
-        left_out, notices, path, check, recipe}``; ``check`` only where asked for;
+        ``{sweep_id, size, target, bits_asked, max_kl, bits, damage, damage_unit, domains,
+        formats, prices, left_out, notices, path, check, recipe}``; ``check`` only where asked for;
         ``recipe`` is the text, left out where it was written.
 
     Raises:
@@ -74,7 +78,23 @@ def write_recipe(
             nothing, or the target is none.
         AnswerIsNo: The target is out of reach.
     """
-    if not 0 < bits <= UNQUANTIZED_BITS:
+    if (bits is None) == (max_kl is None):
+        raise UserError(
+            "names no target" if bits is None else "names two targets",
+            where="--bits, --max-kl",
+            remedy="Ask for bits a weight, or for a predicted KL in nats a token.",
+        )
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise UserError(
+            f"{max_kl:g} nats a token are no target", where="--max-kl", remedy="Ask for 0 or more."
+        )
+    if max_kl is not None and worst_case:
+        raise UserError(
+            "is over the mean of all data sets, which the worst case leaves",
+            where="--max-kl with --worst-case",
+            remedy="Ask for --bits with --worst-case.",
+        )
+    if bits is not None and not 0 < bits <= UNQUANTIZED_BITS:
         raise UserError(
             f"{bits:g} bits a weight are no target", where="--bits", remedy="Ask for 0 to 16 bits."
         )
@@ -90,6 +110,7 @@ def write_recipe(
         summary,
         plan,
         bits,
+        max_kl=max_kl,
         size=size,
         coverage=coverage,
         pairs=pairs,
@@ -125,7 +146,8 @@ def write_recipe(
         "sweep_id": recipe.sweep_id,
         "size": recipe.size,
         "target": target,
-        "bits_asked": bits,
+        "bits_asked": recipe.bits_asked,
+        "max_kl": recipe.max_kl,
         "bits": recipe.bits,
         "damage": recipe.damage,
         "damage_unit": recipe.damage_unit,
@@ -155,8 +177,9 @@ def dump(recipe: Recipe, target: Target) -> str:
 def recipe_of(
     summary: Summary,
     plan: Plan,
-    bits: float,
+    bits: float | None,
     *,
+    max_kl: float | None = None,
     size: Size | None = None,
     coverage: Coverage | None = None,
     pairs: Sequence[str] = (),
@@ -171,7 +194,8 @@ def recipe_of(
     Args:
         summary: What the sweep found.
         plan: The plan of the same sweep.
-        bits: Bits a weight, at most.
+        bits: Bits a weight, at most; none where ``max_kl`` is the target.
+        max_kl: Predicted KL, at most, nats a token; none where bits are the target.
         size: Calibration size of the scores; the largest that has results when not given.
         coverage: Coverage of the scores; the widest that has results when not given.
         pairs: The pairs to choose from; all of the sweep when not given.
@@ -251,6 +275,7 @@ def recipe_of(
             packing.rows,
             {name: formats[name] for name in rows},
             bits,
+            max_kl=max_kl,
             prices=corrected.corrections,
             sweep_id=summary.sweep_id,
             model=summary.model,

@@ -105,7 +105,11 @@ class Recipe(Frozen):
     damage_unit: DamageUnit
     """Unit of every ``damage``: nats a token are predicted KL, a gradient score is none."""
     bits_asked: float
-    """Target, in bits a weight over all groups here; what stays unquantized counts 16."""
+    """Target, in bits a weight over all groups here; what stays unquantized counts 16. Where a KL
+    divergence was asked for, the bits that it came to."""
+    max_kl: float | None = None
+    """Largest predicted KL that was asked for, nats a token: the bits are the fewest within it;
+    null where bits were asked for."""
     bits: float
     """Bits a weight that the recipe comes to."""
     damage: float

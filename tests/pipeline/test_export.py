@@ -134,6 +134,33 @@ def test_a_recipe_of_every_kind_is_packed_and_verified(
     assert all(torch.equal(before[name], after[name]) for name in kept)
 
 
+def test_the_fewest_bits_within_a_divergence(swept: Swept, mixed: Path) -> None:
+    """Between the bits that a bit more, and a bit less, KL would do with."""
+    at_six = read_recipe(mixed)
+    words = ("--pairs", FORMATS.removesuffix(",wfp8_afp16"), "--tied-head", "--to", "json")
+
+    def within(most: float) -> dict[str, Any]:
+        found: dict[str, Any] = swept.run(
+            "recipe", swept.sweep_id, "--max-kl", f"{most:.12g}", *words
+        )
+        return found
+
+    same = within(at_six.damage * (1 + 1e-9))
+    assert same["bits"] <= at_six.bits * (1 + 1e-9)
+    assert same["damage"] <= at_six.damage * (1 + 1e-6)
+    assert same["max_kl"] == pytest.approx(at_six.damage)
+    less, more = within(at_six.damage / 2), within(at_six.damage * 2)
+    assert more["bits"] < same["bits"] < less["bits"]
+    assert less["damage"] <= at_six.damage / 2
+    assert within(0.0)["bits"] == 16.0
+    assert (
+        "the fewest within"
+        in swept.run(
+            "recipe", swept.sweep_id, "--max-kl", "1", "--to", "llm-compressor", *words[:3]
+        )["recipe"]
+    )
+
+
 def test_a_tied_head_becomes_a_weight_of_its_own(swept: Swept, tmp_path: Path) -> None:
     recipe = swept.recipe("head", 8.0, "wint8_afp16-ct_channel", "--tied-head")
     swept.export(recipe, tmp_path / "packed")

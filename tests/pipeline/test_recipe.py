@@ -106,6 +106,24 @@ def test_the_recipe_is_the_sum_of_its_rows(sweep: Sweep, tmp_path: Path) -> None
     assert above[0][1] <= recipe["damage"] <= below[-1][1]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "--bits, --max-kl: names no target"),
+        (("--bits", "6", "--max-kl", "0.1"), "--bits, --max-kl: names two targets"),
+        (("--max-kl", "-1"), "-1 nats a token are no target"),
+        (("--max-kl", "0.1"), "its scores are no KL divergence (method gradient)"),
+        (("--max-kl", "0.1", "--worst-case"), "--max-kl with --worst-case"),
+    ],
+)
+def test_a_target_is_one_that_the_sweep_knows(
+    sweep: Sweep, words: tuple[str, ...], said: str
+) -> None:
+    done = sweep.run("recipe", str(sweep.directory), "--to", "json", *words, code=2)
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 2
+
+
 def test_an_infeasible_target_names_the_nearest(sweep: Sweep) -> None:
     answer = sweep.json(str(sweep.directory), "--bits", "4.5", "--to", "modelopt", code=3)
     assert answer["error"] == "AnswerIsNo"

@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from qsens.analysis.statistic import statistic_of
 from qsens.config import PairConfig
 from qsens.config.models import Size
-from qsens.recipes.allocation import allocate, outcome
+from qsens.errors import UserError
+from qsens.recipes.allocation import allocate, allocate_least, outcome
 from qsens.recipes.domains import Mix, domains_of, mixed
 from qsens.recipes.format_choices import DecisionGroup, build_decision_groups
 from qsens.recipes.formats import filters
@@ -28,8 +29,9 @@ from qsens.schema.summary import Row, Statistic
 def choose(
     cells: Mapping[str, Sequence[Row]],
     formats: Mapping[str, PairConfig],
-    target_bits: float,
+    target_bits: float | None,
     *,
+    max_kl: float | None = None,
     sweep_id: str,
     model: str,
     checkpoint_digest: str,
@@ -46,13 +48,15 @@ def choose(
 ) -> Recipe:
     """Choose a format for every group so that the total score is lowest at ``target_bits``.
 
-    Of several data sets scored together, that is the score over all their tokens, or that of a mix
-    of them. In the worst case, the largest ratio to what each could have alone is least instead.
+    Or, where that is none, so that the bits are fewest within ``max_kl``. Of several data sets
+    scored together, that is the score over all their tokens, or that of a mix of them. In the worst
+    case, the largest ratio to what each could have alone is least instead.
 
     Args:
         cells: The rows of the sweep, by the format's name.
         formats: Those formats, by the same names.
-        target_bits: Bits a weight, at most.
+        target_bits: Bits a weight, at most; none where ``max_kl`` is the target.
+        max_kl: Predicted KL, at most, nats a token; none where bits are the target.
         sweep_id: The sweep.
         model: Directory of the model's results.
         checkpoint_digest: Digest of the checkpoint.
@@ -69,6 +73,7 @@ def choose(
 
     Raises:
         AnswerIsNo: The target is out of reach.
+        UserError: A KL divergence is asked for, and the scores are none.
     """
     names = domains_of(cells)
 
@@ -79,13 +84,25 @@ def choose(
         )
 
     statistic = statistic_of(method, (row for rows in cells.values() for row in rows))
+    unit = _unit(method, statistic)
     of_domains = {name: decisions_by({name: 1.0}) for name in names}
     decisions = decisions_by(mix)
     if worst_case:
+        assert target_bits is not None
         chosen = allocate_worst_case(list(of_domains.values()), target_bits)[0].chosen
         allocated = outcome(decisions, chosen)
-    else:
+    elif target_bits is not None:
         allocated = allocate(decisions, target_bits)
+    else:
+        assert max_kl is not None
+        if unit != "nats a token":
+            raise UserError(
+                f"its scores are no KL divergence (method {method})",
+                where=f"--max-kl, sweep {sweep_id}",
+                remedy="Ask for --bits, or sweep with autoquant.method=fisher.",
+            )
+        allocated = allocate_least(decisions, max_kl)
+    bits = allocated.bits if target_bits is None else target_bits
     rows = {row.layer: row for rows in cells.values() for row in rows}
     choices = [
         Choice(
@@ -108,8 +125,9 @@ def choose(
         checkpoint_digest=checkpoint_digest,
         size=size,
         method=method,
-        damage_unit=_unit(method, statistic),
-        bits_asked=target_bits,
+        damage_unit=unit,
+        bits_asked=bits,
+        max_kl=max_kl,
         bits=allocated.bits,
         damage=allocated.score,
         domains=tuple(
@@ -117,7 +135,7 @@ def choose(
                 name=name,
                 share=None if mix is None else mix[name],
                 damage=outcome(own, allocated.chosen).score,
-                best=allocate(own, target_bits).score,
+                best=allocate(own, bits).score,
             )
             for name, own in of_domains.items()
         ),
@@ -158,7 +176,7 @@ def header(recipe: Recipe, tool: str) -> str:
         tool: What takes the file, in words.
     """
     lines = [
-        f"{recipe.bits:.4f} bits a weight ({recipe.bits_asked:g} asked), for {tool}.",
+        f"{recipe.bits:.4f} bits a weight ({_asked(recipe)} asked), for {tool}.",
         f"Model {recipe.model}, checkpoint {recipe.checkpoint_digest[:12]}, "
         f"sweep {recipe.sweep_id}, size {recipe.size}.",
         f"{predicted(recipe.damage, recipe.damage_unit)} (method {recipe.method}), a sum over "
@@ -172,6 +190,12 @@ def header(recipe: Recipe, tool: str) -> str:
     lines += [f"Note: {notice}" for notice in recipe.notices]
     # What a name brings along must stay within the comment.
     return "".join(f"# {' '.join(line.split())}\n" for line in lines)
+
+
+def _asked(recipe: Recipe) -> str:
+    if recipe.max_kl is None:
+        return f"{recipe.bits_asked:g}"
+    return f"the fewest within {recipe.max_kl:g} nats a token"
 
 
 def predicted(total: float, unit: DamageUnit) -> str:
