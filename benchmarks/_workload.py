@@ -241,6 +241,10 @@ def samples_of_length(model: Any, count: int, tokens: int) -> Samples:
 
 
 def pair_configs(names: Sequence[str]) -> list[PairConfig]:
-    """Return the pairs of that name; every pair of ``configs/quant_pair`` where there is none."""
+    """Return the pairs of that name, ``wint8_aint8-ct_token`` at that granularity.
+
+    Every pair of ``configs/quant_pair`` where there is no name.
+    """
     names = names or list(choices("quant_pair"))
-    return list(load_sweep("single", [f"quant_pair={','.join(names)}"]).config.quant_pair)
+    config = load_sweep("single", [f"quant_pair={','.join(names)}"]).config
+    return [pair.with_granularity(granularity) for pair, granularity in config.formats]
