@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ def export_checkpoint(
         TryAgain: Another process writes it.
     """
     _refuse_full(directory)
+    packer = _packer()
     recipe = read_recipe(recipe_file)
     results = (roots or Roots.from_environment()).results
     summary, plan = read_sweep(find_sweep(recipe.sweep_id, results))
@@ -73,6 +75,7 @@ def export_checkpoint(
     half = directory.with_name(f".{directory.name}.qsens-export")
     lock = lock_at(directory.with_name(f".{directory.name}.qsens-export.lock"))
     with held(lock, where=str(directory), wait=False):
+        _begin(half, digest_of({"recipe": recipe.model_dump(mode="json"), "by": packer}))
         written = _write(recipe, recipe_file, summary, plan, half, progress)
         with writing(directory.parent):
             half.replace(directory)
@@ -95,7 +98,6 @@ def _write(
     source = plan.config.model.path
     weights = find_weights(source)
     modules = _modules(recipe, plan, summary)
-    _begin(half, digest_of({"recipe": recipe.model_dump(mode="json")}))
     total = write_shards(weights, modules, half, getattr(torch, plan.config.model.dtype), progress)
     chosen = {name: choice.format for choice in recipe.choices for name in choice.members}
     config = read_config(source)
@@ -203,6 +205,18 @@ def cells_of(recipe: Recipe, summary: Summary) -> dict[str, SummaryCell]:
             remedy=_AGAIN,
         )
     return {name: found[name] for name in recipe.formats}
+
+
+def _packer() -> str:
+    """Return the version of what packs weights."""
+    try:
+        return version("compressed-tensors")
+    except PackageNotFoundError as error:
+        raise UserError(
+            "is not installed, and packs the weights",
+            where="compressed-tensors",
+            remedy="pip install 'qsens[export]'",
+        ) from error
 
 
 def _begin(half: Path, digest: str) -> None:

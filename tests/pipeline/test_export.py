@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,6 +296,17 @@ def test_a_full_disk_loses_nothing(swept: Swept, mixed: Path, tmp_path: Path) ->
         assert not list(half.glob("*.tmp"))
         for file in half.glob("*.safetensors"):
             assert load_file(file)
+
+
+def test_without_what_packs_it_says_what_to_install(
+    swept: Swept, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(step, "version", lost)
+    with pytest.raises(UserError, match=r"pip install 'qsens\[export\]'"):
+        swept.export(mixed, tmp_path / "packed")
 
 
 def test_a_format_of_modelopt_is_refused(swept: Swept, tmp_path: Path) -> None:
