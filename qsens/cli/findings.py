@@ -21,6 +21,7 @@ from qsens.cli.base import (
 )
 from qsens.config import Roots
 from qsens.config.models import Coverage
+from qsens.config.runtime import Gpu
 from qsens.errors import AnswerIsNo
 from qsens.grid import read_plan
 from qsens.progress import ProgressLine
@@ -188,6 +189,19 @@ def recipe(
         bool,
         typer.Option("--worst-case", help="Let no data set lose much more than it has to."),
     ] = False,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="RUNTIME", help="What serves it, of a version: vllm, sglang, ..."
+        ),
+    ] = None,
+    gpu: Annotated[
+        Gpu | None, typer.Option(help="With --for: the GPU generation; any when left out.")
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --for: GPUs that every layer is cut over; 1 if left out."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write it; stdout if left out.")] = None,
     check: Annotated[
         bool,
@@ -219,6 +233,9 @@ def recipe(
         out=out,
         check=check,
         captions=captions,
+        runtime=runtime,
+        gpu=gpu,
+        tensor_parallel=tensor_parallel,
     )
     _say_recipe(written, as_json=as_json)
     if check and written["check"]["better"]:

@@ -76,7 +76,8 @@ def choices(group: str, roots: Roots | None = None) -> dict[str, Path]:
     """Return the files that can be chosen in ``group``, by name, sorted.
 
     Args:
-        group: ``model``, ``dataset``, ``quant_pair``, ``quant_granularity`` or ``sweep``.
+        group: ``model``, ``dataset``, ``quant_pair``, ``quant_granularity``, ``runtime`` or
+            ``sweep``.
         roots: Where to look; from the environment when not given.
     """
     roots = roots or Roots.from_environment()

@@ -299,5 +299,5 @@ def _refuse_shape(name: str, pair: PairConfig, shape: tuple[int, ...]) -> None:
         raise UserError(
             f"{name} cannot be packed as {pair.name}: {reason}",
             where="the recipe",
-            remedy="Choose it again with --to llm-compressor's limits: `qsens recipe --keep`.",
+            remedy="Choose it again for what is to load it: `qsens recipe --for vllm --to json`.",
         )

@@ -5,27 +5,28 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qsens.analysis.series import of_coverage, series_of
 from qsens.cells import format_name, is_named, refuse_unknown
 from qsens.config import Roots
 from qsens.config.models import SIZES, Coverage, Size
+from qsens.config.runtime import Gpu, load_runtime
 from qsens.documents import dump_json
 from qsens.errors import AnswerIsNo, UserError
 from qsens.grid import Plan
-from qsens.pipeline.packing import Packing, pack
+from qsens.pipeline.deployment import Target, deployment_of, layout_words, said_of, taker, use_of
+from qsens.pipeline.packing import pack
 from qsens.published import find_sweep, read_sweep
 from qsens.recipes.domains import domains_of, mix_of, read_mix, refuse_one
 from qsens.recipes.format_choices import UNQUANTIZED_BITS, matches
 from qsens.recipes.formats import llm_compressor, modelopt
 from qsens.recipes.formats.evidence import choose, tally
+from qsens.recipes.runtime import Deployment, Ruling
 from qsens.recipes.score_correction import correct
 from qsens.schema.recipe import LeftOut, Recipe
 from qsens.schema.summary import Summary, SummaryCell
 from qsens.writing import write_text
-
-Target = Literal["modelopt", "llm-compressor", "json"]
 
 
 def write_recipe(
@@ -44,6 +45,9 @@ def write_recipe(
     out: Path | None = None,
     check: bool = False,
     captions: Path | None = None,
+    runtime: str | None = None,
+    gpu: Gpu | None = None,
+    tensor_parallel: int | None = None,
     roots: Roots | None = None,
 ) -> dict[str, Any]:
     """Choose a recipe from a sweep, and write it for a tool.
@@ -66,10 +70,13 @@ def write_recipe(
         out: Where to write it; nothing is written when not given.
         check: Whether to measure it, see :func:`qsens.pipeline.evaluate_recipe.check_recipe`.
         captions: File of captions to measure on.
+        runtime: Name of a file below ``configs/runtime/``: what that forbids is no option.
+        gpu: GPU generation that it runs on; any when not given.
+        tensor_parallel: GPUs that it cuts every layer over; 1 when not given.
         roots: Where things lie; from the environment when not given.
 
     Returns:
-        ``{sweep_id, size, target, bits_asked, max_kl, bits, damage, damage_unit, domains,
+        ``{sweep_id, size, target, bits_asked, max_kl, bits, damage, damage_unit, runtime, domains,
         formats, prices, left_out, notices, path, check, recipe}``; ``check`` only where asked for;
         ``recipe`` is the text, left out where it was written.
 
@@ -104,7 +111,9 @@ def write_recipe(
             where="--mix with --worst-case",
             remedy="Leave one of them out.",
         )
-    directory = find_sweep(where, (roots or Roots.from_environment()).results)
+    roots = roots or Roots.from_environment()
+    deployment = deployment_of(runtime, gpu, tensor_parallel, roots)
+    directory = find_sweep(where, roots.results)
     summary, plan = read_sweep(directory)
     recipe = recipe_of(
         summary,
@@ -119,6 +128,8 @@ def write_recipe(
         target=target,
         mix=read_mix(mix) if mix is not None else None,
         worst_case=worst_case,
+        deployment=deployment,
+        roots=roots,
     )
     text = dump(recipe, target)
     if out is not None:
@@ -151,6 +162,7 @@ def write_recipe(
         "bits": recipe.bits,
         "damage": recipe.damage,
         "damage_unit": recipe.damage_unit,
+        "runtime": recipe.runtime.model_dump() if recipe.runtime is not None else None,
         "domains": [entry.model_dump() for entry in recipe.domains],
         "formats": [
             {"format": name, "groups": groups, "weights": weights}
@@ -188,6 +200,8 @@ def recipe_of(
     target: Target = "json",
     mix: Mapping[str, float] | None = None,
     worst_case: bool = False,
+    deployment: Deployment | None = None,
+    roots: Roots | None = None,
 ) -> Recipe:
     """Choose a recipe from a sweep.
 
@@ -204,6 +218,8 @@ def recipe_of(
         target: Who takes it: what that cannot take is no option.
         mix: Shares of the sweep's data sets, by name; those of its tokens when not given.
         worst_case: Whether the least maximum over the data sets is asked for instead.
+        deployment: The runtime that it is for: what that forbids is no option.
+        roots: Where the files of runtimes lie; from the environment when not given.
 
     Raises:
         UserError: No results at that size, or a pattern matches nothing.
@@ -220,16 +236,25 @@ def recipe_of(
         and is_named(cell, pairs)
     ]
     packs = target == "llm-compressor"
+    # What llm-compressor writes, vLLM loads, as a rule.
+    reader = deployment or (Deployment(load_runtime("vllm", roots)) if packs else None)
+    rulings = {name: reader.ruling(pair) for name, pair in formats.items()} if reader else {}
     for name, pair in list(formats.items()):
-        reason = (llm_compressor.refusal(pair) or llm_compressor.misread(pair)) if packs else None
+        reason = llm_compressor.refusal(pair) if packs else None
+        if target == "modelopt" and not pair.by_modelopt:
+            reason = "ModelOpt does not compute it: its reference is compressed-tensors"
+        ruling = rulings.get(name, Ruling())
+        if reason is None and (deployment is not None or ruling.misread):
+            reason = ruling.refusal
         if reason is not None:
             del formats[name]
             left_out.append(LeftOut(format=name, reason=reason))
     if not formats:
         raise UserError(
-            f"none of its pairs can be given to {target}: " + _listed(left_out),
+            f"none of its pairs can be given to {taker(target, deployment)}: " + _listed(left_out),
             where=f"sweep {summary.sweep_id}",
-            remedy="Export with --to modelopt, or sweep other pairs.",
+            remedy="Sweep other pairs, `qsens sweep serving`, or "
+            + ("leave --for out." if deployment else "export with --to modelopt."),
         )
     corrected = correct(
         {format_name(cell): cell.rows for cell in cells if format_name(cell) in formats},
@@ -267,7 +292,7 @@ def recipe_of(
     if keep_head:
         known = "is tied to the embedding" if tied else "may be tied to the embedding"
         notices.append(f"the head {known}: it is left at 16 bits")
-    packing = pack(rows, formats, plan.checkpoint.path) if packs else Packing(rows)
+    packing = pack(rows, formats, plan.checkpoint.path, packs=packs, deployment=deployment)
     left_out += packing.left_out
     notices += packing.notices
     try:
@@ -284,7 +309,9 @@ def recipe_of(
             method=plan.config.autoquant.method,
             keep=keep,
             keep_head=keep_head,
+            together=packing.together,
             refused=packing.refused,
+            runtime=use_of(deployment) if deployment is not None else None,
             mix=shares,
             worst_case=worst_case,
             left_out=left_out,
@@ -294,13 +321,9 @@ def recipe_of(
         if left_out:
             error.remedy += f" Left out: {_listed(left_out)}."
         raise
-    if not packs:
-        return recipe
-    said = [
-        f"{name}: {words}"
-        for name, pair in recipe.formats.items()
-        if (words := llm_compressor.served(pair)) is not None
-    ]
+    said = [words for name in recipe.formats for words in said_of(name, rulings, deployment)]
+    if deployment is not None:
+        said += layout_words(deployment, target)
     return recipe.model_copy(update={"notices": (*recipe.notices, *said)})
 
 

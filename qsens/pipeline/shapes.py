@@ -18,8 +18,8 @@ Shape = tuple[int, ...]
 _OUTER = ("model", "language_model")
 
 
-def module_shapes(checkpoint: Path, rows: Iterable[Row]) -> dict[str, tuple[Shape, ...]]:
-    """Return the shapes of the weights of each module, ``(out, in, ...)``, by the module's name.
+def module_shapes(checkpoint: Path, rows: Iterable[Row]) -> dict[str, dict[str, Shape]]:
+    """Return the shapes of the weights of each module, ``(out, in, ...)``, by its name and theirs.
 
     A dense module has one weight; a layer of experts has those of every expert. A head without a
     weight of its own has the embedding's. Modules whose weights are not found, or do not add up to
@@ -40,13 +40,13 @@ def module_shapes(checkpoint: Path, rows: Iterable[Row]) -> dict[str, tuple[Shap
         ) from error
     oriented = {**stored, **covered_shapes(stored, ())}
     named = by_inner_name(stored)
-    by_module = {}
+    by_module: dict[str, dict[str, Shape]] = {}
     for row in rows:
         weights = {member: stored_weights(member, row.kind, named) for member in row.members}
         elements = sum(math.prod(stored[name]) for names in weights.values() for name in names)
         if all(weights.values()) and elements == weights_of(row):
             for member, names in weights.items():
-                by_module[member] = tuple(oriented[name] for name in names)
+                by_module[member] = {name: oriented[name] for name in names}
     return by_module
 
 

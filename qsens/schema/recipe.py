@@ -8,6 +8,7 @@ from typing import Literal
 from qsens.config import PairConfig
 from qsens.config.base import Frozen
 from qsens.config.models import Size
+from qsens.config.runtime import Gpu
 from qsens.documents import read_document
 from qsens.names import Kind
 from qsens.schema.audit import Verdict
@@ -87,6 +88,26 @@ class LeftOut(Frozen):
         return f"{self.format}: {self.reason}" + (f": {shown}{more}" if shown else "")
 
 
+class RuntimeUse(Frozen):
+    """What a recipe was chosen for."""
+
+    name: str
+    """Name of the runtime, a file under ``configs/runtime/``."""
+    version: str
+    """Its version there."""
+    gpu: Gpu | None
+    """The GPU generation; null where any may come."""
+    tensor_parallel: int
+    """GPUs that every layer is cut over."""
+
+    @property
+    def words(self) -> str:
+        """Return all of it in one line."""
+        gpus = "GPU" if self.tensor_parallel == 1 else "GPUs"
+        kind = "" if self.gpu is None else f"{self.gpu} "
+        return f"{self.name} {self.version} on {self.tensor_parallel} {kind}{gpus}"
+
+
 class Recipe(Frozen):
     """A format for every group that may be quantized."""
 
@@ -120,6 +141,8 @@ class Recipe(Frozen):
     """The formats used, by name, as qsens defines them."""
     prices: dict[str, ScoreCorrection] = {}
     """How the scores of these formats were corrected."""
+    runtime: RuntimeUse | None = None
+    """What it was chosen for; null where for none in particular."""
     choices: tuple[Choice, ...]
     """What each group becomes, in model order."""
     outside: tuple[str, ...]

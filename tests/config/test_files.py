@@ -62,7 +62,7 @@ def test_what_is_written_by_hand_is_read(tmp_path: Path) -> None:
     }
     path.write_bytes(b"")
     assert read_mapping(path) == {}
-    for group in ("model", "dataset", "quant_pair", "quant_granularity", "sweep"):
+    for group in ("model", "dataset", "quant_pair", "quant_granularity", "runtime", "sweep"):
         assert all(read_mapping(file) for file in choices(group).values())
 
 

@@ -309,6 +309,26 @@ def test_without_what_packs_it_says_what_to_install(
         swept.export(mixed, tmp_path / "packed")
 
 
+def test_modelopt_is_not_given_what_it_does_not_compute(swept: Swept) -> None:
+    words = ("--bits", "9", "--to", "modelopt")
+    found = swept.run("recipe", swept.sweep_id, *words)
+    assert {entry["format"] for entry in found["formats"]} <= {"wfp8_afp16", None}
+    reasons = {entry["format"]: entry["reason"] for entry in found["left_out"]}
+    assert "its reference is compressed-tensors" in reasons["wint8_aint8-ct_token"]
+
+
+def test_what_a_server_loads_is_chosen_and_packed(swept: Swept, tmp_path: Path) -> None:
+    pairs = FORMATS.removesuffix(",wfp8_afp16")
+    recipe = swept.recipe("served", 9.0, pairs, "--for", "vllm", "--gpu", "ampere")
+    written = swept.export(recipe, tmp_path / "packed")
+    assert written["modules"] > 10
+    chosen = read_recipe(recipe)
+    # No FP8 products before Ada, and its shards of 64 and 128 columns are those of groups of 64.
+    assert "wfp8_afp8-ct" in chosen.formats or chosen.left_out or chosen.notices
+    assert chosen.runtime is not None
+    assert (chosen.runtime.name, chosen.runtime.gpu) == ("vllm", "ampere")
+
+
 def test_a_format_of_modelopt_is_refused(swept: Swept, tmp_path: Path) -> None:
     recipe = swept.recipe("modelopt", 9.0, "wfp8_afp16")
     with pytest.raises(UserError, match="wfp8_afp16 is of ModelOpt's scales"):

@@ -171,6 +171,60 @@ def test_text_goes_to_stdout_and_is_what_the_tool_reads(sweep: Sweep) -> None:
     assert "lm_head" in modifier["ignore"]
 
 
+def test_a_recipe_for_a_runtime_states_it(sweep: Sweep) -> None:
+    words = (str(sweep.directory), "--bits", "10", "--to", "json")
+    found = sweep.json(*words, "--for", "vllm", "--gpu", "hopper", "--tensor-parallel", "2")
+    stated = {"name": "vllm", "version": "0.32", "gpu": "hopper", "tensor_parallel": 2}
+    assert found["runtime"] == json.loads(found["recipe"])["runtime"] == stated
+    # The demo's down_proj has 384 columns, and 192 of them on each GPU are a group and a half.
+    (left,) = found["left_out"]
+    assert left["format"] == "wint4_afp16"
+    assert left["reason"].startswith("vLLM 0.32: 192 columns on each of 2 GPUs do not divide")
+    assert left["modules"] == [f"model.language_model.layers.{at}.mlp.down_proj" for at in range(4)]
+    assert sweep.json(*words)["runtime"] is None
+    # INT8 weights without activations have no kernel on CPUs, nor has MXFP4.
+    cpu = sweep.json(*words, "--for", "vllm", "--gpu", "cpu", "--pairs", "wint8_afp16,wint4_afp16")
+    (left,) = cpu["left_out"]
+    assert left["format"] == "wint8_afp16"
+    assert left["reason"].startswith("vLLM 0.32 does not run it on cpu, but on turing, ampere")
+    # Where a generation runs something else, or none was named, it is said.
+    words = (str(sweep.directory), "--bits", "9", "--to", "json", "--pairs", "wfp4_afp16")
+    there = sweep.json(*words, "--for", "vllm", "--gpu", "blackwell")
+    said = "wfp4_afp16: vLLM 0.32: on blackwell it runs with MXFP4 activations"
+    assert said in there["notices"]
+    anywhere = sweep.json(*words, "--for", "vllm")["notices"]
+    assert "wfp4_afp16: vLLM 0.32: it runs with MXFP4 activations on blackwell" in anywhere
+    assert "wfp4_afp16: vLLM 0.32 does not run it on turing, cpu" in anywhere
+    # TensorRT-LLM is known by what ModelOpt writes.
+    other = sweep.json(*words[:3], "--to", "llm-compressor", "--for", "tensorrt_llm")
+    assert any("layout of modelopt" in notice for notice in other["notices"])
+
+
+def test_a_runtime_that_cannot_be_asked_for_is_one_message(sweep: Sweep) -> None:
+    words = (str(sweep.directory), "--bits", "10", "--to", "json")
+    unknown = sweep.json(*words, "--for", "vlm", code=2)
+    assert (unknown["where"], unknown["what"]) == ("--for", "unknown runtime 'vlm'")
+    for option, value in (("--gpu", "hopper"), ("--tensor-parallel", "2")):
+        alone = sweep.json(*words, option, value, code=2)
+        assert alone["where"] == option
+        assert "--for sglang, tensorrt_llm, transformers, vllm" in alone["remedy"]
+    cut = sweep.json(*words, "--for", "transformers", "--tensor-parallel", "2", code=2)
+    assert cut["where"] == "--tensor-parallel"
+    wrong = sweep.run("recipe", *words, "--for", "vllm", "--gpu", "volta", code=2)
+    assert "'turing'" in wrong.stderr
+    none = sweep.json(*words, "--for", "vllm", "--gpu", "cpu", "--pairs", "wint8_afp16", code=2)
+    assert none["what"].startswith("none of its pairs can be given to json for vllm 0.32 on 1 cpu")
+
+
+def test_an_infeasible_target_for_a_runtime_names_the_nearest(sweep: Sweep) -> None:
+    words = (str(sweep.directory), "--to", "json", "--for", "tensorrt_llm", "--gpu", "ada")
+    # FP4 weights have no kernel there, and INT4 in groups of 128 has.
+    answer = sweep.json(*words, "--bits", "4.5", code=3)
+    nearest = (131072 * 16 + 983040 * 4.125) / 1114112
+    assert float(answer["remedy"].split()[2]) == pytest.approx(nearest, abs=1e-4)
+    assert "wfp4_afp16: TensorRT-LLM main of 2026-11 does not run it on ada" in answer["remedy"]
+
+
 def test_a_check_measures_on_captions_that_were_not_used(sweep: Sweep, tmp_path: Path) -> None:
     used = (REPO / "configs/dataset/demo/captions_medium.txt").read_text()
     (tmp_path / "used.txt").write_text(used)

@@ -21,6 +21,7 @@ from qsens.schema.recipe import (
     LeftOut,
     Method,
     Recipe,
+    RuntimeUse,
     ScoreCorrection,
 )
 from qsens.schema.summary import Row, Statistic
@@ -40,7 +41,9 @@ def choose(
     prices: Mapping[str, ScoreCorrection] | None = None,
     keep: Sequence[str] = (),
     keep_head: bool = False,
+    together: Sequence[Collection[str]] = (),
     refused: Mapping[str, Collection[str]] | None = None,
+    runtime: RuntimeUse | None = None,
     mix: Mix | None = None,
     worst_case: bool = False,
     left_out: Sequence[LeftOut] = (),
@@ -65,7 +68,9 @@ def choose(
         prices: How the scores of the rows were corrected, by the same names.
         keep: Patterns (fnmatch) of groups or members that stay at 16 bits.
         keep_head: Whether the head stays at 16 bits.
+        together: Names of groups that share one format.
         refused: Names of groups that a format is no option for, by the format's name.
+        runtime: What it is chosen for.
         mix: Shares of the data sets; those of their tokens when not given.
         worst_case: Whether the worst case decides.
         left_out: Formats of the sweep that are no option, for the record.
@@ -80,7 +85,12 @@ def choose(
     def decisions_by(weights: Mix | None) -> list[DecisionGroup]:
         rows = cells if weights is None else {n: mixed(each, weights) for n, each in cells.items()}
         return build_decision_groups(
-            rows, statistic, keep=keep, keep_head=keep_head, refused=refused
+            rows,
+            statistic,
+            keep=keep,
+            keep_head=keep_head,
+            together=together,
+            refused=refused,
         )
 
     statistic = statistic_of(method, (row for rows in cells.values() for row in rows))
@@ -140,6 +150,7 @@ def choose(
             for name, own in of_domains.items()
         ),
         formats={name: formats[name] for name in cells if name in used},
+        runtime=runtime,
         prices={name: price for name, price in (prices or {}).items() if name in used},
         choices=tuple(sorted(choices, key=lambda choice: _natural(choice.groups[0]))),
         outside=tuple(sorted(outside, key=_natural)),
@@ -182,6 +193,8 @@ def header(recipe: Recipe, tool: str) -> str:
         f"{predicted(recipe.damage, recipe.damage_unit)} (method {recipe.method}), a sum over "
         "groups, each taken alone.",
     ]
+    if recipe.runtime is not None:
+        lines.append(f"Chosen for {recipe.runtime.words}.")
     lines += [domain_words(entry, recipe.damage_unit) for entry in recipe.domains]
     for name, groups, weights in tally(recipe):
         lines.append(f"{name or '16 bits'}: {weights} weights, {groups} of the groups")

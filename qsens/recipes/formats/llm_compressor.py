@@ -76,24 +76,6 @@ def refusal(pair: PairConfig) -> str | None:
     return None
 
 
-def misread(pair: PairConfig) -> str | None:
-    """Return how vLLM, which loads what llm-compressor writes, reads ``pair`` as another format.
-
-    None where it does not. Its test for weights and activations of 8 bits compares bits, not types.
-    """
-    weight, inputs = pair.weight_quantizer, pair.input_quantizer
-    if inputs is None or {weight.bits(), inputs.bits()} != {8}:
-        return None
-    if weight.has_block_format() or inputs.has_block_format():
-        return None
-    if isinstance(weight.num_bits, int) == isinstance(inputs.num_bits, int):
-        return None
-    return (
-        "vLLM compares bits, not types, and serves 8-bit weights and activations of two types "
-        "wrongly: it takes amax / 448 of an FP8 activation for an INT8 scale"
-    )
-
-
 def unfit(pair: PairConfig, shape: tuple[int, ...]) -> str | None:
     """Return why compressed-tensors cannot quantize a weight in ``pair``; none where it can.
 
@@ -109,34 +91,6 @@ def unfit(pair: PairConfig, shape: tuple[int, ...]) -> str | None:
         if size and shape[-1] % size:
             return f"{shape[-1]} columns do not divide into blocks of {size}"
     return None
-
-
-def served(pair: PairConfig) -> str | None:
-    """Return what to know of how vLLM serves ``pair``; none where it serves it as it is.
-
-    Source: the choice of schemes for compressed-tensors in vLLM 0.32.
-    """
-    weight, inputs = pair.weight_quantizer, pair.input_quantizer
-    if weight.block_type() == _E8M0:
-        if weight.num_bits != _E2M1:
-            return None
-        if inputs is not None and inputs.type == "dynamic" and inputs.num_bits == _E4M3:
-            return "vLLM may fall back to MXFP4 activations, on some GPUs"
-        return "vLLM serves it with MXFP4 activations on Blackwell GPUs, with 16 bits on others"
-    if weight.block_type() == _E4M3:
-        known = inputs is None or inputs.block_type() == _E4M3
-        return None if known else "no server is known to load NVFP4 weights with such activations"
-    parts = [size for size in weight.sizes().values() if size is not None]
-    if inputs is None:
-        # Packed integers have a scale a channel or a group, FP8 weights one a tensor or a channel.
-        packed = weight.num_bits in (4, 8) and not weight.is_whole_tensor()
-        known = packed if isinstance(weight.num_bits, int) else not parts
-        return None if known else "no server is known to load such weights"
-    token = inputs.sizes().keys() == {-1} and inputs.type == "dynamic"
-    if (weight.num_bits, inputs.num_bits) == (4, 8) and token:
-        return "vLLM loads it on Arm and XPU alone"
-    same = weight.num_bits == inputs.num_bits and weight.bits() == 8
-    return None if same and not parts else "no server is known to load it"
 
 
 def _targets(recipe: Recipe, name: str | None) -> list[str]:

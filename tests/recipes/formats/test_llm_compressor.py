@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
-from qsens.config import PairConfig, choices, load_sweep
+from qsens.config import PairConfig
 from qsens.errors import UserError
 from qsens.recipes.formats import llm_compressor
 from qsens.recipes.formats.evidence import choose
 from qsens.schema.summary import Row
+from tests.recipes.every_format import at_all_granularities
 
 compressed = pytest.importorskip("compressed_tensors.quantization")
 
@@ -135,63 +136,6 @@ def test_applied_to_the_demo_checkpoint(
     unquantized = {"lm_head", "model.language_model.layers.0.mlp.down_proj"}
     assert not unquantized & schemes.keys()
     assert not any("visual" in name for name in schemes)
-
-
-def at_all_granularities(pairs: dict[str, PairConfig]) -> dict[str, PairConfig]:
-    """Return every pair at every granularity that suits it, by the name of the format."""
-    words = [f"{what}={','.join(choices(what))}" for what in ("quant_pair", "quant_granularity")]
-    granularities = load_sweep("demo-text", words).config.quant_granularity
-    return {
-        f"{name}-{granularity.name}": pair.with_granularity(granularity)
-        for name, pair in pairs.items()
-        for granularity in granularities
-        if pair.refusal(granularity) is None
-    }
-
-
-def test_what_vllm_reads_as_another_format_is_refused(pairs: dict[str, PairConfig]) -> None:
-    found = at_all_granularities(pairs)
-    wrong = {name for name, pair in found.items() if llm_compressor.misread(pair) is not None}
-    # INT8 with FP8 and FP8 with INT8, however they are scaled: static or per token.
-    assert wrong == {name for name in found if name.split("-")[0] in ("wint8_afp8", "wfp8_aint8")}
-    assert {"wint8_afp8-default", "wint8_afp8-a_token", "wfp8_aint8-default"} <= wrong
-
-
-NONE = "no server is known to load"
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("wint8_aint8-default", None),
-        ("wint8_aint8-a_token", None),
-        ("wint8_aint8-w_group64", NONE),
-        ("wint8_afp16-default", None),
-        ("wint8_afp16-w_group128", None),
-        ("wint8_afp16-w_tensor", NONE),
-        ("wint4_afp16-default", None),
-        ("wint4_afp8-default", NONE),
-        ("wint4_aint8-default", NONE),
-        ("wint4_aint8-a_token", "Arm and XPU"),
-        ("wint4_aint4-default", NONE),
-        ("wfp8_afp8-default", None),
-        ("wfp8_afp8-a_token", None),
-        ("wfp8_afp8-w_group128", NONE),
-        ("wfp8_afp16-default", None),
-        ("wfp8_afp16-w_group64", NONE),
-        ("wfp4_afp16-default", "MXFP4 activations on Blackwell"),
-        ("wfp4_afp8-default", "MXFP4 activations on Blackwell"),
-        ("wfp4_afp8-a_token", "may fall back to MXFP4 activations"),
-        ("wnvfp4_anvfp4-default", None),
-        ("wnvfp4_afp16-default", None),
-        ("wnvfp4_afp8-default", NONE),
-    ],
-)
-def test_what_servers_make_of_a_format_is_said(
-    name: str, words: str | None, pairs: dict[str, PairConfig]
-) -> None:
-    said = llm_compressor.served(at_all_granularities(pairs)[name])
-    assert said is None if words is None else words in (said or "")
 
 
 @pytest.mark.parametrize("columns", [16, 48, 64, 96, 192, 272, 576, 640])
