@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from qsens.config import Roots, choices
-from qsens.config.runtime import GPUS, Gpu, load_runtime
+from qsens.config.runtime import Gpu, load_runtime
 from qsens.errors import UserError
 from qsens.recipes.runtime import Deployment, Ruling
 from qsens.schema.recipe import RuntimeUse
@@ -33,10 +33,6 @@ def deployment_of(
                 )
         return None
     loaded = load_runtime(runtime, roots)
-    if gpu is not None and gpu not in GPUS:
-        raise UserError(
-            f"unknown GPU generation '{gpu}'", where="--gpu", remedy=f"Allowed: {', '.join(GPUS)}."
-        )
     gpus = 1 if tensor_parallel is None else tensor_parallel
     if gpus < 1 or (gpus > 1 and loaded.tensor_parallel is None):
         raise UserError(
@@ -60,7 +56,7 @@ def use_of(deployment: Deployment) -> RuntimeUse:
 
 def taker(target: Target, deployment: Deployment | None) -> str:
     """Return who takes a recipe, in words."""
-    return target if deployment is None else f"{target} for {use_of(deployment).words}"
+    return target if deployment is None else use_of(deployment).words
 
 
 def said_of(

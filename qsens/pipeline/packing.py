@@ -139,8 +139,8 @@ def _fused(deployment: Deployment | None, rows: Iterable[Row]) -> dict[str, tupl
 
 
 def _rows(shapes: Mapping[str, Mapping[str, Shape]], parts: Sequence[str]) -> int | None:
-    """Return the output channels of a fused layer; none where it is no fused layer."""
-    if len(parts) == 1:
+    """Return the output channels of a fused layer; none where each part keeps its own."""
+    if len(parts) == 1 or len({part.rpartition(".")[0] for part in parts}) > 1:
         return None
     return sum(shape[0] for part in parts for shape in shapes.get(part, {}).values())
 

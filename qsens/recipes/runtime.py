@@ -189,7 +189,7 @@ class Deployment:
 
     def _is_last(self, weight: Weight) -> bool:
         """Return whether nothing follows a weight in its fused layer, which may end anywhere."""
-        if weight.kind == "experts":
+        if weight.kind == "experts" or _OF_EXPERTS.match(weight.name):
             return weight.leaf in ("down_proj", "w2")
         if weight.leaf == "gate_up_proj":
             return False

@@ -103,9 +103,9 @@ class RuntimeUse(Frozen):
     @property
     def words(self) -> str:
         """Return all of it in one line."""
-        gpus = "GPU" if self.tensor_parallel == 1 else "GPUs"
-        kind = "" if self.gpu is None else f"{self.gpu} "
-        return f"{self.name} {self.version} on {self.tensor_parallel} {kind}{gpus}"
+        gpu = "" if self.gpu is None else f" on {self.gpu}"
+        cut = "" if self.tensor_parallel == 1 else f", cut over {self.tensor_parallel} GPUs"
+        return f"{self.name} {self.version}{gpu}{cut}"
 
 
 class Recipe(Frozen):

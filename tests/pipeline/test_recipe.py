@@ -195,6 +195,10 @@ def test_a_recipe_for_a_runtime_states_it(sweep: Sweep) -> None:
     anywhere = sweep.json(*words, "--for", "vllm")["notices"]
     assert "wfp4_afp16: vLLM 0.32: it runs with MXFP4 activations on blackwell" in anywhere
     assert "wfp4_afp16: vLLM 0.32 does not run it on turing, cpu" in anywhere
+    # For llm-compressor, what vLLM does is said, whoever serves it.
+    packed = sweep.json(*words[:3], "--to", "llm-compressor", "--pairs", "wfp4_afp16")
+    assert "wfp4_afp16: vLLM 0.32: it runs with MXFP4 activations on blackwell" in packed["notices"]
+    assert packed["runtime"] is None
     # TensorRT-LLM is known by what ModelOpt writes.
     other = sweep.json(*words[:3], "--to", "llm-compressor", "--for", "tensorrt_llm")
     assert any("layout of modelopt" in notice for notice in other["notices"])
@@ -213,7 +217,7 @@ def test_a_runtime_that_cannot_be_asked_for_is_one_message(sweep: Sweep) -> None
     wrong = sweep.run("recipe", *words, "--for", "vllm", "--gpu", "volta", code=2)
     assert "'turing'" in wrong.stderr
     none = sweep.json(*words, "--for", "vllm", "--gpu", "cpu", "--pairs", "wint8_afp16", code=2)
-    assert none["what"].startswith("none of its pairs can be given to json for vllm 0.32 on 1 cpu")
+    assert none["what"].startswith("none of its pairs can be given to vllm 0.32 on cpu: ")
 
 
 def test_an_infeasible_target_for_a_runtime_names_the_nearest(sweep: Sweep) -> None:

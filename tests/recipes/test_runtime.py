@@ -167,6 +167,9 @@ FITS: list[tuple[str, str, Kind, tuple[int, int], int, int, str | None]] = [
     ("wfp8_afp8-ct_block128", "m.experts.3.gate_proj", "experts", (768, 2048), 4, 768, "192 rows"),
     ("wfp8_afp8-ct_block128", "m.experts.3.down_proj", "experts", (2048, 768), 2, 2048, None),
     ("wfp8_afp8-ct_block128", "m.experts.3.down_proj", "experts", (2048, 768), 4, 2048, "192 col"),
+    # As modules of their own, none of an expert's parts is the last of a fused layer.
+    ("wfp8_afp8-ct_block128", "m.experts.3.up_proj", "gate_up", (192, 256), 1, 192, "192 rows"),
+    ("wfp8_afp8-ct_block128", "m.mlp.up_proj", "gate_up", (192, 256), 1, 384, None),
     # Gate and up in one: 2 * 192 = 384 = 3 * 128, but neither half divides.
     ("wfp8_afp8-ct_block128", "m.experts.gate_up_proj", "experts", (384, 256), 1, 384, "192 rows"),
     ("wnvfp4_anvfp4-ct", OUT, "o", (64, 96), 2, 64, None),
