@@ -55,6 +55,8 @@ class Vllm:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_CPU_KVCACHE_SPACE": _CACHE_GIB,
+            # Otherwise activations of INT4 weights are rounded to INT8.
+            "VLLM_CPU_INT4_W4A8": "0",
             "OMP_NUM_THREADS": str(os.cpu_count()),
         }
         with self.log.open("wb") as log:
