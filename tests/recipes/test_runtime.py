@@ -29,7 +29,7 @@ VLLM: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "wint8_afp8-default": (NOWHERE, {}),
     "wint8_afp8-a_token": (NOWHERE, {}),
     "wfp8_aint8-default": (NOWHERE, {}),
-    "wint4_afp16-ct_group64": (GPUS, {}),
+    "wint4_afp16-ct_group64": (("turing", *NEWER), {"cpu": "INT8 activations"}),
     "wint4_afp16-ct_group128_asym": (("turing", *NEWER), {}),
     "wint4_afp8-default": (NOWHERE, {}),
     "wint4_aint8-default": (NOWHERE, {}),
@@ -202,8 +202,9 @@ def test_widths_divide_after_the_cut(
         ("vllm", "cpu", (48, 64), 144, "144 rows are no multiple of 32, on cpu"),
         # 48 + 48 + 32 = 128 = 4 * 32: the layer that they are fused into counts.
         ("vllm", "cpu", (48, 64), 128, None),
-        # No generation asked for: it must fit wherever it runs.
-        ("vllm", None, (48, 64), 144, "144 rows are no multiple of 32, on cpu"),
+        # No generation asked for: it must fit wherever it runs as it is, which CPUs do not.
+        ("vllm", None, (48, 64), 144, None),
+        ("sglang", None, (48, 192), 128, "192 columns are no multiple of 128, on ampere"),
         ("sglang", "hopper", (48, 128), 128, None),
         ("sglang", "hopper", (48, 192), 128, "192 columns are no multiple of 128, on hopper"),
     ],
