@@ -208,7 +208,7 @@ def test_a_packed_checkpoint_is_served_as_it_is_packed(
     for measured in ("divergence", "loss"):
         value = wanted[measured]
         # Quantized activations make tenths of a nat of 1e-7, by chance of either sign.
-        noise = 2 * found[f"{measured}_error"] if amplifies else 0.0
+        noise = 2 * found["loss_error"] if amplifies and measured == "loss" else 0.0
         assert found[measured] == pytest.approx(value, abs=0.1 * abs(value) + slack + noise)
     assert found["divergence"] < wanted["full"] * 1.2 + slack
     # How good a sum over groups is as a prediction is no matter of the server.
