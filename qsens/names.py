@@ -9,6 +9,9 @@ GROUP_SUFFIX = ".quant_recipe"
 # Leaves of the modules that servers fuse into one product.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+# What names of modules, and of the weights in files, may begin with, each at its own place.
+_OUTER = ("model", "language_model")
+
 Kind = Literal["qkv", "o", "gate_up", "down", "experts", "head", "vision", "other"]
 
 _LEAVES: tuple[tuple[Kind, str], ...] = (
@@ -21,6 +24,12 @@ _LEAVES: tuple[tuple[Kind, str], ...] = (
     ("head", "lm_head output_layer"),
 )
 _KINDS = {leaf: kind for kind, leaves in _LEAVES for leaf in leaves.split()}
+
+
+def inner_name(name: str) -> str:
+    """Return a name without what it begins with: files and servers have that in another order."""
+    head, _, rest = name.partition(".")
+    return inner_name(rest) if head in _OUTER and rest else name
 
 
 def group_name(key: str) -> str:

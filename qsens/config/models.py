@@ -379,9 +379,9 @@ class SweepConfig(Frozen):
 
     @model_validator(mode="after")
     def _the_engine_knows_the_formats(self) -> Self:
-        for pair, granularity in self.formats:
+        for pair, granularity in self.formats if self.autoquant.engine == "modelopt" else ():
             made = pair.with_granularity(granularity)
-            if self.autoquant.engine == "modelopt" and not made.by_modelopt:
+            if not made.by_modelopt:
                 raise ValueError(
                     f"engine=modelopt does not compute {made.format} of {pair.name}, whose "
                     "reference is compressed-tensors: use engine=fused"
@@ -408,15 +408,16 @@ class SweepConfig(Frozen):
 
     def pairs_with(self, granularity: GranularityConfig) -> list[PairConfig]:
         """Return the pairs that are to have a granularity, those that it makes no sense for too."""
-        if not self.pairings:
-            return list(self.quant_pair)
-        return [pair for pair in self.quant_pair if granularity.name in self.pairings[pair.name]]
+        return [pair for pair in self.quant_pair if self._pairs(pair, granularity)]
+
+    def _pairs(self, pair: PairConfig, granularity: GranularityConfig) -> bool:
+        return not self.pairings or granularity.name in self.pairings[pair.name]
 
     @property
     def formats(self) -> Iterator[tuple[PairConfig, GranularityConfig]]:
         """The pairs with the granularities of the sweep, one after the other."""
         for pair, granularity in itertools.product(self.quant_pair, self.quant_granularity):
-            if pair in self.pairs_with(granularity) and pair.refusal(granularity) is None:
+            if self._pairs(pair, granularity) and pair.refusal(granularity) is None:
                 yield pair, granularity
 
     def modality(self, coverage: Coverage) -> Modality:

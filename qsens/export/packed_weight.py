@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from qsens.config import PairConfig
 from qsens.config.pairs import QuantizerConfig
-from qsens.numerics.compressed_tensors import scales_of
-from qsens.numerics.floats import E2M1, E4M3
+from qsens.numerics.compressed_tensors import over_of, scales_of
 from qsens.numerics.formats import format_of
 from qsens.recipes.formats import llm_compressor
 
@@ -70,5 +69,5 @@ def _input_scale(quantizer: QuantizerConfig, amax: Tensor) -> dict[str, Tensor]:
     """Return the scale of a calibrated input; of NVFP4 that over its block scales."""
     most = amax.float().reshape(1)
     if quantizer.has_block_format():
-        return {"input_global_scale": E4M3.largest * E2M1.largest / most}
+        return {"input_global_scale": over_of(most)}
     return {"input_scale": most / format_of(quantizer.cfg()).element.largest}

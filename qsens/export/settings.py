@@ -15,9 +15,8 @@ from compressed_tensors.quantization import (
 
 from qsens.config import PairConfig
 from qsens.export.packed_weight import scheme_of
+from qsens.names import inner_name
 
-# What names of modules may begin with: servers have them in another order.
-_OUTER = ("model", "language_model")
 _MIXED = "mixed-precision"
 
 
@@ -57,16 +56,11 @@ def patterns(names: Iterable[str], everything: Iterable[str]) -> Iterable[str]:
     """Return a regular expression for each name that matches no other of ``everything``."""
     inner: dict[str, int] = {}
     for name in everything:
-        inner[_inner(name)] = inner.get(_inner(name), 0) + 1
+        inner[inner_name(name)] = inner.get(inner_name(name), 0) + 1
     ends = list(inner)
     for name in names:
-        end = _inner(name)
+        end = inner_name(name)
         alone = inner[end] == 1 and not any(
             other != end and other.endswith(f".{end}") for other in ends
         )
         yield rf"re:(.*\.)?{re.escape(end if alone else name)}$"
-
-
-def _inner(name: str) -> str:
-    head, _, rest = name.partition(".")
-    return _inner(rest) if head in _OUTER and rest else name

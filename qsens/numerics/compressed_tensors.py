@@ -197,10 +197,15 @@ def _power_of_two(amax: Tensor, element: Float) -> Tensor:
     return scale + (amax - amax)  # inf - inf and NaN - NaN are NaN
 
 
+def over_of(amax: Tensor) -> Tensor:
+    """Return NVFP4's scale over block scales, ``448 * 6 / amax``, float32; 1 where that is none."""
+    over = E4M3.largest * E2M1.largest / amax.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(over.isinf(), 1.0, over)
+
+
 def _under_one(block_amax: Tensor, amax: Tensor) -> Scales:
     """Return NVFP4's scales: E4M3 numbers over ``448 * 6 / amax``."""
-    over = E4M3.largest * E2M1.largest / amax.clamp(min=torch.finfo(torch.float32).tiny)
-    over = torch.where(over.isinf(), 1.0, over)
+    over = over_of(amax)
     scale = over * (block_amax / E2M1.largest)
     scale = E4M3.round_(scale.clamp_(max=E4M3.largest))
     scale = scale.masked_fill_(scale == 0, _LEAST_E4M3)

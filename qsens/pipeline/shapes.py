@@ -8,14 +8,12 @@ from pathlib import Path
 
 from qsens.checkpoint.quantized import shapes
 from qsens.errors import UserError
-from qsens.names import Kind
+from qsens.names import Kind, inner_name
 from qsens.pipeline.preflight import covered_shapes
 from qsens.recipes.format_choices import weights_of
 from qsens.schema.summary import Row
 
 Shape = tuple[int, ...]
-# What the names of modules and of the weights in files may begin with, each at its own place.
-_OUTER = ("model", "language_model")
 
 
 def module_shapes(checkpoint: Path, rows: Iterable[Row]) -> dict[str, dict[str, Shape]]:
@@ -52,7 +50,7 @@ def module_shapes(checkpoint: Path, rows: Iterable[Row]) -> dict[str, dict[str, 
 
 def by_inner_name(stored: Iterable[str]) -> dict[str, str]:
     """Return names in the files by what follows their outer parts, in which they may be older."""
-    return {_inner(name): name for name in stored}
+    return {inner_name(name): name for name in stored}
 
 
 def stored_weights(member: str, kind: Kind, named: Mapping[str, str]) -> list[str]:
@@ -63,16 +61,10 @@ def stored_weights(member: str, kind: Kind, named: Mapping[str, str]) -> list[st
         kind: What its group is.
         named: See :func:`by_inner_name`.
     """
-    inner = _inner(member)
+    inner = inner_name(member)
     if kind == "experts":
         return [name for key, name in named.items() if key.startswith(f"{inner}.")]
     own = named.get(f"{inner}.weight")
     if own is None and kind == "head":
         own = named.get("embed_tokens.weight")
     return [own] if own is not None else []
-
-
-def _inner(name: str) -> str:
-    """Return a name without what it begins with: files may be older than the modules' names."""
-    head, _, rest = name.partition(".")
-    return _inner(rest) if head in _OUTER and rest else name
