@@ -32,8 +32,9 @@ from qsens.identity import (
 )
 
 PLAN_VERSION = 3
-# The time in it is when the plan was made, in UTC.
-SWEEP_ID = re.compile(r"(\d{8}T\d{9})Z-[0-9a-f]{8}")
+# The time in it is when the plan was made, in UTC: in microseconds, so that two of one grid differ,
+# or in milliseconds, as plans of earlier versions do.
+SWEEP_ID = re.compile(r"(\d{8}T\d{9,12})Z-[0-9a-f]{8}")
 
 
 class Plan(Frozen):
@@ -223,7 +224,7 @@ def make_plan(
         now: When the plan is made; the current time when not given.
     """
     created = (now or datetime.now(UTC)).astimezone(UTC)
-    stamp = created.strftime("%Y%m%dT%H%M%S") + f"{created.microsecond // 1000:03d}Z"
+    stamp = created.strftime("%Y%m%dT%H%M%S%fZ")
     cells = []
     weights = {}
     axes = itertools.product(config.formats, config.coverage, config.domains, config.sizes)

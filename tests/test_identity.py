@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from qsens.checkpoint.structure import known_types
 from qsens.config import ModelConfig, PairConfig, Roots, SweepConfig, choices, load_sweep
 from qsens.config.models import AutoquantConfig, DatasetConfig
 from qsens.config.pairs import QuantizerConfig
-from qsens.grid import Plan, make_plan
+from qsens.grid import SWEEP_ID, Plan, make_plan
 from qsens.identity import (
     PATTERNS,
     CheckpointIdentity,
@@ -27,6 +27,7 @@ from qsens.identity import (
 
 REPO = Path(__file__).resolve().parents[1]
 ROOTS = Roots(root=REPO, results=REPO, configs=(REPO / "configs",))
+NOW = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 QWEN = (("model.visual.*", "visual.*"), ("lm_head",))
 GEMMA = (
     (
@@ -132,13 +133,15 @@ GOLDEN = {
         DENSE,
     ): (
         "wfp8_afp8-small",
-        "c2e0fce43a97647fa0db2f2df550985a8e2afb535a2edc8f1ae765c79ae56e69",
+        "7fad72b5127ed8e3f675db0083ff5d2dbfb8b6d403a059ef3a97be89674f2424",
         "2f44fd494981277f9cdbcf607af2e9f6a1432e72704c1f202e41d27b72ebb5f7",
     ),
 }
 
 
-def plan(preset: str, words: str, patterns: tuple[tuple[str, ...], tuple[str, ...]]) -> Plan:
+def plan(
+    preset: str, words: str, patterns: tuple[tuple[str, ...], tuple[str, ...]], now: datetime = NOW
+) -> Plan:
     config = load_sweep(preset, words.split(), roots=ROOTS).config
     model = config.model.model_copy(
         update={"vision_patterns": patterns[0], "head_patterns": patterns[1]}
@@ -169,7 +172,7 @@ def plan(preset: str, words: str, patterns: tuple[tuple[str, ...], tuple[str, ..
             "transformers": "5.14.1",
             "nvidia-modelopt": "0.47.0",
         },
-        now=datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC),
+        now=now,
     )
 
 
@@ -180,6 +183,14 @@ def test_golden_digests(case: tuple[str, str, Any]) -> None:
     cell = made.cell(cell_id)
     assert cell.digest == cell_digest
     assert cell.calibration == calibration
+
+
+def test_two_plans_of_one_grid_within_a_millisecond_are_two_sweeps() -> None:
+    case = next(iter(GOLDEN))
+    one, two = plan(*case), plan(*case, now=NOW + timedelta(microseconds=1))
+    assert one.sweep_id == f"20260102T030405678000Z-{one.digest[:8]}"
+    assert two.sweep_id == f"20260102T030405678001Z-{one.digest[:8]}"
+    assert SWEEP_ID.fullmatch(two.sweep_id)
 
 
 def test_what_a_new_field_means_for_digests_is_decided_here() -> None:

@@ -32,7 +32,7 @@ _OWN = {key: name for name, key in AXES.items()} | {
 }
 # Characters of all overrides of a run; one may have LONGEST.
 MOST_OVERRIDES = 2 * LONGEST
-SWEEP_ID = r"^(\d{8}T\d{9}Z-[0-9a-f]{8})?$"
+SWEEP_ID = r"^(\d{8}T\d{9,12}Z-[0-9a-f]{8})?$"
 _AS_PRESET = "Empty: as the preset says."
 
 
